@@ -1,0 +1,24 @@
+"""dbnb: DreamBooth personalisation, taught by running it.
+
+The notebooks are the product; this package is the toolbox they lift their cells from, one module a step: concept,
+prior, models, adapters, dataset, training, validation and export. What diffusers, peft, accelerate or transformers
+already do, they do.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+__version__ = "0.1.0"
+_MODULES = (
+    "adapters", "concept", "config", "dataset", "export", "metrics", "miniature", "models", "plots", "prior", "toybox",
+    "training", "validation",
+)  # fmt: skip
+
+
+def __getattr__(name: str) -> ModuleType:
+    """Load a module when it is first used: `import dbnb` itself stays instant."""
+    if name in _MODULES:
+        return importlib.import_module(f"dbnb.{name}")
+    raise AttributeError(f"module 'dbnb' has no attribute {name!r}")
