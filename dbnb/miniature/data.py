@@ -1,0 +1,80 @@
+"""The miniature's training set: numbered photographs from the toy world, rendered once and kept in a file."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from dbnb import toybox
+from dbnb.toybox.captions import caption
+
+# Number ranges of the splits: a test toy is never a training toy.
+_SPLITS = {"train": 0, "test": 1}
+SHOTS = 2  # photographs of each toy, in different places: pairs for the identity encoder
+SCENE_NAMES = tuple(toybox.SCENES)
+COLOR_NAMES = tuple(toybox.COLORS)
+# The columns of a label row, each with the names that its numbers stand for.
+ATTRIBUTES = {
+    "kind": toybox.KINDS,
+    "body": COLOR_NAMES,
+    "accent": COLOR_NAMES,
+    "pattern": toybox.PATTERNS,
+    "accessory": toybox.ACCESSORIES,
+    "scene": SCENE_NAMES,
+}
+
+
+def held_out(kind: str, body: str, scene: str) -> bool:
+    """Whether a combination never occurs in training, so that composition can be tested: about one in ten."""
+    k, b, s = toybox.KINDS.index(kind), COLOR_NAMES.index(body), SCENE_NAMES.index(scene)
+    return (3 * k + 5 * b + 7 * s) % 10 == 0
+
+
+def draw(split: str, index: int) -> tuple[toybox.Toy, dict[str, str], int]:
+    """Photograph number `index` of a split: (toy, attribute names, view seed). A pure function of its arguments."""
+    of_toy = np.random.default_rng((_SPLITS[split], index // SHOTS))
+    of_shot = np.random.default_rng((_SPLITS[split], index // SHOTS, index % SHOTS))
+    kind = str(of_toy.choice(toybox.KINDS))
+    body, accent, pattern, accessory = toybox.random_attributes(of_toy)
+    toy = toybox.named_toy(kind, body, accent, pattern, accessory, of_toy)
+    scenes = [s for s in SCENE_NAMES if split != "train" or not held_out(kind, body, s)]
+    names = dict(
+        kind=kind, body=body, accent=accent, pattern=pattern, accessory=accessory, scene=str(of_shot.choice(scenes))
+    )
+    return toy, names, int(of_shot.integers(2**31))
+
+
+def labels_of(names: dict[str, str]) -> np.ndarray:
+    """Attribute names -> (6,) uint8 numbers, in the order of `ATTRIBUTES`."""
+    return np.array([values.index(names[key]) for key, values in ATTRIBUTES.items()], dtype=np.uint8)
+
+
+def caption_of(labels: np.ndarray, rng: np.random.Generator) -> str:
+    """A label row -> one caption, drawn anew each time: a picture has many captions."""
+    return caption(**{key: values[labels[i]] for i, (key, values) in enumerate(ATTRIBUTES.items())}, rng=rng)
+
+
+def photographs(split: str, count: int, folder: Path, *, start: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """(count, 64, 64, 3) uint8 pictures and (count, 6) uint8 labels; rendered on all cores, then read from `folder`."""
+    path = folder / f"{split}-{start}-{count}.npz"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        images = np.empty((count, 64, 64, 3), np.uint8)
+        labels = np.empty((count, len(ATTRIBUTES)), np.uint8)
+
+        def shoot(i: int) -> None:
+            toy, names, seed = draw(split, start + i)
+            images[i] = toybox.pixels(toy, scene=names["scene"], seed=seed)
+            labels[i] = labels_of(names)
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # the compiled renderer releases the interpreter's lock
+            for _ in pool.map(shoot, range(count), chunksize=64):
+                pass
+        temporary = path.with_suffix(".tmp.npz")
+        np.savez(temporary, images=images, labels=labels)
+        temporary.replace(path)
+    with np.load(path) as file:
+        return file["images"], file["labels"]

@@ -1,0 +1,140 @@
+"""The parts of the miniature, each a plain diffusers or transformers class, only smaller."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+    ResNetConfig,
+    ResNetForImageClassification,
+    ResNetModel,
+)
+
+from dbnb.miniature.data import ATTRIBUTES, caption_of
+from dbnb.toybox.captions import IDENTIFIERS
+
+RESOLUTION = 64
+LATENT_CHANNELS = 6
+TEXT_LENGTH = 24
+TEXT_WIDTH = 128
+# Words of prompts that a learner is likely to try; no caption says them, so their tokens carry no picture.
+_FURTHER_WORDS = (
+    "small big toy my the and of on in at with wearing shiny happy old new cute his her one two photo".split()
+)
+
+
+def tokenizer() -> CLIPTokenizer:
+    """A CLIP tokenizer whose merges were learned from the captions: every caption word is one token.
+
+    Identifiers are learned last, so they have the highest ids, as rare words do in CLIP's own vocabulary.
+    """
+    rng = np.random.default_rng(0)
+    sizes = [len(values) for values in ATTRIBUTES.values()]
+    corpus = [caption_of(rng.integers(0, sizes), rng) for _ in range(4000)]
+    corpus = [" ".join(word for word in line.split() if word not in IDENTIFIERS) for line in corpus]
+    corpus += list(_FURTHER_WORDS) * 20 + list(IDENTIFIERS) * 4
+    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    bpe.pre_tokenizer = pre_tokenizers.Whitespace()
+    letters = [chr(c) for c in range(33, 127)]
+    trainer = trainers.BpeTrainer(
+        vocab_size=2000, min_frequency=3, initial_alphabet=letters, end_of_word_suffix="</w>", show_progress=False
+    )
+    bpe.train_from_iterator(corpus, trainer)
+    state = json.loads(bpe.to_str())["model"]
+    merges = [tuple(pair) for pair in state["merges"]]
+    # CLIP's layout: single characters, the same ending a word, merges in order, then the two special tokens.
+    names = [*letters, *(letter + "</w>" for letter in letters)]
+    names += [a + b for a, b in merges if a + b not in set(names)] + ["<|startoftext|>", "<|endoftext|>"]
+    vocab = {name: i for i, name in enumerate(dict.fromkeys(names))}
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=TEXT_LENGTH)
+
+
+def _text_config(words: CLIPTokenizer) -> dict:
+    return dict(
+        vocab_size=len(words),
+        hidden_size=TEXT_WIDTH,
+        intermediate_size=4 * TEXT_WIDTH,
+        projection_dim=TEXT_WIDTH,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=TEXT_LENGTH,
+        bos_token_id=words.bos_token_id,
+        eos_token_id=words.eos_token_id,
+        pad_token_id=words.pad_token_id,
+    )
+
+
+def clip(words: CLIPTokenizer) -> CLIPModel:
+    """Text and image halves of a small CLIP: its text half starts the text encoder, both measure prompt fidelity."""
+    vision = dict(
+        hidden_size=128, intermediate_size=512, projection_dim=TEXT_WIDTH, num_hidden_layers=4, num_attention_heads=4,
+        image_size=RESOLUTION, patch_size=8,
+    )  # fmt: skip
+    return CLIPModel(CLIPConfig(text_config=_text_config(words), vision_config=vision, projection_dim=TEXT_WIDTH))
+
+
+def text_encoder(words: CLIPTokenizer) -> CLIPTextModel:
+    """(B, 24) token ids -> (B, 24, 128) hidden states."""
+    return CLIPTextModel(CLIPTextConfig(**_text_config(words)))
+
+
+def vae() -> AutoencoderKL:
+    """(B, 3, 64, 64) in [-1, 1] <-> (B, 6, 16, 16) latents."""
+    return AutoencoderKL(
+        block_out_channels=(24, 48, 96),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        layers_per_block=1,
+        latent_channels=LATENT_CHANNELS,
+        norm_num_groups=8,
+        sample_size=RESOLUTION,
+        scaling_factor=1.0,
+    )
+
+
+def unet() -> UNet2DConditionModel:
+    """Noise predictor on (B, 6, 16, 16). Attention at the highest level too, since LoRA paints only where it is."""
+    return UNet2DConditionModel(
+        sample_size=RESOLUTION // 4,
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
+        block_out_channels=(48, 96, 192),
+        down_block_types=("CrossAttnDownBlock2D",) * 2 + ("DownBlock2D",),
+        up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 2,
+        layers_per_block=1,
+        attention_head_dim=4,
+        norm_num_groups=16,
+        cross_attention_dim=TEXT_WIDTH,
+    )
+
+
+def scheduler() -> DDPMScheduler:
+    """Stable Diffusion's noise schedule."""
+    return DDPMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1
+    )
+
+
+def _resnet(**labels) -> ResNetConfig:
+    return ResNetConfig(
+        embedding_size=32, hidden_sizes=[48, 96, 128, 192], depths=[1, 1, 1, 1], layer_type="basic", **labels
+    )
+
+
+def identity() -> ResNetModel:
+    """Our DINO: pictures of one toy land close together, of two toys of a kind apart."""
+    return ResNetModel(_resnet())
+
+
+def judge() -> ResNetForImageClassification:
+    """Names kind, colours, pattern, accessory and scene of a picture: one group of logits an attribute."""
+    names = [f"{attribute}:{value}" for attribute, values in ATTRIBUTES.items() for value in values]
+    return ResNetForImageClassification(_resnet(id2label=dict(enumerate(names)), num_labels=len(names)))

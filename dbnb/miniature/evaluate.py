@@ -1,0 +1,195 @@
+"""Measure the miniature: `python -m dbnb.miniature.evaluate --output runs/evaluation.json`.
+
+Pictures are drawn from captions of toys that training never saw; the judge that reads them was trained on renders only,
+and its own accuracy on unseen renders stands beside.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import AutoModelForImageClassification
+
+from dbnb import metrics, toybox, workflow
+from dbnb.config import PRESETS, DreamBoothConfig
+from dbnb.miniature import path
+from dbnb.miniature.data import ATTRIBUTES, SHOTS, draw, held_out, labels_of, photographs
+from dbnb.models import load_components
+from dbnb.prior import build_pipeline, draw_images, image_seed
+from dbnb.toybox.captions import article_for
+
+_SETTINGS = {name: PRESETS["miniature"][name] for name in ("num_inference_steps", "guidance_scale")}
+
+
+class Judge:
+    """Reads kind, colours, pattern, accessory and scene off pictures."""
+
+    def __init__(self, base: Path) -> None:
+        self.model = AutoModelForImageClassification.from_pretrained(base / "judge").float().eval()
+
+    @torch.no_grad()
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        """(N, 64, 64, 3) uint8 -> (N, 6) numbers in the order of `ATTRIBUTES`."""
+        pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1.0
+        logits = torch.cat([self.model(part).logits for part in pixels.split(128)])
+        groups = logits.split([len(values) for values in ATTRIBUTES.values()], dim=1)
+        return torch.stack([group.argmax(1) for group in groups], dim=1).numpy()
+
+    @torch.no_grad()
+    def features(self, images: np.ndarray) -> np.ndarray:
+        """(N, D) activations before the last layer, for the Frechet distance."""
+        pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1.0
+        parts = [self.model.resnet(part).pooler_output.flatten(1) for part in pixels.split(128)]
+        return torch.cat(parts).double().numpy()
+
+
+def accuracy(found: np.ndarray, true: np.ndarray) -> dict[str, float]:
+    """Share of pictures in which each attribute is read as asked."""
+    return {name: float((found[:, i] == true[:, i]).mean()) for i, name in enumerate(ATTRIBUTES)}
+
+
+def frechet(a: np.ndarray, b: np.ndarray) -> float:
+    """Frechet distance of two sets of features taken as Gaussians (Heusel et al., 2017)."""
+    ca, cb = np.cov(a.T), np.cov(b.T)
+    # The trace of the square root of a product, through its eigenvalues.
+    root = np.sqrt(np.maximum(np.linalg.eigvals(ca @ cb).real, 0.0)).sum()
+    return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(ca) + np.trace(cb) - 2.0 * root)
+
+
+def entropy(numbers: np.ndarray, bins: int) -> float:
+    """Entropy of a distribution over `bins` values, as a share of the largest possible."""
+    p = np.bincount(numbers, minlength=bins) / len(numbers)
+    return float(-(p[p > 0] * np.log(p[p > 0])).sum() / np.log(bins))
+
+
+def full_caption(names: dict[str, str]) -> str:
+    """A caption that says all the judge can read."""
+    words = " ".join(
+        w for w in (names["body"], names["pattern"] if names["pattern"] != "plain" else "", names["kind"]) if w
+    )
+    tail = "" if names["accessory"] == "none" else f" with a {names['accent']} {names['accessory']}"
+    return f"a photo of {article_for(words)} {words}{tail} {toybox.SCENES[names['scene']]}"
+
+
+def autoencoder(components, images: np.ndarray, labels: np.ndarray) -> dict:
+    """PSNR on unseen renders, and how far each named body colour moves (mean absolute difference, 0 to 1)."""
+    back = np.stack([np.asarray(i) for i in metrics.through_vae(components, [Image.fromarray(i) for i in images], 64)])
+    error = (back.astype(np.float64) - images) / 255.0
+    per_image = -10.0 * np.log10((error**2).mean((1, 2, 3)))
+    body = labels[:, 1]
+    middle = error[:, 20:50, 16:48]
+    drift = {c: float(np.abs(middle[body == i].mean((1, 2))).mean()) for i, c in enumerate(ATTRIBUTES["body"])}
+    return {"psnr": float(per_image.mean()), "psnr_worst_percent": float(np.quantile(per_image, 0.01)), "drift": drift}
+
+
+def drawings(pipeline, prompts: list[str], seed: int = 5) -> np.ndarray:
+    """One picture a prompt at the default sampling settings: (N, 64, 64, 3) uint8."""
+    seeds = [image_seed(seed, index) for index in range(len(prompts))]
+    images = draw_images(pipeline, prompts, seeds, resolution=64, batch_size=25, **_SETTINGS)
+    return np.stack([np.asarray(image) for image in images])
+
+
+def measure(base: Path, count: int, data: Path) -> dict:
+    """Autoencoder, judge, drawings, composition, diversity, Frechet distance, identity encoder, speed."""
+    components, judge = load_components(base), Judge(base)
+    pipeline = build_pipeline(components)
+    images, labels = photographs("test", 1024, data)
+    result: dict = {"autoencoder": autoencoder(components, images, labels), "judge": accuracy(judge(images), labels)}
+
+    names = [draw("test", index)[1] for index in range(0, 8 * count, SHOTS)]
+    seen = [n for n in names if not held_out(n["kind"], n["body"], n["scene"])][:count]
+    new = [n for n in names if held_out(n["kind"], n["body"], n["scene"])][: count // 3]
+    started = time.perf_counter()
+    pictures = drawings(pipeline, [full_caption(n) for n in seen])
+    result["seconds_per_100"] = (time.perf_counter() - started) / len(seen) * 100
+    result["drawn"] = accuracy(judge(pictures), np.stack([labels_of(n) for n in seen]))
+    result["composition"] = accuracy(
+        judge(drawings(pipeline, [full_caption(n) for n in new], seed=6)), np.stack([labels_of(n) for n in new])
+    )
+    real = judge.features(images)
+    result["frechet"] = {
+        "drawn_to_real": frechet(judge.features(pictures), real[: len(pictures)]),
+        "real_to_real": frechet(real[-len(pictures) :], real[: len(pictures)]),
+    }
+    dogs = judge(drawings(pipeline, ["a photo of a dog"] * count, seed=7))
+    result["diversity"] = {
+        name: entropy(dogs[:, i], len(values)) for i, (name, values) in enumerate(ATTRIBUTES.items()) if name != "kind"
+    }
+    result["diversity_of_renders"] = {
+        name: entropy(labels[labels[:, 0] == 0][:, i], len(values))
+        for i, (name, values) in enumerate(ATTRIBUTES.items())
+        if name != "kind"
+    }
+    result["identity"] = identity_accuracy(metrics.load_encoders(base), images, labels)
+    return result
+
+
+def identity_accuracy(encoders: metrics.Encoders, images: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """How often the other shot of an unseen toy is nearer than any other toy of its kind; and mean similarities."""
+    features = encoders.identity_features([Image.fromarray(image) for image in images])
+    first, second = features[0::SHOTS], features[1::SHOTS]
+    kinds = torch.from_numpy(labels[0::SHOTS, 0])
+    similarity = first @ second.T
+    other_kind = kinds[:, None] != kinds[None]
+    right = similarity.masked_fill(other_kind, -2.0).argmax(1) == torch.arange(len(first))
+    different = ~other_kind & ~torch.eye(len(first), dtype=torch.bool)
+    return {
+        "retrieval": float(right.float().mean()),
+        "same_toy": float(similarity.diagonal().mean()),
+        "other_toy_of_kind": float(similarity[different].mean()),
+    }
+
+
+def subject_experiment(base: str, folder: Path, toys: dict[str, toybox.Toy], **options) -> dict[str, dict]:
+    """Personalise the base to each toy, five photographs in, and return each run's metrics."""
+    results = {}
+    scenes = list(toybox.SCENES)
+    for number, (name, toy) in enumerate(toys.items()):
+        for part, count, start in (("photos", 5, 0), ("references", 6, 100)):
+            (folder / name / part).mkdir(parents=True, exist_ok=True)
+            for i in range(count):
+                picture = toybox.photograph(
+                    toy, scene=scenes[(number + 3 * i) % len(scenes)], seed=1000 * number + start + i, size=256
+                )
+                picture.save(folder / name / part / f"{i:02d}.png")
+        for prior in (True, False):
+            config = DreamBoothConfig(
+                base=base, class_word=toy.kind, instance_data_dir=str(folder / name / "photos"),
+                reference_data_dir=str(folder / name / "references"), with_prior_preservation=prior,
+                output_dir=str(folder / name / ("with_prior" if prior else "without_prior")), **options,
+            )  # fmt: skip
+            results[f"{name}, {'with' if prior else 'without'} prior"] = workflow.run(config).metrics
+    return results
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", type=Path, default=path())
+    parser.add_argument("--output", type=Path, default=Path("runs/evaluation.json"))
+    parser.add_argument("--count", type=int, default=300, help="pictures drawn for each measure")
+    parser.add_argument("--subjects", type=int, default=0, help="run the subject experiment on so many random toys")
+    args = parser.parse_args(argv)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        result = {"cores": os.cpu_count()} | measure(args.base, args.count, Path(folder))
+        toys = {
+            f"{toybox.KINDS[i % 6]}-{i}": toybox.random_toy(toybox.KINDS[i % 6], 100 + i) for i in range(args.subjects)
+        }
+        if toys:
+            base = "miniature" if args.base == path() else str(args.base)
+            result["subjects"] = subject_experiment(base, Path(folder), toys)
+    args.output.write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,350 @@
+"""Train the miniature from nothing: `python -m dbnb.miniature.train --output_dir runs/miniature`.
+
+Stages, each resumable from its last checkpoint: photographs, autoencoder, contrastive text and image encoders,
+identity encoder, judge, latents, UNet (with the text encoder). Every step is a function of (seed, step), so stopping
+and going on changes nothing. Losses go to <stage>.jsonl in the output folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import StableDiffusionPipeline
+from diffusers.training_utils import EMAModel, compute_snr
+from torch import nn
+
+from dbnb.miniature import design
+from dbnb.miniature.data import ATTRIBUTES, SHOTS, caption_of, photographs
+
+STAGES = ("vae", "clip", "identity", "judge", "unet")
+_CHUNK = 6000  # photographs a file
+_LATENT_SAMPLE = 2000  # photographs that tell the latents' mean and deviation
+
+
+def to_tensor(images: np.ndarray) -> torch.Tensor:
+    """(B, 64, 64, 3) uint8 -> (B, 3, 64, 64) float32 in [-1, 1]."""
+    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1.0
+
+
+def generator(seed: int, step: int) -> torch.Generator:
+    """The one source of a step's randomness."""
+    return torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**63)
+
+
+def fit(
+    name: str,
+    models: nn.Module,
+    loss_of_step: Callable[[int], dict[str, torch.Tensor]],
+    *,
+    steps: int,
+    lr: float,
+    folder: Path,
+    groups: list[dict] | None = None,
+    weight_decay: float = 1e-2,
+    ema_decay: float = 0.999,
+    decay_share: float = 0.3,
+    minutes: float = 1e9,
+) -> bool:
+    """Run one stage to `steps` or until `minutes` are over; True when it is complete.
+
+    AdamW, warm-up over 200 steps, constant rate, linear decay over the last `decay_share`. Afterwards `models` holds
+    the moving average of the weights.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    optimizer = torch.optim.AdamW(groups or models.parameters(), lr=lr, weight_decay=weight_decay, betas=(0.9, 0.98))
+    base_lrs = [group["lr"] for group in optimizer.param_groups]
+    parameters = list(models.parameters())
+    ema = EMAModel(parameters, decay=ema_decay, use_ema_warmup=True, power=0.75)
+    path, log = folder / f"{name}.pt", folder / f"{name}.jsonl"
+    step = 0
+    if path.exists():
+        state = torch.load(path, weights_only=True)
+        models.load_state_dict(state["models"])
+        optimizer.load_state_dict(state["optimizer"])
+        ema.load_state_dict(state["ema"])
+        step = state["step"]
+    started = saved = time.monotonic()
+
+    def save() -> None:
+        temporary = path.with_suffix(".tmp")
+        state = dict(models=models.state_dict(), optimizer=optimizer.state_dict(), ema=ema.state_dict(), step=step)
+        torch.save(state, temporary)
+        os.replace(temporary, path)
+
+    models.train()
+    sums: dict[str, float] = {}
+    while step < steps and time.monotonic() - started < 60 * minutes:
+        rate = min(1.0, (step + 1) / 200, (steps - step) / (decay_share * steps))
+        for group, base in zip(optimizer.param_groups, base_lrs, strict=True):
+            group["lr"] = base * rate
+        losses = loss_of_step(step)
+        optimizer.zero_grad(set_to_none=True)
+        losses["loss"].backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        ema.step(parameters)
+        step += 1
+        for key, value in losses.items():
+            sums[key] = sums.get(key, 0.0) + float(value.detach()) / 50
+        if step % 50 == 0:
+            line = dict(step=step, minutes=round((time.monotonic() - started) / 60, 2), **sums)
+            with log.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+            print(name, json.dumps(line), flush=True)
+            sums = {}
+        if time.monotonic() - saved > 180:
+            save()
+            saved = time.monotonic()
+    save()
+    ema.copy_to(parameters)
+    models.eval()
+    return step >= steps
+
+
+class Photographs:
+    """The training set in memory: pictures, labels and, for each toy, where its other shots are."""
+
+    def __init__(self, count: int, folder: Path) -> None:
+        chunks = [
+            photographs("train", min(_CHUNK, count - start), folder, start=start) for start in range(0, count, _CHUNK)
+        ]
+        self.images = np.concatenate([images for images, _ in chunks])
+        self.labels = np.concatenate([labels for _, labels in chunks])
+
+    def batch(self, size: int, rng: torch.Generator) -> np.ndarray:
+        """(size,) numbers of photographs."""
+        return torch.randint(len(self.images), (size,), generator=rng).numpy()
+
+    def captions(self, indices: np.ndarray, rng: torch.Generator) -> list[str]:
+        """One fresh caption for each photograph."""
+        draw = np.random.default_rng(int(torch.randint(2**62, (1,), generator=rng)))
+        return [caption_of(self.labels[i], draw) for i in indices]
+
+
+def tokenize(words, captions: list[str]) -> torch.Tensor:
+    """Captions -> (B, 24) ids."""
+    return words(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
+
+
+def train_vae(data: Photographs, seed: int, batch_size: int, **options):
+    """Autoencoder: L1 + 2 MSE, and a KL term just strong enough to keep latents smooth."""
+    vae = design.vae().to(memory_format=torch.channels_last)  # a quarter faster on a CPU
+
+    def loss_of_step(step: int) -> dict[str, torch.Tensor]:
+        rng = generator(seed, step)
+        pictures = to_tensor(data.images[data.batch(batch_size, rng)])
+        posterior = vae.encode(pictures).latent_dist
+        latents = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=rng)
+        decoded = vae.decode(latents).sample
+        mse = F.mse_loss(decoded, pictures)
+        kl = 0.5 * (posterior.mean**2 + posterior.var - 1.0 - posterior.logvar).mean()
+        return dict(loss=F.l1_loss(decoded, pictures) + 2.0 * mse + 3e-4 * kl, mse=mse, kl=kl)
+
+    return vae, fit("vae", vae, loss_of_step, weight_decay=0.0, **options)
+
+
+def train_clip(data: Photographs, words, seed: int, batch_size: int, **options):
+    """Contrastive text and image encoders (Radford et al., 2021)."""
+    clip = design.clip(words)
+
+    def loss_of_step(step: int) -> dict[str, torch.Tensor]:
+        rng = generator(seed, step)
+        indices = data.batch(batch_size, rng)
+        out = clip(
+            input_ids=tokenize(words, data.captions(indices, rng)), pixel_values=to_tensor(data.images[indices]),
+            return_loss=True,
+        )  # fmt: skip
+        hits = (out.logits_per_text.argmax(1) == torch.arange(batch_size)).float().mean()
+        return dict(loss=out.loss, hits=hits)
+
+    return clip, fit("clip", clip, loss_of_step, **options)
+
+
+def _jitter(pictures: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
+    """Blur some pictures and add noise, so that the encoders judge drawings, which are softer than renders, fairly."""
+    softer = F.interpolate(F.avg_pool2d(pictures, 2), scale_factor=2, mode="bilinear", align_corners=False)
+    amount = torch.rand(len(pictures), 1, 1, 1, generator=rng)
+    mixed = pictures + amount * (softer - pictures)
+    return mixed + 0.08 * torch.rand(len(pictures), 1, 1, 1, generator=rng) * torch.randn(pictures.shape, generator=rng)
+
+
+def train_identity(data: Photographs, seed: int, batch_size: int, **options):
+    """Identity encoder: InfoNCE (van den Oord et al., 2018) between two shots of a toy, against others of its kind."""
+    encoder = design.identity()
+    first = np.arange(0, len(data.images), SHOTS)
+    by_kind = [first[data.labels[first, 0] == kind] for kind in range(len(ATTRIBUTES["kind"]))]
+
+    def loss_of_step(step: int) -> dict[str, torch.Tensor]:
+        rng = generator(seed, step)
+        toys = by_kind[step % len(by_kind)]
+        chosen = toys[torch.randperm(len(toys), generator=rng)[:batch_size].numpy()]
+        pictures = to_tensor(data.images[np.concatenate([chosen, chosen + 1])])
+        features = F.normalize(encoder(_jitter(pictures, rng)).pooler_output.flatten(1), dim=1)
+        logits = features[: len(chosen)] @ features[len(chosen) :].T / 0.1
+        target = torch.arange(len(chosen))
+        loss = 0.5 * (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target))
+        return dict(loss=loss, hits=(logits.argmax(1) == target).float().mean())
+
+    return encoder, fit("identity", encoder, loss_of_step, **options)
+
+
+def train_judge(data: Photographs, seed: int, batch_size: int, **options):
+    """Judge: cross-entropy for each attribute."""
+    judge = design.judge()
+    sizes = [len(values) for values in ATTRIBUTES.values()]
+
+    def loss_of_step(step: int) -> dict[str, torch.Tensor]:
+        rng = generator(seed, step)
+        indices = data.batch(batch_size, rng)
+        logits = judge(_jitter(to_tensor(data.images[indices]), rng)).logits.split(sizes, dim=1)
+        labels = torch.from_numpy(data.labels[indices]).long()
+        losses = {key: F.cross_entropy(logits[i], labels[:, i]) for i, key in enumerate(ATTRIBUTES)}
+        return dict(loss=sum(losses.values()), **losses)
+
+    return judge, fit("judge", judge, loss_of_step, **options)
+
+
+@torch.no_grad()
+def normalize_latents(vae, pictures: torch.Tensor) -> None:
+    """Fold the latents' mean and deviation into the quant convolutions, so that `scaling_factor` = 1 is right.
+
+    A latent z becomes (z - mean) / std per channel; `post_quant_conv` undoes it and the decoder sees what it knows.
+    """
+    means = torch.cat([vae.encode(part).latent_dist.mean for part in pictures.split(100)])
+    mean, std = means.mean((0, 2, 3)), means.std((0, 2, 3))
+    n = len(mean)
+    quant, post = vae.quant_conv, vae.post_quant_conv
+    quant.weight[:n] /= std[:, None, None, None]
+    quant.bias[:n] = (quant.bias[:n] - mean) / std
+    quant.bias[n:] -= 2.0 * std.log()  # the posterior's log variance scales along
+    post.bias += post.weight.flatten(1) @ mean
+    post.weight *= std[None, :, None, None]
+
+
+@torch.no_grad()
+def encode_all(vae, images: np.ndarray) -> torch.Tensor:
+    """(N, 64, 64, 3) uint8 -> (N, 12, 16, 16) float16: mean and log variance of each latent."""
+    parts = [
+        vae.encode(to_tensor(images[i : i + 100])).latent_dist.parameters.half() for i in range(0, len(images), 100)
+    ]
+    return torch.cat(parts)
+
+
+class Denoiser(nn.Module):
+    """UNet and text encoder, trained together."""
+
+    def __init__(self, unet, text_encoder) -> None:
+        super().__init__()
+        self.unet, self.text_encoder = unet, text_encoder
+
+
+def train_unet(data: Photographs, latents: torch.Tensor, words, clip, seed: int, batch_size: int, lr: float, **options):
+    """Denoising with min-SNR weights (Hang et al., 2023, gamma 5); one caption in ten is empty, for guidance."""
+    text_encoder = design.text_encoder(words)
+    text_encoder.load_state_dict(
+        {key.removeprefix("text_model."): v for key, v in clip.text_model.state_dict().items()}
+    )
+    model, noise_schedule = Denoiser(design.unet(), text_encoder), design.scheduler()
+
+    def loss_of_step(step: int) -> dict[str, torch.Tensor]:
+        rng = generator(seed, step)
+        indices = data.batch(batch_size, rng)
+        empty = torch.rand(batch_size, generator=rng) < 0.1
+        captions = ["" if e else c for c, e in zip(data.captions(indices, rng), empty, strict=True)]
+        mean, log_variance = latents[torch.from_numpy(indices)].float().chunk(2, dim=1)
+        clean = mean + torch.exp(0.5 * log_variance) * torch.randn(mean.shape, generator=rng)
+        noise = torch.randn(clean.shape, generator=rng)
+        t = torch.randint(noise_schedule.config.num_train_timesteps, (batch_size,), generator=rng)
+        hidden = model.text_encoder(tokenize(words, captions)).last_hidden_state
+        predicted = model.unet(noise_schedule.add_noise(clean, noise, t), t, encoder_hidden_states=hidden).sample
+        mse = (predicted - noise).square().mean((1, 2, 3))
+        snr = compute_snr(noise_schedule, t)
+        return dict(loss=(mse * snr.clamp(max=5.0) / snr).mean(), mse=mse.mean())
+
+    groups = [
+        dict(params=list(model.unet.parameters()), lr=lr),
+        dict(params=list(model.text_encoder.parameters()), lr=0.3 * lr),
+    ]
+    done = fit("unet", model, loss_of_step, groups=groups, lr=lr, ema_decay=0.9995, **options)
+    return model, done
+
+
+def restore(name: str, models: nn.Module, folder: Path) -> nn.Module:
+    """Put a stage's averaged weights, as far as training has come, into `models`."""
+    state = torch.load(folder / f"{name}.pt", weights_only=True)
+    models.load_state_dict(state["models"])
+    for parameter, average in zip(models.parameters(), state["ema"]["shadow_params"], strict=True):
+        parameter.data.copy_(average)
+    return models.eval()
+
+
+def assemble(folder: Path, target: Path) -> None:
+    """Write the trained parts as a Stable Diffusion folder, with the encoders that measure it beside them.
+
+    UNet, VAE and encoders in half precision; the text encoder in float32, since transformers keeps a file's precision
+    and plain `from_pretrained` without a dtype must draw.
+    """
+    words = design.tokenizer()
+    vae = restore("vae", design.vae(), folder)
+    normalize_latents(vae, to_tensor(photographs("train", _CHUNK, folder / "data")[0][:_LATENT_SAMPLE]))
+    denoiser = restore("unet", Denoiser(design.unet(), design.text_encoder(words)), folder)
+    temporary = target.with_name(f".{target.name}")
+    StableDiffusionPipeline(
+        vae=vae.half(), text_encoder=denoiser.text_encoder, tokenizer=words, unet=denoiser.unet.half(),
+        scheduler=design.scheduler(), safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    ).save_pretrained(temporary)  # fmt: skip
+    restore("clip", design.clip(words), folder).half().save_pretrained(temporary / "clip")
+    restore("identity", design.identity(), folder).half().save_pretrained(temporary / "identity")
+    restore("judge", design.judge(), folder).half().save_pretrained(temporary / "judge")
+    shutil.rmtree(target, ignore_errors=True)
+    temporary.replace(target)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/miniature"))
+    parser.add_argument("--photographs", type=int, default=42000)
+    parser.add_argument("--steps", type=int, nargs=5, default=(5600, 1200, 1200, 1200, 60000), metavar=STAGES)
+    parser.add_argument("--batch_sizes", type=int, nargs=5, default=(8, 128, 96, 64, 24), metavar=STAGES)
+    parser.add_argument("--minutes", type=float, default=1e9, help="stop this run's UNet stage after so many minutes")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--until", choices=STAGES, default=STAGES[-1], help="the last stage to run")
+    parser.add_argument("--ship", type=Path, help="write the finished base to this folder")
+    args = parser.parse_args(argv)
+    steps = dict(zip(STAGES, args.steps, strict=True))
+    batch = dict(zip(STAGES, args.batch_sizes, strict=True))
+    torch.manual_seed(args.seed)  # the parts' first weights
+    folder, last = args.output_dir, STAGES.index(args.until)
+    data = Photographs(args.photographs, folder / "data")
+    words = design.tokenizer()
+
+    vae, _ = train_vae(data, args.seed, batch["vae"], steps=steps["vae"], lr=1e-3, folder=folder)
+    if last >= 1:
+        clip, _ = train_clip(data, words, args.seed, batch["clip"], steps=steps["clip"], lr=1e-3, folder=folder)
+    if last >= 2:
+        train_identity(data, args.seed, batch["identity"], steps=steps["identity"], lr=1e-3, folder=folder)
+    if last >= 3:
+        train_judge(data, args.seed, batch["judge"], steps=steps["judge"], lr=1e-3, folder=folder)
+    if last >= 4:
+        vae = copy.deepcopy(vae)
+        normalize_latents(vae, to_tensor(data.images[:_LATENT_SAMPLE]))
+        latents = encode_all(vae, data.images)
+        options = dict(steps=steps["unet"], minutes=args.minutes, folder=folder)
+        train_unet(data, latents, words, clip, args.seed, batch["unet"], lr=8e-4, **options)
+    if args.ship is not None:
+        assemble(folder, args.ship)
+
+
+if __name__ == "__main__":
+    main()
