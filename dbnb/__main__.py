@@ -1,0 +1,27 @@
+"""`python -m dbnb`: the whole workflow without a notebook."""
+
+from __future__ import annotations
+
+import sys
+
+from dbnb.config import parse_args
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the workflow and print where the results are; an expected error is one sentence and exit code 2."""
+    config = parse_args(argv)
+    from dbnb import metrics, workflow  # torch and diffusers load only after --help has had its chance
+
+    try:
+        result = workflow.run(config)
+    except (ValueError, OSError, FloatingPointError) as error:
+        print(f"dbnb: {error}", file=sys.stderr)
+        return 2
+    if result.metrics is not None:
+        print(metrics.format_table(result.metrics))
+    print(f"Results are in {config.output_dir}: {', '.join(sorted(p.name for p in result.adapter.parent.iterdir()))}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,88 @@
+"""Step 4: low-rank adapters on the UNet and the text encoder. Built in notebook 04.
+
+LoRA (Hu et al., 2021): W x becomes W x + (alpha / rank) B A x, with A random and B zero, so that at first nothing
+changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from diffusers.training_utils import cast_training_params
+from peft import LoraConfig
+
+from dbnb.models import Components
+
+UNET_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_k_proj", "add_v_proj")
+
+
+def add_adapters(
+    components: Components,
+    *,
+    rank: int = 16,
+    lora_alpha: float | None = None,
+    lora_dropout: float = 0.0,
+    train_text_encoder: bool = False,
+    text_encoder_rank: int | None = None,
+    text_encoder_lora_alpha: float | None = None,
+    text_encoder_lora_dropout: float = 0.0,
+    seed: int = 0,
+) -> None:
+    """Put adapters on the UNet and, if asked, on the text encoder; trainable weights are float32 whatever the base's.
+
+    A is drawn from a normal of deviation 1/rank and B is zero (peft's "gaussian"). The same seed gives the same A.
+    """
+    text_encoder_rank = text_encoder_rank or rank
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        components.unet.add_adapter(_lora_config(rank, lora_alpha, lora_dropout, UNET_TARGETS))
+        if train_text_encoder:
+            targets = components.architecture.lora_targets
+            components.text_encoder.add_adapter(
+                _lora_config(text_encoder_rank, text_encoder_lora_alpha, text_encoder_lora_dropout, targets)
+            )
+    # peft creates adapters in the base layer's dtype: half-precision updates would be rounded away.
+    cast_training_params([components.unet, components.text_encoder], dtype=torch.float32)
+
+
+def _lora_config(rank: int, alpha: float | None, dropout: float, targets: tuple[str, ...]) -> LoraConfig:
+    return LoraConfig(
+        r=rank, lora_alpha=rank if alpha is None else alpha, lora_dropout=dropout, init_lora_weights="gaussian",
+        target_modules=list(targets),
+    )  # fmt: skip
+
+
+def adapted_modules(components: Components) -> dict[str, torch.nn.Module]:
+    """The parts that carry an adapter."""
+    return {
+        name: module
+        for name, module in components.modules().items()
+        if name != "vae" and getattr(module, "peft_config", None)
+    }
+
+
+def trainable_parameters(module: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """(name, parameter) of what an optimizer should see, in a fixed order."""
+    return ((name, p) for name, p in module.named_parameters() if p.requires_grad)
+
+
+def adapter_table(components: Components) -> list[dict[str, str]]:
+    """One row an adapted layer: part, layer, rank, alpha, parameters."""
+    rows = []
+    for part, module in adapted_modules(components).items():
+        for name, layer in module.named_modules():
+            if hasattr(layer, "lora_A") and "default" in layer.lora_A:
+                a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+                rows.append(
+                    {
+                        "part": part,
+                        "layer": name,
+                        "rank": str(layer.r["default"]),
+                        "alpha": f"{layer.lora_alpha['default']:g}",
+                        "A": " x ".join(map(str, a.shape)),
+                        "B": " x ".join(map(str, b.shape)),
+                        "parameters": f"{a.numel() + b.numel():,}",
+                    }
+                )
+    return rows

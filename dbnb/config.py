@@ -1,0 +1,146 @@
+"""Everything a run can be told, in one dataclass; the command line is made from the same fields."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+
+def _option(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class DreamBoothConfig:
+    """The settings of one run, named as in diffusers' own DreamBooth example. `None` means: what the base suggests.
+
+    Built in notebook 00. Raises ValueError, naming the option, when a value cannot work.
+    """
+
+    base: str = _option("miniature", "a preset, a hub id or a path: what is personalised")
+    instance_data_dir: str | None = _option(None, "three to ten photographs of the subject (default: the sample toy)")
+    class_word: str = _option("dog", "the word for what kind of thing the subject is")
+    identifier: str = _option("sks", "a rare word that will come to mean the subject")
+    instance_prompt: str | None = _option(None, "default: 'a photo of {identifier} {class_word}', with its article")
+    class_prompt: str | None = _option(None, "default: 'a photo of a {class_word}'")
+    output_dir: str | None = _option(None, "where results go (default: runs/<class_word>)")
+
+    with_prior_preservation: bool = _option(True, "train on class images too, so that the class word keeps its meaning")
+    prior_loss_weight: float = _option(1.0, "weight of the class images' loss")
+    num_class_images: int = _option(100, "how many class images to draw, or to top up to")
+    class_data_dir: str | None = _option(None, "your own class images; used as they are, topped up, never altered")
+    sample_batch_size: int | None = _option(None, "images drawn at once")
+    num_inference_steps: int | None = _option(None, "solver steps for every image that a run draws")
+    guidance_scale: float | None = _option(None, "classifier-free guidance for every image that a run draws")
+
+    resolution: int | None = _option(None, "side of the square training images, pixels")
+    center_crop: bool = _option(True, "crop the middle; otherwise a random square, drawn anew each time")
+    random_flip: bool = _option(False, "mirror half of the images, drawn anew each time")
+    pre_compute_text_embeddings: bool = _option(True, "encode each prompt once, where the text encoder is frozen")
+    tokenizer_max_length: int | None = _option(None, "tokens a prompt is padded to")
+
+    rank: int = _option(16, "rank of the UNet's adapters")
+    lora_alpha: float | None = _option(None, "scale of the UNet's adapters (default: the rank)")
+    lora_dropout: float = _option(0.0, "dropout in the UNet's adapters")
+    train_text_encoder: bool | None = _option(None, "adapters on the text encoder too")
+    text_encoder_rank: int | None = _option(None, "default: the UNet's rank")
+    text_encoder_lora_alpha: float | None = _option(None, "default: the text encoder's rank")
+    text_encoder_lora_dropout: float = _option(0.0, "dropout in the text encoder's adapters")
+
+    train_batch_size: int = _option(4, "instance images a step; as many class images come on top")
+    gradient_accumulation_steps: int = _option(1, "batches whose gradients make one step")
+    max_train_steps: int | None = _option(None, "optimizer steps")
+    learning_rate: float | None = _option(None, "for the UNet's adapters")
+    text_encoder_learning_rate: float | None = _option(None, "for the text encoder's adapters")
+    lr_scheduler: str = _option("constant", "one of diffusers' schedules: constant, constant_with_warmup, cosine …")
+    lr_warmup_steps: int = _option(0, "steps until the learning rate is reached")
+    adam_beta1: float = _option(0.9, "AdamW")
+    adam_beta2: float = _option(0.999, "AdamW")
+    adam_weight_decay: float = _option(1e-2, "AdamW")
+    adam_epsilon: float = _option(1e-8, "AdamW")
+    max_grad_norm: float = _option(1.0, "gradients are scaled down to this norm")
+    gradient_checkpointing: bool = _option(False, "recompute activations: less memory, a third more time")
+    mixed_precision: str = _option("no", "no, fp16 or bf16; adapters stay in float32 whatever this says")
+    seed: int = _option(0, "every draw is a function of this and the step")
+
+    checkpointing_steps: int = _option(200, "steps between checkpoints; 0 for none")
+    checkpoints_total_limit: int | None = _option(2, "older checkpoints go when a newer one is complete")
+    resume_from_checkpoint: str | None = _option(None, "a checkpoint's path, or 'latest'")
+    validation_steps: int = _option(200, "steps between validation images during training; 0 for none")
+    num_validation_images: int = _option(32, "images a prompt set at the end; 0 switches images and metrics off")
+    reference_data_dir: str | None = _option(None, "further photographs of the subject: the ceiling of the metrics")
+    report_to: str = _option("none", "tensorboard, or none")
+    push_to_hub: bool = _option(False, "upload adapter, card, images and metrics when done")
+    hub_model_id: str | None = _option(None, "owner/name on the hub")
+
+    def __post_init__(self) -> None:
+        for name, value in PRESETS.get(self.base, PRESETS["sd15"]).items():
+            if name != "base" and getattr(self, name) is None:
+                setattr(self, name, value)
+        self.lora_alpha = float(self.rank if self.lora_alpha is None else self.lora_alpha)
+        self.text_encoder_rank = self.text_encoder_rank or self.rank
+        if self.text_encoder_lora_alpha is None:
+            self.text_encoder_lora_alpha = float(self.text_encoder_rank)
+        self.output_dir = self.output_dir or f"runs/{self.class_word.replace(' ', '-')}"
+        for name in ("rank", "text_encoder_rank", "train_batch_size", "gradient_accumulation_steps", "max_train_steps",
+                     "resolution", "num_class_images", "sample_batch_size", "num_inference_steps"):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        for name in ("checkpointing_steps", "validation_steps", "num_validation_images", "lr_warmup_steps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative.")
+        if self.mixed_precision not in ("no", "fp16", "bf16"):
+            raise ValueError(f"mixed_precision={self.mixed_precision!r} is none of no, fp16, bf16.")
+
+    def save(self, path: Path) -> None:
+        """Write the settings as JSON."""
+        path.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+
+
+# What `None` becomes, by base. The miniature's numbers were measured (see docs in README); the rest is the field's.
+PRESETS: dict[str, dict[str, Any]] = {
+    "miniature": dict(
+        base="miniature", resolution=64, max_train_steps=500, learning_rate=1e-3, text_encoder_learning_rate=1e-4,
+        train_text_encoder=False, num_inference_steps=20, guidance_scale=4.0, sample_batch_size=25,
+    ),
+    "sd15": dict(
+        base="stable-diffusion-v1-5/stable-diffusion-v1-5", resolution=512, max_train_steps=800, learning_rate=1e-4,
+        text_encoder_learning_rate=1e-5, train_text_encoder=False, num_inference_steps=25, guidance_scale=7.5,
+        sample_batch_size=4,
+    ),
+}  # fmt: skip
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line: one option a field, booleans as --name / --no_name."""
+    parser = argparse.ArgumentParser(
+        prog="python -m dbnb",
+        description="Personalise a text-to-image model to a subject from a few photographs, and measure it.",
+    )
+    hints = get_type_hints(DreamBoothConfig)
+    for item in dataclasses.fields(DreamBoothConfig):
+        types = [t for t in get_args(hints[item.name]) or (hints[item.name],) if t is not type(None)]
+        default = "" if item.default is None else f" (default: {item.default})"
+        common = dict(dest=item.name, default=item.default, help=item.metadata["help"].replace("%", "%%") + default)
+        if types[0] is bool:
+            group = parser.add_mutually_exclusive_group()
+            group.add_argument(f"--{item.name}", action="store_true", **common)
+            short = item.name.removeprefix("with_")
+            group.add_argument(f"--no_{short}", dest=item.name, action="store_false", help=argparse.SUPPRESS)
+        else:
+            parser.add_argument(f"--{item.name}", type=types[0], metavar=types[0].__name__.upper(), **common)
+    return parser
+
+
+def parse_args(argv: list[str] | None = None) -> DreamBoothConfig:
+    """Command line -> settings; a value that cannot work ends the program with one sentence."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    try:
+        return DreamBoothConfig(**vars(args))
+    except ValueError as error:
+        parser.error(str(error))

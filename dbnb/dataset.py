@@ -1,0 +1,141 @@
+"""Step 5: instance and class images with their prompts, as batches that a step's number alone decides.
+
+Built in notebook 05.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+
+from dbnb.concept import load_image
+
+# The roles that random draws play; each has its own generator, so that one draw more in one never shifts another.
+ORDER, CROP, FLIP, NOISE, TIMESTEP, POSTERIOR = range(6)
+
+
+def seeded(seed: int, role: int, *numbers: int) -> torch.Generator:
+    """A generator for one draw: the same (seed, role, numbers) always give the same values, on any device."""
+    state = np.random.SeedSequence((seed, role, *numbers)).generate_state(2, np.uint32)
+    return torch.Generator().manual_seed(int(state[0]) << 32 | int(state[1]))
+
+
+def _resized(image: Image.Image, size: int) -> Image.Image:
+    """The shorter side becomes `size` pixels."""
+    scale = size / min(image.size)
+    width, height = (max(size, round(side * scale)) for side in image.size)
+    return image.resize((width, height), Image.Resampling.LANCZOS) if (width, height) != image.size else image
+
+
+class DreamBoothDataset(Dataset):
+    """Sample n pairs one instance image with one class image; which ones, how cropped and flipped, n and seed decide.
+
+    n counts samples over the whole run: step k of batch size B takes k*B to k*B + B - 1. Each image is seen once an
+    epoch, in an order drawn anew for every epoch.
+    """
+
+    def __init__(
+        self,
+        instance_paths: Sequence[Path],
+        instance_prompt: str,
+        *,
+        class_paths: Sequence[Path] = (),
+        class_prompt: str = "",
+        size: int = 64,
+        center_crop: bool = True,
+        random_flip: bool = False,
+        seed: int = 0,
+        length: int = 10**9,
+    ) -> None:
+        self.prompts = {"instance": instance_prompt, "class": class_prompt}
+        self.images = {
+            "instance": [_resized(load_image(path), size) for path in instance_paths],
+            "class": [_resized(load_image(path), size) for path in class_paths],
+        }
+        self.size, self.center_crop, self.random_flip, self.seed, self.length = (
+            size, center_crop, random_flip, seed, length,
+        )  # fmt: skip
+        self.latents: dict[tuple[str, int, bool], torch.Tensor] = {}
+
+    def __len__(self) -> int:
+        return self.length
+
+    @property
+    def halves(self) -> tuple[str, ...]:
+        """("instance", "class") with prior preservation, else ("instance",)."""
+        return ("instance", "class") if self.images["class"] else ("instance",)
+
+    def draw(self, half: str, n: int) -> tuple[int, bool]:
+        """(image number, flipped) of sample n."""
+        count, number = len(self.images[half]), ("instance", "class").index(half)
+        order = torch.randperm(count, generator=seeded(self.seed, ORDER, number, n // count))
+        flip = self.random_flip and torch.rand((), generator=seeded(self.seed, FLIP, number, n)) < 0.5
+        return int(order[n % count]), bool(flip)
+
+    def pixels(self, half: str, index: int, flip: bool, crop: torch.Generator | None = None) -> torch.Tensor:
+        """(3, size, size) in [-1, 1]: the middle of the image, or a place that `crop` draws."""
+        image = self.images[half][index]
+        left, top = (image.width - self.size) // 2, (image.height - self.size) // 2
+        if crop is not None:
+            left = int(torch.randint(image.width - self.size + 1, (), generator=crop))
+            top = int(torch.randint(image.height - self.size + 1, (), generator=crop))
+        array = np.asarray(image.crop((left, top, left + self.size, top + self.size)))
+        pixels = torch.from_numpy(array.copy()).permute(2, 0, 1).float() / 127.5 - 1.0
+        return pixels.flip(2) if flip else pixels
+
+    def __getitem__(self, n: int) -> dict[str, Any]:
+        """{"instance_pixels" or "instance_latents", "instance_prompt", and the same for "class"}."""
+        example: dict[str, Any] = {"n": n}
+        for number, half in enumerate(self.halves):
+            index, flip = self.draw(half, n)
+            if self.latents:
+                example[f"{half}_latents"] = self.latents[half, index, flip]
+            else:
+                crop = None if self.center_crop else seeded(self.seed, CROP, number, n)
+                example[f"{half}_pixels"] = self.pixels(half, index, flip, crop)
+            example[f"{half}_prompt"] = self.prompts[half]
+        return example
+
+    @property
+    def fixed_crop(self) -> bool:
+        """Whether each image always gives the same pixels (but for flips), so that its latents can be cached."""
+        return self.center_crop or all(min(i.size) == max(i.size) == self.size for v in self.images.values() for i in v)
+
+
+def collate_fn(examples: list[dict[str, Any]]) -> dict[str, Any]:
+    """Samples -> a batch, instances first and classes second.
+
+    {"pixel_values": (2B, 3, H, W)} or {"latent_parameters": (2B, 2C, h, w)}, "prompts": 2B strings, "n": B numbers,
+    "halves": 1 or 2. Every later step relies on this order.
+    """
+    halves = [half for half in ("instance", "class") if f"{half}_prompt" in examples[0]]
+    key, name = ("latents", "latent_parameters") if "instance_latents" in examples[0] else ("pixels", "pixel_values")
+    return {
+        name: torch.stack([example[f"{half}_{key}"] for half in halves for example in examples]),
+        "prompts": [example[f"{half}_prompt"] for half in halves for example in examples],
+        "n": [example["n"] for example in examples],
+        "halves": len(halves),
+    }
+
+
+@torch.no_grad()
+def cache_latents(dataset: DreamBoothDataset, vae) -> int:
+    """Encode every image once (and its mirror image, if flips are on); returns how many were encoded.
+
+    What is kept is the posterior's mean and log variance, (2C, h, w), so that each step can still sample from it.
+    Raises ValueError where crops are random, since pixels then differ each time.
+    """
+    if not dataset.fixed_crop:
+        raise ValueError("Latents cannot be cached with random crops: use center_crop, or square images.")
+    for half in dataset.halves:
+        for index in range(len(dataset.images[half])):
+            for flip in (False, True) if dataset.random_flip else (False,):
+                pixels = dataset.pixels(half, index, flip)[None].to(vae.device, vae.dtype)
+                dataset.latents[half, index, flip] = vae.encode(pixels).latent_dist.parameters[0]
+    return len(dataset.latents)

@@ -1,0 +1,148 @@
+"""Step 7: both adapters in one diffusers file, proof that it reloads, the model card, the hub. Built in notebook 07."""
+
+from __future__ import annotations
+
+import dataclasses
+import uuid
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.training_utils import _collate_lora_metadata
+from diffusers.utils import convert_state_dict_to_diffusers
+from huggingface_hub import HfApi, ModelCard, ModelCardData
+from peft import get_peft_model_state_dict
+from transformers import CLIPTextModel
+
+from dbnb.adapters import adapted_modules
+from dbnb.concept import Concept
+from dbnb.config import DreamBoothConfig
+from dbnb.models import Components
+from dbnb.prior import build_pipeline, draw_images
+
+WEIGHT_NAME = "pytorch_lora_weights.safetensors"
+# All that an upload may contain; checkpoints, logs and settings of this machine stay here.
+PUBLISHED = (WEIGHT_NAME, "README.md", "before_after.png", "loss.png", "metrics.json")
+
+
+def adapter_state_dicts(components: Components) -> dict[str, dict[str, torch.Tensor]]:
+    """Part -> adapter weights under diffusers' names."""
+    states = {}
+    for part, module in adapted_modules(components).items():
+        state = convert_state_dict_to_diffusers(get_peft_model_state_dict(module))
+        if part == "text_encoder" and isinstance(module, CLIPTextModel):
+            # Newer transformers have no `text_model` level; older diffusers know only names that have it.
+            state = {key if key.startswith("text_model.") else f"text_model.{key}": v for key, v in state.items()}
+        states[part] = {key: value.detach().float().cpu().contiguous() for key, value in state.items()}
+    return states
+
+
+def save_adapters(components: Components, output_dir: Path) -> Path:
+    """Write the adapters of UNet and text encoder to one file with their ranks and alphas; returns its path.
+
+    Raises ValueError where there is no adapter.
+    """
+    states = adapter_state_dicts(components)
+    if not states:
+        raise ValueError("There is no adapter to save: call add_adapters and train first.")
+    pipeline_class = type(build_pipeline(components))
+    temporary = f".{uuid.uuid4().hex}.safetensors"
+    layers = {f"{part}_lora_layers": state for part, state in states.items()}
+    pipeline_class.save_lora_weights(
+        output_dir, weight_name=temporary, **layers, **_collate_lora_metadata(adapted_modules(components))
+    )
+    path = Path(output_dir) / WEIGHT_NAME
+    (Path(output_dir) / temporary).replace(path)
+    return path
+
+
+def reload_pipeline(components: Components, adapter: Path) -> DiffusionPipeline:
+    """A fresh pipeline of plain diffusers with the saved adapter: what whoever downloads it will have."""
+    pipeline = DiffusionPipeline.from_pretrained(components.base).to(dtype=components.unet.dtype)
+    pipeline.scheduler = build_pipeline(components).scheduler
+    pipeline.load_lora_weights(adapter.parent, weight_name=adapter.name)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def verify_reload(components: Components, adapter: Path, concept: Concept, config: DreamBoothConfig) -> int:
+    """Largest difference, in 1/255, between what the trained model and the reloaded adapter draw.
+
+    Raises ValueError where it is larger than rounding explains: the file is then not what was trained.
+    """
+    options = dict(
+        num_inference_steps=min(8, config.num_inference_steps), guidance_scale=config.guidance_scale,
+        resolution=config.resolution, batch_size=2,
+    )  # fmt: skip
+    pictures = [
+        np.stack([np.asarray(image, dtype=np.int16) for image in
+                  draw_images(pipeline, [concept.instance_prompt] * 2, [1, 2], **options)])
+        for pipeline in (build_pipeline(components), reload_pipeline(components, adapter))
+    ]  # fmt: skip
+    difference = int(np.abs(pictures[0] - pictures[1]).max())
+    if difference > 2:
+        raise ValueError(
+            f"{adapter} reloads to another picture (difference {difference}/255): compare versions of diffusers."
+        )
+    return difference
+
+
+def model_card(
+    concept: Concept, config: DreamBoothConfig, metrics: dict[str, dict[str, float]] | None, *, has_text_encoder: bool
+) -> ModelCard:
+    """The card: what it is, how to load it, every hyper-parameter, the metrics, the pictures, a word on consent."""
+    data = ModelCardData(
+        base_model=config.base if "/" in config.base and not Path(config.base).exists() else None,
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        tags=["text-to-image", "diffusers", "lora", "dreambooth", "dbnb"],
+    )
+    parts = "UNet and text encoder" if has_text_encoder else "UNet"
+    private = {"output_dir", "instance_data_dir", "class_data_dir", "reference_data_dir", "resume_from_checkpoint"}
+    private |= {"push_to_hub", "hub_model_id", "base"}
+    rows = [f"| {k} | {v} |" for k, v in dataclasses.asdict(config).items() if k not in private and v is not None]
+    base = config.base if not Path(config.base).exists() else Path(config.base).name
+    lines = [
+        f"---\n{data.to_yaml()}\n---",
+        f"# {concept.identifier} {concept.class_word}: a DreamBooth LoRA",
+        f"Adapters of rank {config.rank} on the {parts} of `{base}`, trained with dbnb on {len(concept.paths)} "
+        f"photographs. The prompt `{concept.instance_prompt}` draws the subject.",
+        "```python\nfrom diffusers import DiffusionPipeline\n\n"
+        'pipeline = DiffusionPipeline.from_pretrained("<base>")\n'
+        f'pipeline.load_lora_weights("<this folder>", weight_name="{WEIGHT_NAME}")\n'
+        f'pipeline("{concept.instance_prompt} on the beach").images[0]\n```',
+    ]
+    if metrics is not None:
+        lines += ["![before and after](before_after.png)", "## Measured", _metrics_table(metrics)]
+    lines += [
+        "![loss](loss.png)",
+        "## Settings",
+        "| option | value |\n|---|---|\n" + "\n".join(rows),
+        "## Use",
+        "Pictures of people, and of what belongs to them, need their consent. The licence of the base model applies.",
+    ]
+    return ModelCard("\n\n".join(lines) + "\n")
+
+
+def _metrics_table(metrics: dict[str, dict[str, Any]]) -> str:
+    states = ("before", "after", "floor", "ceiling")
+    rows = ["| | " + " | ".join(states) + " |", "|---|---|---|---|---|"]
+    for name in metrics["after"]:
+        cells = [metrics[state].get(name) for state in states]
+        rows.append(f"| {name} | " + " | ".join("" if c is None else f"{c:.3f}" for c in cells) + " |")
+    return "\n".join(rows)
+
+
+def push_to_hub(output_dir: Path, repo_id: str, *, dry_run: bool = False, endpoint: str | None = None) -> list[str]:
+    """Upload adapter, card, images and metrics, and nothing else; returns the names of the files.
+
+    The token is whatever huggingface_hub has stored. `dry_run` only lists what would go.
+    """
+    names = [name for name in PUBLISHED if (Path(output_dir) / name).is_file()]
+    if not dry_run:
+        api = HfApi(endpoint=endpoint)
+        api.create_repo(repo_id, exist_ok=True)
+        api.upload_folder(repo_id=repo_id, folder_path=output_dir, allow_patterns=names, commit_message="dbnb adapter")
+    return names

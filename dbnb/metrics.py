@@ -1,0 +1,179 @@
+"""How well it worked, in numbers: subject fidelity, prompt fidelity, prior preservation, diversity. Notebook 08.
+
+The measures are DreamBooth's (Ruiz et al., 2023, section 4.1): mean cosine similarity of generated and real pictures in
+the space of an image encoder, and of pictures and prompts in CLIP's. For the miniature the encoders ship with it; for
+real bases they are DINO ViT-S/16 and CLIP ViT-B/32 from transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from transformers import AutoModel, CLIPModel, CLIPTokenizer
+
+from dbnb.models import Components
+from dbnb.toybox.scenes import SCENES
+from dbnb.validation import ValidationImages
+
+_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+_CLIP = ((0.4815, 0.4578, 0.4082), (0.2686, 0.2613, 0.2758))
+_HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+
+
+@dataclass
+class Encoders:
+    """An identity encoder and a CLIP, each with the size and normalisation (mean, std) it wants."""
+
+    identity: Any
+    identity_input: tuple[int, tuple]
+    clip: CLIPModel
+    tokenizer: CLIPTokenizer
+    clip_input: tuple[int, tuple]
+
+    @torch.no_grad()
+    def identity_features(self, images: Sequence[Image.Image]) -> torch.Tensor:
+        """(N, D) of length 1, in which pictures of one subject lie close together."""
+        return F.normalize(self.identity(_pixels(images, *self.identity_input)).pooler_output.flatten(1), dim=1)
+
+    @torch.no_grad()
+    def clip_features(self, images: Sequence[Image.Image]) -> torch.Tensor:
+        """(N, D) of length 1."""
+        return F.normalize(self.clip.get_image_features(_pixels(images, *self.clip_input)).pooler_output, dim=1)
+
+    @torch.no_grad()
+    def text_features(self, prompts: Sequence[str]) -> torch.Tensor:
+        """(N, D) of length 1."""
+        tokens = self.tokenizer(list(prompts), padding="max_length", truncation=True, return_tensors="pt")
+        return F.normalize(self.clip.get_text_features(**tokens).pooler_output, dim=1)
+
+
+def _pixels(images: Sequence[Image.Image], size: int, normalization: tuple) -> torch.Tensor:
+    mean, std = (torch.tensor(values)[None, :, None, None] for values in normalization)
+    arrays = [np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC)) for image in images]
+    return (torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 255.0 - mean) / std
+
+
+def load_encoders(base: Path) -> Encoders:
+    """The encoders that ship with a base (the miniature's), else DINO and CLIP from the hub or its cache.
+
+    Raises OSError where those cannot be had: metrics are then left out, with that reason.
+    """
+    if (base / "identity").is_dir():
+        return Encoders(
+            AutoModel.from_pretrained(base / "identity").float().eval(),
+            (64, _HALF),
+            CLIPModel.from_pretrained(base / "clip").float().eval(),
+            CLIPTokenizer.from_pretrained(base / "tokenizer"),
+            (64, _HALF),
+        )
+    name = "openai/clip-vit-base-patch32"
+    return Encoders(
+        AutoModel.from_pretrained("facebook/dino-vits16").eval(),
+        (224, _IMAGENET),
+        CLIPModel.from_pretrained(name).eval(),
+        CLIPTokenizer.from_pretrained(name),
+        (224, _CLIP),
+    )
+
+
+@torch.no_grad()
+def through_vae(components: Components, images: Sequence[Image.Image], size: int) -> list[Image.Image]:
+    """Pictures as the base's autoencoder gives them back, so that its blur is not counted as lost identity."""
+    if components.vae is None:
+        return [image.resize((size, size), Image.Resampling.LANCZOS) for image in images]
+    decoded = []
+    for image in images:
+        pixels = _pixels([image], size, _HALF).to(components.vae.device, components.vae.dtype)
+        output = components.vae.decode(components.vae.encode(pixels).latent_dist.mode()).sample[0]
+        array = ((output.float().clamp(-1, 1) + 1) * 127.5).round().permute(1, 2, 0).byte().cpu().numpy()
+        decoded.append(Image.fromarray(array))
+    return decoded
+
+
+def subject_fidelity(features: torch.Tensor, references: torch.Tensor) -> float:
+    """Mean cosine similarity of every picture with every reference picture."""
+    return float((features @ references.T).mean())
+
+
+def diversity(features: torch.Tensor) -> float:
+    """Mean pairwise cosine distance."""
+    n = len(features)
+    return float((1.0 - features @ features.T).sum() / (n * (n - 1)))
+
+
+def evaluate(
+    encoders: Encoders,
+    images: ValidationImages,
+    instances: Sequence[Image.Image],
+    class_prompt: str,
+    scenes: Mapping[str, str] = SCENES,
+) -> dict[str, float]:
+    """The numbers for one state of the model.
+
+    subject_fidelity, clip_i: subject images (alone and in scenes) against instance images. clip_t: scene images
+    against their prompts. scene_recognised: share of scene images whose own scene CLIP finds likeliest among all.
+    class_diversity: mean pairwise distance of class images. class_subject_similarity: class images against instance
+    images (lower is better: the paper's PRES).
+    """
+    real = encoders.identity_features(instances)
+    subject = encoders.identity_features([*images.subject, *images.scenes])
+    classes = encoders.identity_features(images.classes)
+    scene_features = encoders.clip_features(images.scenes)
+    guesses = (scene_features @ encoders.text_features([f"{class_prompt} {p}" for p in scenes.values()]).T).argmax(1)
+    right = [list(scenes)[int(guess)] == name for guess, name in zip(guesses, images.scene_names, strict=True)]
+    return {
+        "subject_fidelity": subject_fidelity(subject, real),
+        "clip_i": subject_fidelity(
+            encoders.clip_features([*images.subject, *images.scenes]), encoders.clip_features(instances)
+        ),
+        "clip_t": float((scene_features * encoders.text_features(images.scene_prompts)).sum(1).mean()),
+        "scene_recognised": sum(right) / len(right),
+        "class_diversity": diversity(classes),
+        "class_subject_similarity": subject_fidelity(classes, real),
+    }
+
+
+def ceiling(
+    encoders: Encoders, components: Components, instances: Sequence[Image.Image], references: Sequence[Image.Image],
+    resolution: int,
+) -> dict[str, float]:  # fmt: skip
+    """What other real photographs of the subject reach; without any, each instance image against the others."""
+    pictures = through_vae(components, references or instances, resolution)
+    numbers = {}
+    for name, encode in (("subject_fidelity", encoders.identity_features), ("clip_i", encoders.clip_features)):
+        similarity = encode(pictures) @ encode(instances).T
+        if not references:
+            similarity = similarity[~torch.eye(len(instances), dtype=torch.bool)]
+        numbers[name] = float(similarity.mean()) if similarity.numel() else float("nan")
+    return numbers
+
+
+def report(before: dict, after: dict, top: dict) -> dict[str, dict[str, float]]:
+    """What `metrics.json` holds: before, after, floor, ceiling.
+
+    `after` also holds normalized_subject_fidelity = (after - floor) / (ceiling - floor) and class_diversity_ratio =
+    after / before.
+    """
+    floor = {name: before[name] for name in ("subject_fidelity", "clip_i")}
+    span = top["subject_fidelity"] - floor["subject_fidelity"]
+    after = after | {
+        "normalized_subject_fidelity": (after["subject_fidelity"] - floor["subject_fidelity"]) / span,
+        "class_diversity_ratio": after["class_diversity"] / before["class_diversity"],
+    }
+    return {"before": before, "after": after, "floor": floor, "ceiling": top}
+
+
+def format_table(metrics: dict[str, dict[str, float]]) -> str:
+    """The metrics as text: one row a number, one column a state."""
+    rows = [f"{'':30}{'before':>10}{'after':>10}{'floor':>10}{'ceiling':>10}"]
+    for name in metrics["after"]:
+        cells = (metrics[state].get(name) for state in ("before", "after", "floor", "ceiling"))
+        rows.append(f"{name:30}" + "".join(f"{'' if c is None else format(c, '.3f'):>10}" for c in cells))
+    return "\n".join(rows)

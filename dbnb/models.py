@@ -1,0 +1,190 @@
+"""Step 3: load the parts of a base, pick the text encoder's class, freeze, cast. Built in notebook 03."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
+from transformers import AutoTokenizer, CLIPTextModel, T5EncoderModel
+
+
+def _roberta_series() -> type:
+    from diffusers.pipelines.deprecated.alt_diffusion.modeling_roberta_series import (
+        RobertaSeriesModelWithTransformation,
+    )
+
+    return RobertaSeriesModelWithTransformation
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What the workflow must know of a text encoder: how to get its class, where its adapters sit, its call."""
+
+    text_encoder_class: Any
+    lora_targets: tuple[str, ...]
+    returns_tuple: bool = True
+
+
+# One row an architecture: the name is what `text_encoder/config.json` says in `architectures`.
+ARCHITECTURES = {
+    "CLIPTextModel": Architecture(lambda: CLIPTextModel, ("q_proj", "k_proj", "v_proj", "out_proj")),
+    "T5EncoderModel": Architecture(lambda: T5EncoderModel, ("q", "k", "v", "o")),
+    "RobertaSeriesModelWithTransformation": Architecture(
+        _roberta_series, ("query", "key", "value", "output.dense"), returns_tuple=False
+    ),
+}
+
+
+@dataclass
+class Components:
+    """The parts of a base, frozen. `vae` is None for pixel-space models. Shows itself as a table."""
+
+    base: Path
+    tokenizer: Any
+    text_encoder: torch.nn.Module
+    vae: AutoencoderKL | None
+    unet: UNet2DConditionModel
+    noise_scheduler: DDPMScheduler
+    architecture: Architecture
+
+    def modules(self) -> dict[str, torch.nn.Module]:
+        """The parts that hold parameters."""
+        parts = {"text_encoder": self.text_encoder, "vae": self.vae, "unet": self.unet}
+        return {name: module for name, module in parts.items() if module is not None}
+
+    def to(self, device: torch.device | str) -> Components:
+        """Move every part."""
+        for module in self.modules().values():
+            module.to(device)
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        return self.unet.device
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels a latent, along one side; 1 in pixel space."""
+        return 1 if self.vae is None else 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    def table(self) -> list[dict[str, str]]:
+        """One row a part: class, parameters, dtype, how many are trainable, memory."""
+        rows = []
+        for name, module in self.modules().items():
+            params = list(module.parameters())
+            rows.append(
+                {
+                    "part": name,
+                    "class": type(module).__name__,
+                    "parameters": f"{sum(p.numel() for p in params):,}",
+                    "dtype": ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in params})),
+                    "trainable": f"{sum(p.numel() for p in params if p.requires_grad):,}",
+                    "memory": f"{sum(p.numel() * p.element_size() for p in params) / 2**20:.1f} MiB",
+                }
+            )
+        return rows
+
+    def __str__(self) -> str:
+        rows = self.table()
+        widths = {key: max(len(key), *(len(row[key]) for row in rows)) for key in rows[0]}
+        lines = ["  ".join(key.ljust(widths[key]) for key in rows[0])]
+        lines += ["  ".join(row[key].ljust(widths[key]) for key in row) for row in rows]
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        rows = self.table()
+        head = "".join(f"<th>{key}</th>" for key in rows[0])
+        body = "".join("<tr>" + "".join(f"<td>{value}</td>" for value in row.values()) + "</tr>" for row in rows)
+        return f"<table><tr>{head}</tr>{body}</table>"
+
+
+def resolve_base(base: str) -> Path:
+    """A preset, a path or a hub id -> a local pipeline folder (the hub's files land in huggingface_hub's cache).
+
+    Raises FileNotFoundError in one sentence when it is neither a folder nor reachable on the hub.
+    """
+    if base == "miniature":
+        from dbnb import miniature
+
+        return miniature.path()
+    path = Path(base).expanduser()
+    if path.is_dir():
+        if not (path / "model_index.json").is_file():
+            raise FileNotFoundError(f"{path} has no model_index.json: give the folder of a whole diffusers pipeline.")
+        return path
+    if base.count("/") != 1 or base.startswith((".", "/", "~")):
+        raise FileNotFoundError(f"Base {base!r} is no folder here and no hub id (owner/name): check the spelling.")
+    try:
+        return Path(DiffusionPipeline.download(base))
+    except Exception as error:  # huggingface_hub raises a dozen kinds; what to do is the same
+        raise FileNotFoundError(
+            f"Base {base!r} cannot be fetched from the hub ({type(error).__name__}): check the id, the network and "
+            "your access, or use --base miniature, which needs none."
+        ) from error
+
+
+def fingerprint(base: Path) -> str:
+    """A short hash of a base: every file's name, size, and first and last MiB (all of a file can be gigabytes)."""
+    digest = hashlib.sha256()
+    for path in sorted(base.rglob("*")):
+        if path.suffix in (".json", ".safetensors", ".txt") and path.is_file():
+            digest.update(str(path.relative_to(base)).encode())
+            digest.update(str(path.stat().st_size).encode())
+            with path.open("rb") as file:
+                digest.update(file.read(1 << 20))
+                file.seek(max(file.tell(), path.stat().st_size - (1 << 20)))
+                digest.update(file.read())
+    return digest.hexdigest()[:16]
+
+
+def text_architecture(base: Path) -> tuple[str, Architecture]:
+    """Name and row of a base's text encoder. Raises ValueError that names an unknown one and lists the known."""
+    names = json.loads((base / "text_encoder" / "config.json").read_text()).get("architectures") or ["(none)"]
+    if names[0] not in ARCHITECTURES:
+        raise ValueError(f"Text encoder {names[0]} of {base} is not known here; known are {', '.join(ARCHITECTURES)}.")
+    return names[0], ARCHITECTURES[names[0]]
+
+
+def load_components(base: str | Path, *, weight_dtype: torch.dtype = torch.float32) -> Components:
+    """Load tokenizer, text encoder, VAE (if `model_index.json` names one), UNet and noise schedule; freeze; cast.
+
+    Everything is cast to `weight_dtype`. The scheduler is the base's own schedule as DDPM, whatever solver it ships.
+    """
+    folder = resolve_base(str(base))
+    index = json.loads((folder / "model_index.json").read_text())
+    _, architecture = text_architecture(folder)
+    has_vae = (index.get("vae") or [None, None])[1] is not None
+    components = Components(
+        base=folder,
+        tokenizer=AutoTokenizer.from_pretrained(folder / "tokenizer"),
+        text_encoder=architecture.text_encoder_class().from_pretrained(folder / "text_encoder"),
+        vae=AutoencoderKL.from_pretrained(folder, subfolder="vae") if has_vae else None,
+        unet=UNet2DConditionModel.from_pretrained(folder, subfolder="unet"),
+        noise_scheduler=DDPMScheduler.from_pretrained(folder, subfolder="scheduler"),
+        architecture=architecture,
+    )
+    for module in components.modules().values():
+        module.requires_grad_(False).eval().to(dtype=weight_dtype)
+    return components
+
+
+def encode_prompts(components: Components, prompts: list[str], *, max_length: int | None = None) -> torch.Tensor:
+    """Prompts -> (B, L, D) hidden states, each distinct prompt encoded once.
+
+    L is `max_length`, or the tokenizer's own length. Gradients flow where the text encoder has trainable weights.
+    """
+    distinct = list(dict.fromkeys(prompts))
+    length = max_length or components.tokenizer.model_max_length
+    tokens = components.tokenizer(
+        distinct, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+    ).to(components.text_encoder.device)
+    if components.architecture.returns_tuple:
+        hidden = components.text_encoder(tokens.input_ids, return_dict=False)[0]
+    else:
+        hidden = components.text_encoder(tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
+    return hidden[[distinct.index(prompt) for prompt in prompts]]

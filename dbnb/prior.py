@@ -1,0 +1,205 @@
+"""Step 2: class images, drawn once from the class prompt, cached by what made them, reused. Built in notebook 02."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
+from PIL import Image
+
+from dbnb.concept import inspect_images
+from dbnb.models import Components, fingerprint
+
+
+def cache_dir() -> Path:
+    """Where caches are shared between runs: $DBNB_CACHE, else $XDG_CACHE_HOME/dbnb, else ~/.cache/dbnb."""
+    root = os.environ.get("DBNB_CACHE")
+    return Path(root) if root else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dbnb"
+
+
+def build_pipeline(components: Components) -> DiffusionPipeline:
+    """The base's own diffusers pipeline around these parts, with a fast solver (DPM-Solver++, Lu et al., 2022)."""
+    parts = {**components.modules(), "tokenizer": components.tokenizer}
+    pipeline = DiffusionPipeline.from_pretrained(components.base, **parts)
+    # A learned variance is split off by the pipeline only if the scheduler does not expect it.
+    learned = str(components.noise_scheduler.config.get("variance_type", "")).startswith("learned")
+    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(
+        components.noise_scheduler.config, **({"variance_type": "fixed_small"} if learned else {})
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def image_seed(seed: int, index: int) -> int:
+    """The seed of image number `index` of a series; adding images never changes earlier ones."""
+    return int(np.random.SeedSequence((seed, index)).generate_state(1, np.uint32)[0])
+
+
+@torch.no_grad()
+def draw_images(
+    pipeline: DiffusionPipeline,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    num_inference_steps: int,
+    guidance_scale: float,
+    resolution: int,
+    batch_size: int,
+) -> list[Image.Image]:
+    """One image for each (prompt, seed), whatever the batch size."""
+    images: list[Image.Image] = []
+    for start in range(0, len(prompts), batch_size):
+        stop = start + batch_size
+        images += pipeline(
+            list(prompts[start:stop]),
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds[start:stop]],
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            height=resolution,
+            width=resolution,
+        ).images
+    return images
+
+
+@dataclass(frozen=True)
+class ClassImageRecipe:
+    """All that decides what a class image looks like; two equal recipes share a cache."""
+
+    base: str
+    prompt: str
+    resolution: int
+    num_inference_steps: int
+    guidance_scale: float
+    scheduler: str
+    dtype: str
+    seed: int
+    diffusers: str
+
+    @property
+    def folder(self) -> Path:
+        key = hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+        return cache_dir() / "class_images" / key
+
+
+def _write_atomically(path: Path, write) -> None:
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        write(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _valid_indices(folder: Path) -> dict[str, str]:
+    """File name -> hash of the cached images whose content is what the manifest says."""
+    try:
+        known = json.loads((folder / "manifest.json").read_text())["images"]
+    except (OSError, ValueError, KeyError):
+        return {}
+    return {
+        name: digest
+        for name, digest in known.items()
+        if (folder / name).is_file() and hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest
+    }
+
+
+def _why_not_another(recipe: ClassImageRecipe) -> str:
+    """What the closest other cached set differs in."""
+    mine, closest = dataclasses.asdict(recipe), None
+    for path in recipe.folder.parent.glob("*/manifest.json"):
+        try:
+            other = json.loads(path.read_text())["recipe"]
+        except (OSError, ValueError, KeyError):
+            continue
+        different = [key for key in mine if mine[key] != other.get(key)]
+        if different and (closest is None or len(different) < len(closest[0])):
+            closest = (different, other)
+    if closest is None:
+        return "nothing is cached yet"
+    return "the closest cached set differs in " + ", ".join(
+        f"{key} ({closest[1].get(key)!r}, now {mine[key]!r})" for key in closest[0]
+    )
+
+
+@dataclass(frozen=True)
+class ClassImages:
+    """The class images of a run: where they are, and what was decided about the cache."""
+
+    paths: tuple[Path, ...]
+    decision: str
+    reason: str
+
+
+def class_images(
+    components: Components,
+    prompt: str,
+    num_class_images: int,
+    *,
+    resolution: int,
+    num_inference_steps: int = 20,
+    guidance_scale: float = 4.0,
+    batch_size: int = 25,
+    seed: int = 0,
+    class_data_dir: str | Path | None = None,
+) -> ClassImages:
+    """`num_class_images` pictures of the class: one's own first, the rest from the cache, drawn where missing.
+
+    Decisions: "own", "reuse", "top up", "generate". Images are PNG, named by index, each from (seed, index).
+    """
+    own: list[Path] = []
+    if class_data_dir is not None:
+        own = inspect_images(Path(class_data_dir), resolution)[0][:num_class_images]
+        if len(own) == num_class_images:
+            return ClassImages(tuple(own), "own", f"{len(own)} images of {class_data_dir}")
+    count = num_class_images - len(own)
+    recipe = ClassImageRecipe(
+        base=fingerprint(components.base),
+        prompt=prompt,
+        resolution=resolution,
+        num_inference_steps=num_inference_steps,
+        guidance_scale=guidance_scale,
+        scheduler=DPMSolverMultistepScheduler.__name__,
+        dtype=str(components.unet.dtype).removeprefix("torch."),
+        seed=seed,
+        diffusers=diffusers.__version__,
+    )
+    folder = recipe.folder
+    wanted = [f"{index:04d}.png" for index in range(count)]
+    valid = _valid_indices(folder)
+    missing = [index for index, name in enumerate(wanted) if name not in valid]
+    paths = tuple(own) + tuple(folder / name for name in wanted)
+    if not missing:
+        return ClassImages(paths, "reuse", f"{count} images with this recipe are cached")
+    decision = "top up" if valid else "generate"
+    reason = f"{len(valid)} of {count} are cached" if valid else _why_not_another(recipe)
+    folder.mkdir(parents=True, exist_ok=True)
+    pipeline = build_pipeline(components)
+    for start in range(0, len(missing), batch_size):
+        chunk = missing[start : start + batch_size]
+        images = draw_images(
+            pipeline,
+            [prompt] * len(chunk),
+            [image_seed(seed, index) for index in chunk],
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            resolution=resolution,
+            batch_size=batch_size,
+        )
+        for index, image in zip(chunk, images, strict=True):
+            path = folder / wanted[index]
+            _write_atomically(path, lambda temporary, image=image: image.save(temporary, format="PNG"))
+            valid[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
+        manifest = {"recipe": dataclasses.asdict(recipe), "images": dict(sorted(valid.items()))}
+        text = json.dumps(manifest, indent=1)
+        _write_atomically(folder / "manifest.json", lambda temporary, text=text: temporary.write_text(text))
+    return ClassImages(paths, decision, reason)

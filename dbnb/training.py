@@ -1,0 +1,351 @@
+"""Step 6: one training step as a pure function, and the loop around it. Built in notebook 06."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shutil
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from diffusers.optimization import get_scheduler
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from tqdm.auto import tqdm
+
+from dbnb.adapters import adapted_modules, trainable_parameters
+from dbnb.config import DreamBoothConfig
+from dbnb.dataset import NOISE, POSTERIOR, TIMESTEP, DreamBoothDataset, cache_latents, collate_fn, seeded
+from dbnb.models import Components, encode_prompts, fingerprint
+
+
+@dataclass
+class StepRecord:
+    """All that one step computed; B instance samples, then B class samples with prior preservation."""
+
+    loss: torch.Tensor  # instance_loss + prior_loss_weight * prior_loss
+    instance_loss: torch.Tensor
+    prior_loss: torch.Tensor | None
+    timesteps: torch.Tensor  # (2B,)
+    latents: torch.Tensor  # (2B, C, h, w), clean
+    noise: torch.Tensor
+    noisy_latents: torch.Tensor
+    prediction: torch.Tensor
+    target: torch.Tensor
+
+
+def _per_sample(batch: dict[str, Any], seed: int, role: int, draw: Callable[[torch.Generator], torch.Tensor]):
+    """A draw for each sample, instances first, from (seed, role, half, n)."""
+    rows = [draw(seeded(seed, role, half, n)) for half in range(batch["halves"]) for n in batch["n"]]
+    return torch.stack(rows)
+
+
+def clean_latents(components: Components, batch: dict[str, Any], seed: int) -> torch.Tensor:
+    """What noise is added to: latents sampled from the VAE's posterior, or pixels where there is no VAE."""
+    device = components.device
+    if "latent_parameters" in batch:
+        parameters = batch["latent_parameters"].to(device)
+    else:
+        pixels = batch["pixel_values"].to(device)
+        if components.vae is None:
+            return pixels
+        parameters = components.vae.encode(pixels.to(components.vae.dtype)).latent_dist.parameters
+    posterior = DiagonalGaussianDistribution(parameters.float())
+    shape = posterior.mean.shape[1:]
+    noise = _per_sample(batch, seed, POSTERIOR, lambda g: torch.randn(shape, generator=g)).to(device)
+    return (posterior.mean + posterior.std * noise) * components.vae.config.scaling_factor
+
+
+def training_step(
+    components: Components,
+    batch: dict[str, Any],
+    *,
+    seed: int,
+    prior_loss_weight: float = 1.0,
+    prompt_embeds: dict[str, torch.Tensor] | None = None,
+    tokenizer_max_length: int | None = None,
+) -> StepRecord:
+    """The forward process, the prediction and the loss for one batch: a pure function of its arguments.
+
+    x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise (Ho et al., 2020, eq. 4); the UNet predicts the noise, or v (Salimans and
+    Ho, 2022); loss = instance + `prior_loss_weight` * prior, each a mean of squares (Ruiz et al., 2023, eq. 2).
+    `prompt_embeds` holds (L, D) embeddings by prompt where the text encoder is frozen.
+    """
+    device, scheduler = components.device, components.noise_scheduler
+    latents = clean_latents(components, batch, seed)
+    shape = latents.shape[1:]
+    noise = _per_sample(batch, seed, NOISE, lambda g: torch.randn(shape, generator=g)).to(device)
+    top = scheduler.config.num_train_timesteps
+    timesteps = _per_sample(batch, seed, TIMESTEP, lambda g: torch.randint(top, (), generator=g)).to(device)
+    noisy = scheduler.add_noise(latents, noise, timesteps)
+
+    if prompt_embeds is None:
+        hidden = encode_prompts(components, batch["prompts"], max_length=tokenizer_max_length)
+    else:
+        hidden = torch.stack([prompt_embeds[prompt] for prompt in batch["prompts"]])
+    dtype = components.unet.dtype
+    prediction = components.unet(noisy.to(dtype), timesteps, encoder_hidden_states=hidden.to(dtype)).sample
+    if prediction.shape[1] == 2 * shape[0]:  # a learned variance comes as further channels; only the mean is trained
+        prediction = prediction.chunk(2, dim=1)[0]
+
+    kind = scheduler.config.prediction_type
+    if kind == "epsilon":
+        target = noise
+    elif kind == "v_prediction":
+        target = scheduler.get_velocity(latents, noise, timesteps)
+    else:
+        raise ValueError(f"The base's scheduler predicts {kind!r}; known are epsilon and v_prediction.")
+
+    errors = F.mse_loss(prediction.float(), target.float(), reduction="none")
+    halves = errors.chunk(batch["halves"])
+    instance_loss = halves[0].mean()
+    prior_loss = halves[1].mean() if batch["halves"] == 2 else None
+    loss = instance_loss if prior_loss is None else instance_loss + prior_loss_weight * prior_loss
+    return StepRecord(loss, instance_loss, prior_loss, timesteps, latents, noise, noisy, prediction, target)
+
+
+def batch_at(dataset: DreamBoothDataset, number: int, batch_size: int) -> dict[str, Any]:
+    """Batch number `number` of a run, rebuilt from nothing but its number."""
+    return collate_fn([dataset[n] for n in range(number * batch_size, (number + 1) * batch_size)])
+
+
+@torch.no_grad()
+def held_out_loss(components: Components, dataset: DreamBoothDataset, *, batches: int = 8, batch_size: int = 4) -> dict:
+    """Instance and prior loss at noise and timesteps that training never draws: the same ones at every call."""
+    instance, prior = [], []
+    for number in range(batches):
+        record = training_step(components, batch_at(dataset, number, batch_size), seed=dataset.seed + 2**31)
+        instance.append(record.instance_loss.item())
+        prior.append(math.nan if record.prior_loss is None else record.prior_loss.item())
+    return {"instance_loss": sum(instance) / batches, "prior_loss": sum(prior) / batches}
+
+
+def run_identity(config: DreamBoothConfig, components: Components, dataset: DreamBoothDataset) -> dict[str, Any]:
+    """What a checkpoint belongs to: a run may only go on from one whose fields are all equal."""
+    digest = hashlib.sha256()
+    for half in dataset.halves:
+        for image in dataset.images[half]:
+            digest.update(image.tobytes())
+    names = (
+        "resolution center_crop random_flip rank lora_alpha lora_dropout train_text_encoder text_encoder_rank "
+        "text_encoder_lora_alpha text_encoder_lora_dropout train_batch_size gradient_accumulation_steps learning_rate "
+        "text_encoder_learning_rate lr_scheduler lr_warmup_steps prior_loss_weight mixed_precision seed"
+    ).split()
+    return {
+        "base": fingerprint(components.base),
+        "prompts": list(dataset.prompts.values()),
+        "images": digest.hexdigest()[:16],
+        **{name: getattr(config, name) for name in names},
+    }
+
+
+def save_checkpoint(folder: Path, components: Components, optimizer, step: int, identity: dict[str, Any]) -> None:
+    """Write a checkpoint whole or not at all: adapters and optimizer state as safetensors, the rest as JSON."""
+    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
+    temporary.mkdir(parents=True)
+    tensors: dict[str, torch.Tensor] = {}
+    for part, module in adapted_modules(components).items():
+        for name, parameter in trainable_parameters(module):
+            tensors[f"{part}.{name}"] = parameter.detach().contiguous()
+            for key, value in optimizer.state.get(parameter, {}).items():
+                tensors[f"optimizer.{key}.{part}.{name}"] = value.detach().contiguous()
+    try:
+        save_file(tensors, temporary / "state.safetensors")
+        (temporary / "state.json").write_text(json.dumps({"step": step, "run": identity}, indent=1))
+        if folder.exists():
+            shutil.rmtree(folder)
+        temporary.replace(folder)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise OSError(f"Checkpoint {folder} could not be written ({error}): free some disk space.") from error
+
+
+def checkpoints(output_dir: Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first."""
+    found = [path for path in output_dir.glob("checkpoint-*") if (path / "state.json").is_file()]
+    return sorted(found, key=lambda path: int(path.name.rsplit("-", 1)[1]))
+
+
+def load_checkpoint(folder: Path, components: Components, optimizer, identity: dict[str, Any]) -> int:
+    """Put a checkpoint's adapters and optimizer state in place; returns its step.
+
+    Raises ValueError naming each field in which the checkpoint's run and this one differ.
+    """
+    try:
+        state = json.loads((folder / "state.json").read_text())
+        tensors = load_file(folder / "state.safetensors")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ValueError(f"Checkpoint {folder} cannot be read ({error}): resume from another one.") from error
+    different = [
+        f"{key} was {state['run'].get(key)!r} and is {value!r}"
+        for key, value in identity.items()
+        if state["run"].get(key) != value
+    ]
+    if different:
+        raise ValueError(f"Checkpoint {folder} belongs to another run: {'; '.join(different)}.")
+    for part, module in adapted_modules(components).items():
+        for name, parameter in trainable_parameters(module):
+            with torch.no_grad():
+                parameter.copy_(tensors[f"{part}.{name}"])
+            keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"optimizer.{key}.{part}.{name}" in tensors]
+            if keys:
+                optimizer.state[parameter] = {key: tensors[f"optimizer.{key}.{part}.{name}"].clone() for key in keys}
+    return state["step"]
+
+
+def _find_checkpoint(config: DreamBoothConfig, output_dir: Path) -> Path | None:
+    wanted = config.resume_from_checkpoint
+    if wanted is None:
+        return None
+    if wanted == "latest":
+        found = checkpoints(output_dir)
+        if not found:
+            print(f"--resume_from_checkpoint latest: no checkpoint in {output_dir} yet, starting from the beginning.")
+            return None
+        return found[-1]
+    if not (Path(wanted) / "state.json").is_file():
+        raise FileNotFoundError(f"Checkpoint {wanted} does not exist or is incomplete: give its folder, or 'latest'.")
+    return Path(wanted)
+
+
+def _cut_log(path: Path, step: int) -> list[dict[str, Any]]:
+    """Keep the lines of the first `step` steps."""
+    if not path.exists():
+        return []
+    lines = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+    lines = [line for line in lines if line["step"] <= step]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return lines
+
+
+def train(
+    config: DreamBoothConfig,
+    components: Components,
+    dataset: DreamBoothDataset,
+    *,
+    on_step: Callable[[int, StepRecord], None] | None = None,
+    on_validation: Callable[[int], None] | None = None,
+) -> list[dict[str, Any]]:
+    """Train the adapters for `max_train_steps` and return the log, one dict a step (also in `log.jsonl`).
+
+    Resumes where `config.resume_from_checkpoint` says, bit for bit. Ctrl-C saves a checkpoint and returns. Raises
+    FloatingPointError before the step in which a loss or gradient is not finite.
+    """
+    output_dir = Path(config.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    accelerator = Accelerator(
+        mixed_precision=config.mixed_precision,
+        log_with=None if config.report_to == "none" else config.report_to,
+        project_dir=output_dir / "logs",
+    )
+    components.to(accelerator.device)
+    if config.report_to != "none":
+        accelerator.init_trackers("dreambooth")
+    if config.gradient_checkpointing:
+        components.unet.enable_gradient_checkpointing()
+
+    rates = {"unet": config.learning_rate, "text_encoder": config.text_encoder_learning_rate}
+    groups = [
+        {"params": [p for _, p in trainable_parameters(module)], "lr": rates[part], "initial_lr": rates[part]}
+        for part, module in adapted_modules(components).items()
+    ]
+    parameters = [p for group in groups for p in group["params"]]
+    optimizer = torch.optim.AdamW(
+        groups, betas=(config.adam_beta1, config.adam_beta2), weight_decay=config.adam_weight_decay,
+        eps=config.adam_epsilon,
+    )  # fmt: skip
+    stepper = accelerator.prepare(optimizer)  # knows how to unscale half-precision gradients
+
+    identity = run_identity(config, components, dataset)
+    first, checkpoint = 0, _find_checkpoint(config, output_dir)
+    if checkpoint is not None:
+        first = load_checkpoint(checkpoint, components, optimizer, identity)
+        print(f"Resuming from {checkpoint}, step {first}.")
+    schedule = get_scheduler(
+        config.lr_scheduler, optimizer, num_warmup_steps=config.lr_warmup_steps,
+        num_training_steps=config.max_train_steps, last_epoch=first - 1,
+    )  # fmt: skip
+    if components.vae is not None and dataset.fixed_crop and not dataset.latents:
+        cache_latents(dataset, components.vae)
+    prompt_embeds = None
+    if config.pre_compute_text_embeddings and "text_encoder" not in adapted_modules(components):
+        prompts = [dataset.prompts[half] for half in dataset.halves]
+        with torch.no_grad():
+            hidden = encode_prompts(components, prompts, max_length=config.tokenizer_max_length)
+        prompt_embeds = dict(zip(prompts, hidden, strict=True))
+
+    log_path = output_dir / "log.jsonl"
+    log = _cut_log(log_path, first)
+    accumulate = config.gradient_accumulation_steps
+    modules = adapted_modules(components).values()
+    bar = tqdm(range(first, config.max_train_steps), initial=first, total=config.max_train_steps, desc="train")
+    step = first
+    try:
+        for step in bar:
+            for module in modules:
+                module.train()  # dropout in the adapters, where asked for
+            # Dropout is the one draw that torch makes itself: seeding it by the step keeps steps independent.
+            torch.manual_seed(config.seed * 1_000_003 + step)
+            started, sums = time.perf_counter(), {"loss": 0.0, "instance_loss": 0.0, "prior_loss": 0.0}
+            for micro in range(accumulate):
+                batch = batch_at(dataset, step * accumulate + micro, config.train_batch_size)
+                with accelerator.autocast():
+                    record = training_step(
+                        components, batch, seed=config.seed, prior_loss_weight=config.prior_loss_weight,
+                        prompt_embeds=prompt_embeds, tokenizer_max_length=config.tokenizer_max_length,
+                    )  # fmt: skip
+                if not torch.isfinite(record.loss):
+                    raise FloatingPointError(
+                        f"The loss is {record.loss.item()} at step {step + 1}: lower the learning rate, or use "
+                        "--mixed_precision no. The adapters are as they were before this step."
+                    )
+                accelerator.backward(record.loss / accumulate)
+                sums["loss"] += record.loss.item() / accumulate
+                sums["instance_loss"] += record.instance_loss.item() / accumulate
+                if record.prior_loss is not None:
+                    sums["prior_loss"] += record.prior_loss.item() / accumulate
+            norm = accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
+            if not torch.isfinite(norm):
+                raise FloatingPointError(f"A gradient is not finite at step {step + 1}: lower the learning rate.")
+            rate = schedule.get_last_lr()[0]
+            stepper.step()
+            schedule.step()
+            stepper.zero_grad(set_to_none=True)
+            if batch["halves"] == 1:
+                del sums["prior_loss"]
+            line = {"step": step + 1, **sums, "lr": rate, "seconds": round(time.perf_counter() - started, 4)}
+            log.append(line)
+            with log_path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+            if config.report_to != "none":
+                accelerator.log(sums | {"lr": rate}, step=step + 1)
+            bar.set_postfix({key: f"{value:.3f}" for key, value in sums.items() if key != "loss"})
+            if on_step is not None:
+                on_step(step, record)
+            if config.checkpointing_steps and (step + 1) % config.checkpointing_steps == 0:
+                save_checkpoint(output_dir / f"checkpoint-{step + 1}", components, optimizer, step + 1, identity)
+                if config.checkpoints_total_limit:
+                    for old in checkpoints(output_dir)[: -config.checkpoints_total_limit]:
+                        shutil.rmtree(old)
+            if on_validation and config.validation_steps and (step + 1) % config.validation_steps == 0:
+                for module in modules:
+                    module.eval()
+                on_validation(step + 1)
+    except KeyboardInterrupt:
+        done = len(log)
+        save_checkpoint(output_dir / f"checkpoint-{done}", components, optimizer, done, identity)
+        print(f"\nInterrupted: step {done} is saved; go on with --resume_from_checkpoint latest.")
+    for module in modules:
+        module.eval()
+    if config.report_to != "none":
+        accelerator.end_training()
+    return log

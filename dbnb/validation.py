@@ -1,0 +1,81 @@
+"""Step 7: what the model draws now, from prompts and from reference images, at seeds that never change.
+
+Built in notebook 07.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from diffusers import AutoPipelineForImage2Image
+from PIL import Image
+
+from dbnb.concept import Concept
+from dbnb.config import DreamBoothConfig
+from dbnb.models import Components
+from dbnb.prior import build_pipeline, draw_images, image_seed
+from dbnb.toybox.scenes import SCENES
+
+# Validation images come from their own series, so that they never repeat a class image.
+_SERIES = 1_000
+
+
+@dataclass
+class ValidationImages:
+    """Images by prompt set: the subject, the subject in each scene (in turn), the bare class."""
+
+    subject: list[Image.Image]
+    scenes: list[Image.Image]
+    scene_names: list[str]
+    scene_prompts: list[str]
+    classes: list[Image.Image]
+
+
+def validation_images(
+    components: Components,
+    concept: Concept,
+    config: DreamBoothConfig,
+    *,
+    count: int,
+    scenes: Mapping[str, str] = SCENES,
+) -> ValidationImages:
+    """`count` images of each prompt set. Image i of every set starts from the same noise, before and after training."""
+    pipeline = build_pipeline(components)
+    seeds = [image_seed(config.seed + _SERIES, index) for index in range(count)]
+    names = [list(scenes)[index % len(scenes)] for index in range(count)]
+    scene_prompts = concept.prompts_in([scenes[name] for name in names])
+
+    def draw(prompts: Sequence[str]) -> list[Image.Image]:
+        return draw_images(
+            pipeline, prompts, seeds, num_inference_steps=config.num_inference_steps,
+            guidance_scale=config.guidance_scale, resolution=config.resolution, batch_size=config.sample_batch_size,
+        )  # fmt: skip
+
+    return ValidationImages(
+        subject=draw([concept.instance_prompt] * count),
+        scenes=draw(scene_prompts),
+        scene_names=names,
+        scene_prompts=scene_prompts,
+        classes=draw([concept.class_prompt] * count),
+    )
+
+
+@torch.no_grad()
+def from_references(
+    components: Components, references: Sequence[Image.Image], prompt: str, config: DreamBoothConfig, *,
+    strength: float = 0.6,
+) -> list[Image.Image]:  # fmt: skip
+    """Redraw reference images under a prompt (img2img); strength 0 keeps them, 1 forgets them."""
+    pipeline = AutoPipelineForImage2Image.from_pipe(build_pipeline(components))
+    pipeline.set_progress_bar_config(disable=True)
+    size = (config.resolution, config.resolution)
+    return [
+        pipeline(
+            prompt, image=image.resize(size, Image.Resampling.LANCZOS), strength=strength,
+            num_inference_steps=config.num_inference_steps, guidance_scale=config.guidance_scale,
+            generator=torch.Generator().manual_seed(image_seed(config.seed + _SERIES, index)),
+        ).images[0]
+        for index, image in enumerate(references)
+    ]  # fmt: skip

@@ -1,0 +1,139 @@
+"""The seven steps in a row: what `python -m dbnb` does, and what a notebook does cell by cell."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from dbnb import export, metrics, plots
+from dbnb.adapters import adapted_modules, add_adapters
+from dbnb.concept import SAMPLE_DIR, Concept, inspect_images, load_image, token_report
+from dbnb.config import DreamBoothConfig
+from dbnb.dataset import DreamBoothDataset
+from dbnb.models import Components, load_components
+from dbnb.prior import build_pipeline, class_images, draw_images, image_seed
+from dbnb.training import train
+from dbnb.validation import ValidationImages, validation_images
+
+
+@dataclass
+class Result:
+    """What a run produced."""
+
+    adapter: Path
+    log: list[dict[str, Any]]
+    metrics: dict[str, dict[str, float]] | None
+    components: Components
+
+
+def references(config: DreamBoothConfig) -> list[Image.Image]:
+    """Further photographs of the subject, which training does not see: the sample's own, or a folder's."""
+    folder = config.reference_data_dir
+    if folder is None and config.instance_data_dir is None:
+        folder = SAMPLE_DIR / "references"
+    return [load_image(path) for path in inspect_images(Path(folder))[0]] if folder else []
+
+
+def before_after(before: ValidationImages, after: ValidationImages, concept: Concept):
+    """The figure of a run: the photographs, and the same prompts from the same noise before and after."""
+    n = 8
+    photos = [image.resize((256, 256), Image.Resampling.LANCZOS) for image in concept.images()[:n]]
+    rows = [photos, before.subject[:n], after.subject[:n], before.scenes[:n], after.scenes[:n]]
+    rows += [before.classes[:n], after.classes[:n]]
+    subject, bare = concept.instance_prompt, concept.class_prompt
+    labels = ["photographs", f"before:\n{subject}", f"after:\n{subject}", "before:\n… in eight places",
+              "after:\n… in eight places", f"before:\n{bare}", f"after:\n{bare}"]  # fmt: skip
+    return plots.image_rows(rows, labels=labels)
+
+
+def _save_figure(figure, path: Path) -> None:
+    temporary = path.with_name(f".{path.name}")
+    figure.savefig(temporary, format="png")
+    temporary.replace(path)
+
+
+def run(config: DreamBoothConfig) -> Result:
+    """All seven steps; writes the adapter, figures, log, metrics, settings and card to `config.output_dir`."""
+    output_dir = Path(config.output_dir)
+    concept = Concept.from_folder(
+        config.instance_data_dir, config.identifier, config.class_word, resolution=config.resolution,
+        instance_prompt=config.instance_prompt, class_prompt=config.class_prompt,
+    )  # fmt: skip
+    print(concept.report())
+    output_dir.mkdir(parents=True, exist_ok=True)
+    config.save(output_dir / "config.json")
+
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(config.mixed_precision, torch.float32)
+    components = load_components(config.base, weight_dtype=dtype)
+    if torch.cuda.is_available():
+        components.to("cuda")
+    tokens = token_report(components.tokenizer, config.identifier)
+    print(f"identifier {tokens.identifier!r} -> {' '.join(tokens.tokens)} {list(tokens.ids)}: {tokens.verdict}")
+
+    prior_paths: tuple[Path, ...] = ()
+    if config.with_prior_preservation:
+        prior = class_images(
+            components, concept.class_prompt, config.num_class_images, resolution=config.resolution,
+            num_inference_steps=config.num_inference_steps, guidance_scale=config.guidance_scale,
+            batch_size=config.sample_batch_size, seed=config.seed, class_data_dir=config.class_data_dir,
+        )  # fmt: skip
+        print(f"class images: {prior.decision} ({prior.reason})")
+        prior_paths = prior.paths
+
+    count = config.num_validation_images
+    before = validation_images(components, concept, config, count=count) if count else None
+    add_adapters(
+        components, rank=config.rank, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout,
+        train_text_encoder=config.train_text_encoder, text_encoder_rank=config.text_encoder_rank,
+        text_encoder_lora_alpha=config.text_encoder_lora_alpha,
+        text_encoder_lora_dropout=config.text_encoder_lora_dropout, seed=config.seed,
+    )  # fmt: skip
+    print(components)
+    dataset = DreamBoothDataset(
+        concept.paths, concept.instance_prompt, class_paths=prior_paths, class_prompt=concept.class_prompt,
+        size=config.resolution, center_crop=config.center_crop, random_flip=config.random_flip, seed=config.seed,
+    )  # fmt: skip
+
+    def sample(step: int) -> None:
+        images = draw_images(
+            build_pipeline(components), [concept.instance_prompt] * 8, [image_seed(config.seed, i) for i in range(8)],
+            num_inference_steps=config.num_inference_steps, guidance_scale=config.guidance_scale,
+            resolution=config.resolution, batch_size=config.sample_batch_size,
+        )  # fmt: skip
+        folder = output_dir / "samples"
+        folder.mkdir(exist_ok=True)
+        _save_figure(plots.show_images(images, title=f"step {step}"), folder / f"step-{step:06d}.png")
+
+    log = train(config, components, dataset, on_validation=sample if count else None)
+    adapter = export.save_adapters(components, output_dir)
+    difference = export.verify_reload(components, adapter, concept, config)
+    print(f"{adapter.name}: {adapter.stat().st_size / 2**20:.2f} MiB, reloads to the same picture (± {difference}/255)")
+
+    numbers = None
+    if before is not None:
+        after = validation_images(components, concept, config, count=count)
+        _save_figure(before_after(before, after, concept), output_dir / "before_after.png")
+        try:
+            encoders = metrics.load_encoders(components.base)
+        except OSError as error:
+            print(f"No metrics: the encoders cannot be loaded ({error}).")
+        else:
+            instances = concept.images()
+            numbers = metrics.report(
+                metrics.evaluate(encoders, before, instances, concept.class_prompt),
+                metrics.evaluate(encoders, after, instances, concept.class_prompt),
+                metrics.ceiling(encoders, components, instances, references(config), config.resolution),
+            )
+            (output_dir / "metrics.json").write_text(json.dumps(numbers, indent=2) + "\n")
+    _save_figure(plots.loss_curves(log), output_dir / "loss.png")
+    has_text_encoder = "text_encoder" in adapted_modules(components)
+    export.model_card(concept, config, numbers, has_text_encoder=has_text_encoder).save(output_dir / "README.md")
+    if config.push_to_hub:
+        names = export.push_to_hub(output_dir, config.hub_model_id or f"{config.identifier}-{config.class_word}")
+        print(f"pushed {', '.join(names)}")
+    return Result(adapter, log, numbers, components)
