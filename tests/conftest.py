@@ -1,0 +1,62 @@
+"""Fixtures: an own cache for the test run, a fresh base for each test, a batch to train on."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+
+os.environ["DBNB_CACHE"] = tempfile.mkdtemp(prefix="dbnb-tests-")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+from dbnb import toybox  # noqa: E402
+from dbnb.concept import Concept  # noqa: E402
+from dbnb.config import DreamBoothConfig  # noqa: E402
+from dbnb.dataset import DreamBoothDataset  # noqa: E402
+from dbnb.models import Components, load_components  # noqa: E402
+
+
+@pytest.fixture
+def components() -> Components:
+    """The miniature, loaded anew."""
+    return load_components("miniature")
+
+
+@pytest.fixture(scope="session")
+def concept() -> Concept:
+    """The sample subject."""
+    return Concept.from_folder(None, "sks", "dog")
+
+
+@pytest.fixture(scope="session")
+def class_paths(tmp_path_factory):
+    """Six rendered dogs, standing in for class images."""
+    folder = tmp_path_factory.mktemp("class")
+    for i in range(6):
+        toybox.photograph(toybox.random_toy("dog", i), scene="grass", seed=i).save(folder / f"{i}.png")
+    return sorted(folder.iterdir())
+
+
+@pytest.fixture
+def dataset(concept, class_paths) -> DreamBoothDataset:
+    """Instance and class images at 64 px."""
+    return DreamBoothDataset(
+        concept.paths, concept.instance_prompt, class_paths=class_paths, class_prompt=concept.class_prompt, size=64
+    )
+
+
+@pytest.fixture
+def config(tmp_path) -> DreamBoothConfig:
+    """A short run into a temporary folder."""
+    return DreamBoothConfig(
+        output_dir=str(tmp_path / "run"), max_train_steps=6, train_batch_size=2, rank=4, num_class_images=4,
+        checkpointing_steps=2, num_validation_images=8, num_inference_steps=3, validation_steps=0,
+    )  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _no_global_randomness():
+    """Library code must not depend on torch's global state: give every test another one."""
+    torch.seed()

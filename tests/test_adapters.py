@@ -1,0 +1,54 @@
+"""Step 4: where adapters sit, how many weights they have, and that they change nothing at first."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dbnb.adapters import adapted_modules, adapter_table, add_adapters, trainable_parameters
+from dbnb.models import encode_prompts, load_components
+
+
+def test_adapters_change_nothing_at_first(components):
+    sample, t = torch.randn(2, 6, 16, 16), torch.tensor([10, 900])
+    with torch.no_grad():
+        hidden = encode_prompts(components, ["a dog", "a cat"])
+        before = components.unet(sample, t, encoder_hidden_states=hidden).sample
+        add_adapters(components, rank=4, train_text_encoder=True)
+        assert torch.equal(encode_prompts(components, ["a dog", "a cat"]), hidden)
+        assert torch.equal(components.unet(sample, t, encoder_hidden_states=hidden).sample, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_trainable_weights_are_float32_whatever_the_base(dtype):
+    components = load_components("miniature", weight_dtype=dtype)
+    add_adapters(components, rank=2, train_text_encoder=True)
+    for module in adapted_modules(components).values():
+        assert {p.dtype for _, p in trainable_parameters(module)} == {torch.float32}
+        assert dtype in {p.dtype for p in module.parameters()}
+
+
+def test_rank_and_alpha_are_separate_and_counted(components):
+    add_adapters(
+        components, rank=4, lora_alpha=8, train_text_encoder=True, text_encoder_rank=2, text_encoder_lora_alpha=1
+    )
+    rows = adapter_table(components)
+    assert {(row["part"], row["rank"], row["alpha"]) for row in rows} == {
+        ("unet", "4", "8"),
+        ("text_encoder", "2", "1"),
+    }
+    # Four projections in each of the text encoder's three layers.
+    assert sum(row["part"] == "text_encoder" for row in rows) == 12
+    total = sum(int(row["parameters"].replace(",", "")) for row in rows)
+    assert total == sum(p.numel() for m in adapted_modules(components).values() for _, p in trainable_parameters(m))
+
+
+def test_the_same_seed_gives_the_same_adapters_and_leaves_global_randomness_alone():
+    states = []
+    for _ in range(2):
+        components = load_components("miniature")
+        state = torch.get_rng_state()
+        add_adapters(components, rank=2, seed=7)
+        assert torch.equal(torch.get_rng_state(), state)
+        states.append([p.clone() for _, p in trainable_parameters(components.unet)])
+    assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))

@@ -1,0 +1,76 @@
+"""The command: all seven steps, the files it promises, and its errors."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dbnb.__main__ import main
+from dbnb.config import DreamBoothConfig, parse_args
+from dbnb.models import load_components
+from dbnb.validation import from_references
+
+_SHORT = "--max_train_steps 4 --num_class_images 4 --num_validation_images 8 --num_inference_steps 2 --rank 2".split()
+
+
+def test_the_command_writes_what_the_contract_names(tmp_path, capsys):
+    assert main([*_SHORT, "--output_dir", str(tmp_path), "--checkpointing_steps", "2", "--validation_steps", "2"]) == 0
+    output = capsys.readouterr().out
+    for name in (
+        "pytorch_lora_weights.safetensors before_after.png loss.png log.jsonl metrics.json config.json README.md"
+    ).split():
+        assert (tmp_path / name).stat().st_size > 0 and name in output
+    assert not [p.name for p in tmp_path.iterdir() if p.name.startswith(".")]
+    numbers = json.loads((tmp_path / "metrics.json").read_text())
+    assert set(numbers) == {"before", "after", "floor", "ceiling"}
+    assert all(isinstance(value, float) for state in numbers.values() for value in state.values())
+    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 4
+    assert "normalized_subject_fidelity" in output and "reloads to the same picture" in output
+    assert (tmp_path / "samples" / "step-000004.png").is_file() and (tmp_path / "checkpoint-4").is_dir()
+
+
+def test_no_validation_images_switches_images_and_metrics_off(tmp_path):
+    arguments = [*_SHORT, "--output_dir", str(tmp_path), "--num_validation_images", "0", "--no_prior_preservation"]
+    assert main([*arguments, "--train_text_encoder", "--report_to", "tensorboard"]) == 0
+    assert not (tmp_path / "metrics.json").exists() and not (tmp_path / "before_after.png").exists()
+    assert "prior_loss" not in json.loads((tmp_path / "log.jsonl").read_text().splitlines()[0])
+    assert list((tmp_path / "logs").rglob("events*"))
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--base", "minature"], "check the spelling"),
+        (["--instance_data_dir", "nowhere"], "nowhere"),
+        (["--instance_prompt", "a dog"], "identifier"),
+        (["--resume_from_checkpoint", "gone"], "gone"),
+    ],
+)
+def test_expected_errors_are_one_sentence(tmp_path, capsys, arguments, words):
+    assert main([*_SHORT, "--output_dir", str(tmp_path), *arguments]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("dbnb: ") and words in error
+
+
+def test_options_follow_the_presets_and_say_what_is_wrong(capsys):
+    assert parse_args([]).resolution == 64 and parse_args(["--base", "sd15"]).resolution == 512
+    assert parse_args(["--no_prior_preservation"]).with_prior_preservation is False
+    assert DreamBoothConfig(rank=8).text_encoder_lora_alpha == 8.0
+    with pytest.raises(SystemExit):
+        parse_args(["--rank", "0"])
+    assert "rank=0 must be at least 1" in capsys.readouterr().err
+
+
+def test_reference_images_are_redrawn_by_strength(config):
+    components = load_components("miniature")
+    reference = Image.new("RGB", (100, 100), (200, 60, 60))
+    config.num_inference_steps = 10
+    weak, strong = (
+        np.asarray(from_references(components, [reference], "a photo of a dog", config, strength=s)[0], dtype=int)
+        for s in (0.2, 0.9)
+    )
+    target = np.array([200, 60, 60])
+    assert weak.shape == (64, 64, 3) and np.abs(weak - target).mean() < np.abs(strong - target).mean()

@@ -1,0 +1,64 @@
+"""The measures do what they are named for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dbnb import metrics, miniature, toybox
+from dbnb.toybox.scenes import SCENES
+from dbnb.validation import ValidationImages
+
+
+@pytest.fixture(scope="module")
+def encoders():
+    return metrics.load_encoders(miniature.path())
+
+
+def _shots(toy, scenes, start=0):
+    return [toybox.photograph(toy, scene=scene, seed=start + i) for i, scene in enumerate(scenes)]
+
+
+def test_diversity_and_fidelity_of_known_vectors():
+    eye = torch.eye(4)
+    assert metrics.diversity(eye) == 1.0 and metrics.diversity(torch.ones(3, 4) / 2) == 0.0
+    assert metrics.subject_fidelity(eye, eye) == 0.25
+
+
+def test_identity_encoder_tells_a_toy_from_others_of_its_kind(encoders):
+    right = 0
+    for kind in toybox.KINDS:
+        toys = [toybox.random_toy(kind, 900 + i) for i in range(6)]
+        a = encoders.identity_features([_shots(toy, ["beach"], 1)[0] for toy in toys])
+        b = encoders.identity_features([_shots(toy, ["night"], 2)[0] for toy in toys])
+        right += int(((a @ b.T).argmax(1) == torch.arange(6)).sum())
+    assert right >= 30  # of 36; chance is 6
+
+
+def test_real_photographs_score_as_the_measures_mean(encoders):
+    toy, other = toybox.random_toy("dog", 1), [toybox.random_toy("dog", 50 + i) for i in range(16)]
+    names = list(SCENES) * 2
+    scenes = _shots(toy, names)
+    classes = [toybox.photograph(o, scene=names[i], seed=i) for i, o in enumerate(other)]
+    prompts = [f"a photo of a sks dog {SCENES[name]}" for name in names]
+    instances = _shots(toy, ["beach", "grass", "snow"], 70)
+    perfect = metrics.evaluate(
+        encoders, ValidationImages(scenes, scenes, names, prompts, classes), instances, "a photo of a dog"
+    )
+    drifted = metrics.evaluate(
+        encoders, ValidationImages(classes, scenes[::-1], names, prompts, scenes), instances, "a photo of a dog"
+    )
+    assert perfect["scene_recognised"] >= 0.9 > drifted["scene_recognised"]
+    assert perfect["subject_fidelity"] > drifted["subject_fidelity"]
+    assert perfect["class_diversity"] > 2 * drifted["class_diversity"]
+    assert perfect["class_subject_similarity"] < drifted["class_subject_similarity"]
+
+
+def test_report_normalises_between_floor_and_ceiling():
+    before = {"subject_fidelity": 0.2, "clip_i": 0.5, "class_diversity": 0.8}
+    after = {"subject_fidelity": 0.5, "clip_i": 0.6, "class_diversity": 0.6}
+    result = metrics.report(before, after, {"subject_fidelity": 0.8, "clip_i": 0.9})
+    assert result["after"]["normalized_subject_fidelity"] == pytest.approx(0.5)
+    assert result["after"]["class_diversity_ratio"] == pytest.approx(0.75)
+    assert result["floor"] == {"subject_fidelity": 0.2, "clip_i": 0.5}
+    assert "normalized_subject_fidelity" in metrics.format_table(result)

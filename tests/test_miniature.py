@@ -1,0 +1,81 @@
+"""The embedded base: a plain Stable Diffusion folder, and a training command that resumes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import torch
+from diffusers import StableDiffusionPipeline
+
+from dbnb import miniature
+from dbnb.miniature import evaluate, train
+
+
+def test_plain_diffusers_draws_with_it_without_our_package(tmp_path):
+    code = (
+        "import sys; from diffusers import StableDiffusionPipeline as P; "
+        f"p = P.from_pretrained({str(miniature.path())!r}); "
+        "i = p('a photo of a red dog on the beach', num_inference_steps=2).images[0]; "
+        "print(i.size, 'dbnb' in sys.modules)"
+    )
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert output.stdout.strip().endswith("(64, 64) False")
+
+
+def test_all_parts_are_safetensors_and_small():
+    files = [path for path in miniature.path().rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 32 * 2**20
+    assert {path.suffix for path in files} <= {".json", ".safetensors", ".txt", ".jinja", ".md", ".png"}
+
+
+def test_words_are_one_token_and_identifiers_the_rarest():
+    words = StableDiffusionPipeline.from_pretrained(miniature.path()).tokenizer
+    for word in ("dog", "teapot", "purple", "spotted", "scarf", "beach", "moon", "sks", "ohwx"):
+        assert len(words.tokenize(word)) == 1
+    assert words.convert_tokens_to_ids("sks</w>") > words.convert_tokens_to_ids("dog</w>")
+
+
+def test_folding_the_latents_scale_into_the_vae_changes_no_picture():
+    from dbnb.miniature import design
+
+    torch.manual_seed(0)
+    vae = design.vae().eval()
+    pictures = torch.rand(8, 3, 64, 64) * 2 - 1
+    with torch.no_grad():
+        before = vae.encode(pictures).latent_dist
+        decoded = vae.decode(before.mean).sample
+        train.normalize_latents(vae, pictures)
+        after = vae.encode(pictures).latent_dist
+        assert torch.allclose(vae.decode(after.mean).sample, decoded, atol=1e-4)
+        assert torch.allclose(after.mean.mean((0, 2, 3)), torch.zeros(6), atol=1e-4)
+        assert torch.allclose(after.mean.std((0, 2, 3)), torch.ones(6), atol=1e-3)
+        scale = before.mean.std((0, 2, 3)).view(1, 6, 1, 1)
+        assert torch.allclose(after.std * scale, before.std, rtol=1e-4)
+
+
+def test_the_training_command_runs_resumes_and_ships(tmp_path):
+    options = ["--output_dir", str(tmp_path / "run"), "--photographs", "96", "--batch_sizes", "2", "8", "8", "8", "4"]
+    train.main([*options, "--steps", "2", "2", "2", "2", "2", "--ship", str(tmp_path / "base")])
+    assert StableDiffusionPipeline.from_pretrained(tmp_path / "base").unet.config.sample_size == 16
+    first = torch.load(tmp_path / "run" / "unet.pt", weights_only=True)
+    assert first["step"] == 2
+    train.main([*options, "--steps", "2", "2", "2", "2", "4"])
+    resumed = torch.load(tmp_path / "run" / "unet.pt", weights_only=True)
+    assert resumed["step"] == 4
+    assert any(not torch.equal(first["models"][key], resumed["models"][key]) for key in first["models"])
+
+
+def test_measures_of_the_evaluation():
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(4000, 3)), rng.normal(size=(4000, 3)) + [2.0, 0.0, 0.0]
+    assert evaluate.frechet(a, a) < 1e-6 and abs(evaluate.frechet(a, b) - 4.0) < 0.3
+    assert evaluate.entropy(np.array([0, 1, 2, 3]), 4) == 1.0 and evaluate.entropy(np.array([1, 1]), 4) == 0.0
+
+
+def test_the_evaluation_runs_on_few_pictures(tmp_path):
+    evaluate.main(["--count", "6", "--output", str(tmp_path / "e.json")])
+    result = json.loads((tmp_path / "e.json").read_text())
+    assert result["judge"]["kind"] > 0.9 and set(result) >= {"autoencoder", "drawn", "composition", "frechet"}

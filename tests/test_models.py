@@ -1,0 +1,74 @@
+"""Step 3: loading, freezing, and the errors that name what is wrong."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from dbnb import miniature
+from dbnb.models import encode_prompts, fingerprint, load_components, text_architecture
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """The miniature's configs and weights, to damage."""
+    return shutil.copytree(miniature.path(), tmp_path / "base")
+
+
+def test_everything_is_frozen_and_the_table_adds_up(components):
+    for module in components.modules().values():
+        assert not module.training and not any(p.requires_grad for p in module.parameters())
+    rows = {row["part"]: row for row in components.table()}
+    assert set(rows) == {"text_encoder", "vae", "unet"}
+    assert rows["unet"]["parameters"] == f"{sum(p.numel() for p in components.unet.parameters()):,}"
+    assert rows["unet"]["dtype"] == "float32" and "UNet2DConditionModel" in components._repr_html_()
+
+
+def test_half_precision_casts_every_part():
+    half = load_components("miniature", weight_dtype=torch.bfloat16)
+    assert {p.dtype for module in half.modules().values() for p in module.parameters()} == {torch.bfloat16}
+
+
+def test_vae_is_read_from_the_index(copy):
+    index = json.loads((copy / "model_index.json").read_text())
+    index["vae"] = [None, None]
+    (copy / "model_index.json").write_text(json.dumps(index))
+    assert load_components(copy).vae is None
+
+
+def test_unknown_text_encoder_is_named(copy):
+    config = json.loads((copy / "text_encoder" / "config.json").read_text())
+    (copy / "text_encoder" / "config.json").write_text(json.dumps(config | {"architectures": ["Mystery"]}))
+    with pytest.raises(ValueError, match="Mystery.*CLIPTextModel"):
+        text_architecture(copy)
+
+
+def test_a_mistyped_base_is_said_to_be_that(tmp_path):
+    with pytest.raises(FileNotFoundError, match="check the spelling"):
+        load_components("minature")
+    with pytest.raises(FileNotFoundError, match="model_index.json"):
+        load_components(tmp_path)
+    with pytest.raises(FileNotFoundError, match="--base miniature"):
+        load_components("nobody/nothing")
+
+
+def test_fingerprint_changes_with_the_weights(copy):
+    before = fingerprint(copy)
+    path = copy / "vae" / "diffusion_pytorch_model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    assert fingerprint(miniature.path()) == before != fingerprint(copy)
+
+
+def test_each_distinct_prompt_is_encoded_once(components, monkeypatch):
+    sizes = []
+    forward = components.text_encoder.forward
+    monkeypatch.setattr(
+        components.text_encoder, "forward", lambda ids, **k: sizes.append(len(ids)) or forward(ids, **k)
+    )
+    hidden = encode_prompts(components, ["a dog", "a cat", "a dog"])
+    assert sizes == [2] and torch.equal(hidden[0], hidden[2]) and not torch.equal(hidden[0], hidden[1])

@@ -1,0 +1,93 @@
+"""Step 2: the class cache reuses, tops up and regenerates exactly when it should."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dbnb import prior
+from dbnb.prior import class_images
+
+OPTIONS = dict(resolution=64, num_inference_steps=2, guidance_scale=2.0, batch_size=3)
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("DBNB_CACHE", str(tmp_path / "cache"))
+
+
+def _hashes(paths):
+    return [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
+
+
+def test_reuse_top_up_and_generate(components):
+    first = class_images(components, "a photo of a dog", 3, **OPTIONS)
+    assert first.decision == "generate" and len(first.paths) == 3
+    again = class_images(components, "a photo of a dog", 3, **OPTIONS)
+    assert again.decision == "reuse" and again.paths == first.paths
+    more = class_images(components, "a photo of a dog", 5, **OPTIONS)
+    assert more.decision == "top up" and "3 of 5" in more.reason
+    assert len(set(_hashes(more.paths))) == 5 and _hashes(more.paths)[:3] == _hashes(first.paths)
+    fewer = class_images(components, "a photo of a dog", 2, **OPTIONS)
+    assert fewer.decision == "reuse" and fewer.paths == first.paths[:2]
+
+
+@pytest.mark.parametrize(
+    "name, change",
+    [
+        ("prompt", dict(prompt="a photo of a cat")),
+        ("seed", dict(seed=1)),
+        ("num_inference_steps", dict(num_inference_steps=3)),
+        ("guidance_scale", dict(guidance_scale=3.0)),
+        ("resolution", dict(resolution=32)),
+    ],
+)
+def test_whatever_makes_another_image_makes_another_cache_and_is_named(components, name, change):
+    arguments = dict(prompt="a photo of a dog", num_class_images=1) | OPTIONS
+    first = class_images(components, **arguments)
+    other = class_images(components, **(arguments | change))
+    assert other.decision == "generate" and name in other.reason and other.paths != first.paths
+
+
+def test_a_torn_image_is_drawn_again(components):
+    first = class_images(components, "a photo of a dog", 2, **OPTIONS)
+    whole = _hashes(first.paths)
+    first.paths[1].write_bytes(first.paths[1].read_bytes()[:50])
+    again = class_images(components, "a photo of a dog", 2, **OPTIONS)
+    assert again.decision == "top up" and _hashes(again.paths) == whole
+
+
+def test_batch_size_changes_nothing(components, tmp_path, monkeypatch):
+    one = class_images(components, "a photo of a dog", 4, **(OPTIONS | dict(batch_size=4))).paths
+    monkeypatch.setenv("DBNB_CACHE", str(tmp_path / "other"))
+    two = class_images(components, "a photo of a dog", 4, **(OPTIONS | dict(batch_size=1))).paths
+    for a, b in zip(one, two, strict=True):
+        assert np.abs(np.asarray(Image.open(a), int) - np.asarray(Image.open(b), int)).max() <= 1
+
+
+def test_ones_own_images_come_first_and_are_never_altered(components, class_paths):
+    before = _hashes(class_paths)
+    mine = class_images(components, "a photo of a dog", 6, class_data_dir=class_paths[0].parent, **OPTIONS)
+    assert mine.decision == "own" and list(mine.paths) == list(class_paths)
+    more = class_images(components, "a photo of a dog", 8, class_data_dir=class_paths[0].parent, **OPTIONS)
+    assert len(more.paths) == 8 and list(more.paths[:6]) == list(class_paths)
+    assert more.paths[6].parent != class_paths[0].parent and _hashes(class_paths) == before
+    assert len(list(class_paths[0].parent.iterdir())) == 6
+
+
+def test_images_are_png_at_training_resolution_with_a_manifest(components):
+    paths = class_images(components, "a photo of a dog", 2, **OPTIONS).paths
+    for path in paths:
+        with Image.open(path) as image:
+            assert image.format == "PNG" and image.size == (64, 64)
+    manifest = json.loads((paths[0].parent / "manifest.json").read_text())
+    assert manifest["recipe"]["prompt"] == "a photo of a dog" and set(manifest["images"]) == {p.name for p in paths}
+
+
+def test_image_seeds_depend_on_index_alone():
+    seeds = [prior.image_seed(0, index) for index in range(200)]
+    assert len(set(seeds)) == 200 and seeds[:100] == [prior.image_seed(0, index) for index in range(100)]

@@ -1,0 +1,74 @@
+"""The project's files agree with each other."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import yaml
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def _requirements() -> list[Requirement]:
+    extras = PROJECT["optional-dependencies"].values()
+    return [Requirement(line) for line in [*PROJECT["dependencies"], *(line for extra in extras for line in extra)]]
+
+
+def _constraints() -> dict[str, Version]:
+    lines = (ROOT / "constraints" / "linux-cpu.txt").read_text().splitlines()
+    pairs = (line.split("==") for line in lines if line and not line.startswith("#"))
+    return {name.lower().replace("_", "-"): Version(version) for name, version in pairs}
+
+
+def test_constraints_pin_every_dependency_at_or_above_its_floor():
+    pinned = _constraints()
+    for requirement in _requirements():
+        name = requirement.name.lower().replace("_", "-")
+        assert name in pinned, f"{name} is not in constraints/linux-cpu.txt"
+        assert requirement.specifier.contains(pinned[name]), f"{requirement} against {pinned[name]}"
+
+
+def test_environment_takes_everything_from_pyproject_under_the_constraints():
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    plain = [line for line in environment["dependencies"] if isinstance(line, str)]
+    assert {re.split("[=<>]", line)[0] for line in plain} == {"python", "pip"}
+    python = next(line for line in plain if line.startswith("python")).split("=")[1]
+    assert Requirement(f"python{PROJECT['requires-python']}").specifier.contains(python)
+    [pip] = [line["pip"] for line in environment["dependencies"] if isinstance(line, dict)]
+    assert pip == ["-c constraints/linux-cpu.txt", "-e .[jupyter]"]
+    assert "jupyter" in PROJECT["optional-dependencies"]
+
+
+def test_ci_runs_the_commands_of_the_readme():
+    readme, ci = (ROOT / "README.md").read_text(), (ROOT / ".ci" / "run").read_text()
+    for command in (
+        "pip install -c constraints/linux-cpu.txt -e . && python -m dbnb",
+        'pip install -c constraints/linux-cpu.txt -e ".[test]" && pytest',
+    ):
+        assert command in readme
+        assert command.replace("pip install", "pip install --quiet") in ci
+
+
+def test_help_names_the_options_of_the_contract():
+    output = subprocess.run(
+        [sys.executable, "-m", "dbnb", "--help"], capture_output=True, text=True, check=True, cwd=ROOT
+    ).stdout
+    for name in (
+        "base instance_data_dir class_word identifier num_class_images class_data_dir train_batch_size rank "
+        "learning_rate num_validation_images resolution checkpointing_steps max_train_steps seed center_crop "
+        "with_prior_preservation train_text_encoder resume_from_checkpoint output_dir"
+    ).split():
+        assert f"--{name}" in output
+
+
+def test_importing_the_package_loads_nothing_heavy():
+    code = "import sys, dbnb; print([m for m in ('torch', 'diffusers', 'numba', 'matplotlib') if m in sys.modules])"
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    assert output.strip() == "[]"

@@ -1,0 +1,99 @@
+"""The toy world: same arguments, same picture; fast enough; what captions say is true."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dbnb import toybox
+from dbnb.concept import SAMPLE_DIR
+from dbnb.miniature.data import ATTRIBUTES, draw, held_out, labels_of
+from dbnb.toybox.captions import IDENTIFIERS, caption
+from dbnb.toybox.sample import PICTURES, SAMPLE_TOY, SIZE
+
+
+def test_same_arguments_same_picture_and_another_seed_another():
+    toy = toybox.random_toy("cat", 3)
+    assert toy == toybox.random_toy("cat", 3) != toybox.random_toy("cat", 4)
+    pictures = [np.asarray(toybox.photograph(toy, scene="beach", seed=seed)) for seed in (1, 1, 2)]
+    assert (pictures[0] == pictures[1]).all()
+    assert (pictures[0] != pictures[2]).mean() > 0.3
+
+
+def test_sizes_show_the_same_picture():
+    toy = toybox.random_toy("robot", 0)
+    small = np.asarray(toybox.photograph(toy, scene="city", seed=5), dtype=float)
+    large = toybox.photograph(toy, scene="city", seed=5, size=256).resize((64, 64), Image.Resampling.BOX)
+    assert np.abs(small - np.asarray(large, dtype=float)).mean() < 4
+
+
+def test_bundled_sample_is_what_the_code_renders():
+    for name, shots in PICTURES.items():
+        for number, (scene, seed) in enumerate(shots, start=1):
+            stored = np.asarray(Image.open(SAMPLE_DIR / name / f"{number:02d}.png"), dtype=int)
+            rendered = toybox.pixels(SAMPLE_TOY, scene=scene, seed=seed, size=SIZE, supersample=3)
+            assert np.abs(stored - rendered).max() <= 1
+
+
+def test_sample_body_colour_is_none_of_the_named():
+    nearest = min(np.abs(np.subtract(SAMPLE_TOY.body, rgb)).max() for rgb in toybox.COLORS.values())
+    assert nearest > 0.1  # a named toy's own shade strays at most 0.045
+
+
+@pytest.mark.parametrize("kind", toybox.KINDS)
+@pytest.mark.parametrize("accessory", toybox.ACCESSORIES)
+def test_every_toy_stands_inside_the_picture(kind, accessory):
+    toy = toybox.Toy(kind, body="pink", accent="green", accessory=accessory, head=1.14, girth=1.14)
+    counts = []
+    for seed in range(8):
+        with_toy = toybox.pixels(toy, scene="moon", seed=seed).astype(int)
+        colour = (np.ptp(with_toy, axis=2) > 60) & (with_toy[..., 2] < with_toy.max(2) + 1)
+        assert colour.mean() > 0.06
+        border = np.concatenate([colour[:, 0], colour[:, -1], colour[-1]])
+        counts.append(border.mean())
+    assert np.mean(counts) < 0.08
+
+
+def test_a_picture_takes_at_most_40_ms_on_one_core():
+    toys = [(toybox.random_toy(kind, 0), scene) for kind in toybox.KINDS for scene in ("beach", "city")]
+    toybox.photograph(toys[0][0])
+    times = []
+    for _ in range(3):
+        started = time.thread_time()
+        for toy, scene in toys:
+            toybox.photograph(toy, scene=scene, seed=1)
+        times.append((time.thread_time() - started) / len(toys))
+    assert min(times) <= 0.040
+
+
+@pytest.mark.parametrize(
+    "change", [{"kind": "cow"}, {"body": "mauve"}, {"pattern": "tartan"}, {"accessory": "gun"}, {"head": 3.0}]
+)
+def test_unknown_attributes_are_named(change):
+    with pytest.raises(ValueError, match=str(next(iter(change.values())))):
+        toybox.Toy(**({"kind": "dog"} | change))
+    with pytest.raises(ValueError, match="forest"):
+        toybox.photograph(toybox.Toy("dog"), scene="forest")
+
+
+def test_captions_say_only_what_is_true_and_often_little():
+    rng = np.random.default_rng(0)
+    names = dict(kind="dog", body="red", accent="blue", pattern="spotted", accessory="hat", scene="snow")
+    captions = [caption(**names, rng=rng) for _ in range(2000)]
+    allowed = set("a an photo picture render of with in the and dog red blue spotted spots hat snow".split())
+    assert set(" ".join(captions).split()) <= allowed | set(IDENTIFIERS)
+    assert "a photo of a red spotted dog with a blue hat in the snow" in captions
+    assert 0.08 < sum(c.endswith("of a dog") for c in captions) / 2000 < 0.25
+    assert 0 < sum(any(i in c.split() for i in IDENTIFIERS) for c in captions) / 2000 < 0.05
+
+
+def test_training_never_sees_a_held_out_combination_and_the_test_split_does():
+    names = [draw("train", i)[1] for i in range(3000)]
+    assert not any(held_out(n["kind"], n["body"], n["scene"]) for n in names)
+    assert any(held_out(*(draw("test", i)[1][k] for k in ("kind", "body", "scene"))) for i in range(100))
+    labels = np.stack([labels_of(n) for n in names])
+    for i, values in enumerate(ATTRIBUTES.values()):
+        assert set(labels[:, i]) == set(range(len(values)))

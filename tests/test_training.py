@@ -1,0 +1,205 @@
+"""Step 6: the loss is the paper's, only adapters move, and a step is a function of its number."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDPMScheduler
+
+from dbnb.adapters import adapted_modules, add_adapters, trainable_parameters
+from dbnb.models import encode_prompts, load_components
+from dbnb.training import batch_at, checkpoints, clean_latents, held_out_loss, train, training_step
+
+
+def _trained(config, dataset, **adapters):
+    components = load_components("miniature")
+    options = dict(rank=config.rank, seed=config.seed, lora_dropout=config.lora_dropout) | adapters
+    add_adapters(components, **options)
+    log = train(config, components, dataset)
+    return components, log
+
+
+def _weights(components):
+    return [p.detach().clone() for m in adapted_modules(components).values() for _, p in trainable_parameters(m)]
+
+
+def test_prior_preservation_loss_equals_two_separate_forward_passes(components, dataset):
+    batch = batch_at(dataset, 3, 4)
+    with torch.no_grad():
+        record = training_step(components, batch, seed=5, prior_loss_weight=0.7)
+        losses = []
+        for part in (slice(0, 4), slice(4, 8)):
+            hidden = encode_prompts(components, batch["prompts"][part])
+            prediction = components.unet(
+                record.noisy_latents[part], record.timesteps[part], encoder_hidden_states=hidden
+            ).sample
+            losses.append((prediction - record.noise[part]).square().mean())
+    assert torch.allclose(record.instance_loss, losses[0], rtol=1e-5)
+    assert torch.allclose(record.prior_loss, losses[1], rtol=1e-5)
+    assert torch.allclose(record.loss, losses[0] + 0.7 * losses[1], rtol=1e-5)
+
+
+def test_the_forward_process_is_ddpms(components, dataset):
+    batch = batch_at(dataset, 0, 2)
+    record = training_step(components, batch, seed=0)
+    a = components.noise_scheduler.alphas_cumprod[record.timesteps].view(-1, 1, 1, 1)
+    expected = a.sqrt() * record.latents + (1 - a).sqrt() * record.noise
+    assert torch.allclose(record.noisy_latents, expected, atol=1e-6)
+    assert record.latents.shape == (4, 6, 16, 16) and torch.equal(clean_latents(components, batch, 0), record.latents)
+
+
+def test_v_prediction_and_an_unknown_target(components, dataset):
+    batch = batch_at(dataset, 0, 2)
+    components.noise_scheduler = DDPMScheduler.from_config(
+        components.noise_scheduler.config, prediction_type="v_prediction"
+    )
+    record = training_step(components, batch, seed=0)
+    a = components.noise_scheduler.alphas_cumprod[record.timesteps].view(-1, 1, 1, 1)
+    assert torch.allclose(record.target, a.sqrt() * record.noise - (1 - a).sqrt() * record.latents, atol=1e-6)
+    components.noise_scheduler = DDPMScheduler.from_config(components.noise_scheduler.config, prediction_type="sample")
+    with pytest.raises(ValueError, match="sample"):
+        training_step(components, batch, seed=0)
+
+
+def test_a_learned_variance_is_left_out_of_the_loss(components, dataset):
+    batch = batch_at(dataset, 0, 2)
+    unet = components.unet
+
+    def doubled(*args, **kwargs):
+        output = unet(*args, **kwargs)
+        output.sample = torch.cat([output.sample, torch.full_like(output.sample, 99.0)], dim=1)
+        return output
+
+    doubled.dtype, doubled.device = unet.dtype, unet.device
+    plain = training_step(components, batch, seed=0)
+    components.unet = doubled
+    assert torch.equal(training_step(components, batch, seed=0).loss, plain.loss)
+
+
+def test_a_step_rebuilt_alone_is_the_step_that_was_taken(config, dataset):
+    seen = []
+    components = load_components("miniature")
+    add_adapters(components, rank=4)
+    train(dataclasses.replace(config, max_train_steps=3), components, dataset, on_step=lambda k, r: seen.append(r))
+    # Weights have moved on, so compare what the step drew, which no weights decide.
+    again = training_step(components, batch_at(dataset, 1, config.train_batch_size), seed=config.seed)
+    assert torch.equal(again.noise, seen[1].noise) and torch.equal(again.timesteps, seen[1].timesteps)
+    assert torch.equal(again.latents, seen[1].latents)
+
+
+def test_only_adapters_get_gradients_and_the_base_stays_bit_identical(config, dataset):
+    def digest(components):
+        hashes = {}
+        for part, module in components.modules().items():
+            for name, p in module.named_parameters():
+                if "lora" not in name:
+                    key = f"{part}.{name.replace('.base_layer', '')}"
+                    hashes[key] = hashlib.sha256(p.detach().numpy().tobytes()).hexdigest()
+        return hashes
+
+    before = digest(load_components("miniature"))
+    components, _ = _trained(dataclasses.replace(config, train_text_encoder=True), dataset, train_text_encoder=True)
+    assert digest(components) == before
+    for module in adapted_modules(components).values():
+        assert all("lora" in name for name, _ in trainable_parameters(module))
+    record = training_step(components, batch_at(dataset, 0, 2), seed=0)
+    record.loss.backward()
+    for part, module in components.modules().items():
+        grads = {name for name, p in module.named_parameters() if p.grad is not None}
+        assert all("lora" in name for name in grads)
+        assert bool(grads) == (part != "vae")
+
+
+def test_two_identical_runs_give_identical_adapters(config, dataset, tmp_path):
+    runs = []
+    for name in ("a", "b"):
+        torch.seed()
+        runs.append(_trained(dataclasses.replace(config, output_dir=str(tmp_path / name), lora_dropout=0.1), dataset))
+    assert all(torch.equal(a, b) for a, b in zip(_weights(runs[0][0]), _weights(runs[1][0]), strict=True))
+    assert [line["loss"] for line in runs[0][1]] == [line["loss"] for line in runs[1][1]]
+    other = dataclasses.replace(config, output_dir=str(tmp_path / "c"), seed=1)
+    assert not torch.equal(_weights(_trained(other, dataset)[0])[0], _weights(runs[0][0])[0])
+
+
+@pytest.mark.parametrize("text_encoder", [False, True])
+def test_a_resumed_run_equals_the_uninterrupted_one(config, dataset, tmp_path, text_encoder):
+    options = dict(
+        train_text_encoder=text_encoder, lr_scheduler="cosine", gradient_accumulation_steps=2, lora_dropout=0.1,
+        max_train_steps=4,
+    )  # fmt: skip
+    whole = dataclasses.replace(config, output_dir=str(tmp_path / "whole"), **options)
+    expected, log = _trained(whole, dataset, train_text_encoder=text_encoder)
+    parts = dataclasses.replace(
+        config,
+        output_dir=str(tmp_path / "whole"),
+        resume_from_checkpoint=str(tmp_path / "whole/checkpoint-2"),
+        **options,
+    )
+    resumed, log_again = _trained(parts, dataset, train_text_encoder=text_encoder)
+    assert all(torch.equal(a, b) for a, b in zip(_weights(expected), _weights(resumed), strict=True))
+    assert [line["loss"] for line in log] == [line["loss"] for line in log_again]
+    lines = (tmp_path / "whole" / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4]
+
+
+def test_latest_starts_over_where_there_is_none_and_keeps_the_limit(config, dataset, capsys):
+    config = dataclasses.replace(config, resume_from_checkpoint="latest", checkpoints_total_limit=1)
+    _trained(config, dataset)
+    assert "starting from the beginning" in capsys.readouterr().out
+    assert [path.name for path in checkpoints(Path(config.output_dir))] == ["checkpoint-6"]
+
+
+def test_a_checkpoint_of_another_run_is_refused_field_by_field(config, dataset):
+    _trained(config, dataset)
+    other = dataclasses.replace(config, resume_from_checkpoint="latest", seed=3, train_batch_size=1)
+    with pytest.raises(ValueError, match="train_batch_size was 2 and is 1.*seed was 0 and is 3"):
+        _trained(other, dataset)
+
+
+def test_training_lowers_the_loss_on_held_out_noise(config, dataset):
+    config = dataclasses.replace(config, max_train_steps=30, checkpointing_steps=0)
+    components = load_components("miniature")
+    add_adapters(components, rank=8)
+    before = held_out_loss(components, dataset)
+    train(config, components, dataset)
+    assert held_out_loss(components, dataset)["instance_loss"] < 0.97 * before["instance_loss"]
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_step(config, dataset):
+    components = load_components("miniature")
+    add_adapters(components, rank=4)
+    before = _weights(components)
+    with torch.no_grad():
+        components.unet.conv_out.bias.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="step 1"):
+        train(config, components, dataset)
+    assert all(torch.equal(a, b) for a, b in zip(before, _weights(components), strict=True))
+
+
+def test_ctrl_c_saves_and_returns(config, dataset):
+    components = load_components("miniature")
+    add_adapters(components, rank=4)
+
+    def interrupt(step, record):
+        if step == 2:
+            raise KeyboardInterrupt
+
+    config = dataclasses.replace(config, checkpointing_steps=0)
+    log = train(config, components, dataset, on_step=interrupt)
+    assert len(log) == 3
+    assert [path.name for path in checkpoints(Path(config.output_dir))] == ["checkpoint-3"]
+
+
+def test_gradient_checkpointing_changes_no_loss(config, dataset, tmp_path):
+    logs = []
+    for on in (False, True):
+        changed = dataclasses.replace(
+            config, gradient_checkpointing=on, max_train_steps=2, output_dir=str(tmp_path / str(on))
+        )
+        logs.append([line["loss"] for line in _trained(changed, dataset)[1]])
+    assert logs[0] == pytest.approx(logs[1], rel=1e-5)
