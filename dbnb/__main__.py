@@ -12,6 +12,7 @@ def main(argv: list[str] | None = None) -> int:
     config = parse_args(argv)
     from dbnb import metrics, workflow  # torch and diffusers load only after --help has had its chance
 
+    workflow.quiet_libraries()
     try:
         result = workflow.run(config)
     except (ValueError, OSError, FloatingPointError) as error:

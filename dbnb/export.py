@@ -60,7 +60,9 @@ def save_adapters(components: Components, output_dir: Path) -> Path:
 
 def reload_pipeline(components: Components, adapter: Path) -> DiffusionPipeline:
     """A fresh pipeline of plain diffusers with the saved adapter: what whoever downloads it will have."""
-    pipeline = DiffusionPipeline.from_pretrained(components.base).to(dtype=components.unet.dtype)
+    pipeline = DiffusionPipeline.from_pretrained(components.base)
+    if pipeline.unet.dtype != components.unet.dtype:
+        pipeline.to(dtype=components.unet.dtype)
     pipeline.scheduler = build_pipeline(components).scheduler
     pipeline.load_lora_weights(adapter.parent, weight_name=adapter.name)
     pipeline.set_progress_bar_config(disable=True)

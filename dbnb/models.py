@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -150,10 +151,13 @@ def text_architecture(base: Path) -> tuple[str, Architecture]:
     return names[0], ARCHITECTURES[names[0]]
 
 
-def load_components(base: str | Path, *, weight_dtype: torch.dtype = torch.float32) -> Components:
+def load_components(
+    base: str | Path, *, weight_dtype: torch.dtype | Mapping[str, torch.dtype] = torch.float32
+) -> Components:
     """Load tokenizer, text encoder, VAE (if `model_index.json` names one), UNet and noise schedule; freeze; cast.
 
-    Everything is cast to `weight_dtype`. The scheduler is the base's own schedule as DDPM, whatever solver it ships.
+    `weight_dtype` is one dtype for all, or one for each of "text_encoder", "vae", "unet" (float32 if not named). The
+    scheduler is the base's own schedule as DDPM, whatever solver it ships.
     """
     folder = resolve_base(str(base))
     index = json.loads((folder / "model_index.json").read_text())
@@ -168,8 +172,11 @@ def load_components(base: str | Path, *, weight_dtype: torch.dtype = torch.float
         noise_scheduler=DDPMScheduler.from_pretrained(folder, subfolder="scheduler"),
         architecture=architecture,
     )
-    for module in components.modules().values():
-        module.requires_grad_(False).eval().to(dtype=weight_dtype)
+    for name, module in components.modules().items():
+        module.requires_grad_(False).eval()
+        dtype = weight_dtype if isinstance(weight_dtype, torch.dtype) else weight_dtype.get(name, torch.float32)
+        if module.dtype != dtype:
+            module.to(dtype=dtype)
     return components
 
 

@@ -100,16 +100,16 @@ def _write_atomically(path: Path, write) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _valid_indices(folder: Path) -> dict[str, str]:
-    """File name -> hash of the cached images whose content is what the manifest says."""
+def _valid_images(folder: Path) -> dict[str, dict[str, int | str]]:
+    """File name -> seed and hash of the cached images whose content is what the manifest says."""
     try:
         known = json.loads((folder / "manifest.json").read_text())["images"]
     except (OSError, ValueError, KeyError):
         return {}
     return {
-        name: digest
-        for name, digest in known.items()
-        if (folder / name).is_file() and hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest
+        name: entry
+        for name, entry in known.items()
+        if (folder / name).is_file() and hashlib.sha256((folder / name).read_bytes()).hexdigest() == entry["sha256"]
     }
 
 
@@ -175,7 +175,7 @@ def class_images(
     )
     folder = recipe.folder
     wanted = [f"{index:04d}.png" for index in range(count)]
-    valid = _valid_indices(folder)
+    valid = _valid_images(folder)
     missing = [index for index, name in enumerate(wanted) if name not in valid]
     paths = tuple(own) + tuple(folder / name for name in wanted)
     if not missing:
@@ -198,7 +198,8 @@ def class_images(
         for index, image in zip(chunk, images, strict=True):
             path = folder / wanted[index]
             _write_atomically(path, lambda temporary, image=image: image.save(temporary, format="PNG"))
-            valid[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
+            digest = hashlib.sha256(path.read_bytes()).hexdigest()
+            valid[path.name] = {"seed": image_seed(seed, index), "sha256": digest}
         manifest = {"recipe": dataclasses.asdict(recipe), "images": dict(sorted(valid.items()))}
         text = json.dumps(manifest, indent=1)
         _write_atomically(folder / "manifest.json", lambda temporary, text=text: temporary.write_text(text))

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
+import transformers
 from PIL import Image
 
 from dbnb import export, metrics, plots
@@ -29,6 +31,13 @@ class Result:
     log: list[dict[str, Any]]
     metrics: dict[str, dict[str, float]] | None
     components: Components
+
+
+def quiet_libraries() -> None:
+    """Switch off the libraries' own progress bars and advice, which would bury what the workflow says."""
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
 
 
 def references(config: DreamBoothConfig) -> list[Image.Image]:

@@ -30,6 +30,8 @@ def test_everything_is_frozen_and_the_table_adds_up(components):
 def test_half_precision_casts_every_part():
     half = load_components("miniature", weight_dtype=torch.bfloat16)
     assert {p.dtype for module in half.modules().values() for p in module.parameters()} == {torch.bfloat16}
+    mixed = load_components("miniature", weight_dtype={"unet": torch.float16})
+    assert [mixed.unet.dtype, mixed.vae.dtype] == [torch.float16, torch.float32]
 
 
 def test_vae_is_read_from_the_index(copy):

@@ -83,6 +83,7 @@ def fit(
 
     models.train()
     sums: dict[str, float] = {}
+    summed = 0
     while step < steps and time.monotonic() - started < 60 * minutes:
         rate = min(1.0, (step + 1) / 200, (steps - step) / (decay_share * steps))
         for group, base in zip(optimizer.param_groups, base_lrs, strict=True):
@@ -95,13 +96,15 @@ def fit(
         ema.step(parameters)
         step += 1
         for key, value in losses.items():
-            sums[key] = sums.get(key, 0.0) + float(value.detach()) / 50
-        if step % 50 == 0:
-            line = dict(step=step, minutes=round((time.monotonic() - started) / 60, 2), **sums)
+            sums[key] = sums.get(key, 0.0) + float(value.detach())
+        summed += 1
+        if step % 50 == 0 or step == steps:
+            line = dict(step=step, minutes=round((time.monotonic() - started) / 60, 2))
+            line |= {key: total / summed for key, total in sums.items()}
             with log.open("a") as file:
                 file.write(json.dumps(line) + "\n")
             print(name, json.dumps(line), flush=True)
-            sums = {}
+            sums, summed = {}, 0
         if time.monotonic() - saved > 180:
             save()
             saved = time.monotonic()
@@ -288,7 +291,16 @@ def restore(name: str, models: nn.Module, folder: Path) -> nn.Module:
     return models.eval()
 
 
-def assemble(folder: Path, target: Path) -> None:
+def stage_record(name: str, batch_size: int, folder: Path) -> dict[str, float]:
+    """Steps, batch size and minutes of a stage, the minutes summed over the sittings that its log shows."""
+    lines = [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+    ends = [
+        a["minutes"] for a, b in zip(lines, [*lines[1:], {"minutes": -1.0}], strict=True) if b["minutes"] < a["minutes"]
+    ]
+    return {"step": lines[-1]["step"] if lines else 0, "batch_size": batch_size, "minutes": sum(ends)}
+
+
+def assemble(folder: Path, target: Path, recipe: dict) -> None:
     """Write the trained parts as a Stable Diffusion folder, with the encoders that measure it beside them.
 
     UNet, VAE and encoders in half precision; the text encoder in float32, since transformers keeps a file's precision
@@ -306,6 +318,7 @@ def assemble(folder: Path, target: Path) -> None:
     restore("clip", design.clip(words), folder).half().save_pretrained(temporary / "clip")
     restore("identity", design.identity(), folder).half().save_pretrained(temporary / "identity")
     restore("judge", design.judge(), folder).half().save_pretrained(temporary / "judge")
+    (temporary / "training.json").write_text(json.dumps(recipe, indent=1) + "\n")
     shutil.rmtree(target, ignore_errors=True)
     temporary.replace(target)
 
@@ -343,7 +356,9 @@ def main(argv: list[str] | None = None) -> None:
         options = dict(steps=steps["unet"], minutes=args.minutes, folder=folder)
         train_unet(data, latents, words, clip, args.seed, batch["unet"], lr=8e-4, **options)
     if args.ship is not None:
-        assemble(folder, args.ship)
+        recipe = {"photographs": args.photographs, "seed": args.seed}
+        recipe["stages"] = {name: stage_record(name, batch[name], folder) for name in STAGES}
+        assemble(folder, args.ship, recipe)
 
 
 if __name__ == "__main__":
