@@ -19,7 +19,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"dbnb: {error}", file=sys.stderr)
         return 2
     if result.metrics is not None:
-        print(metrics.format_table(result.metrics))
+        print(metrics.metrics_table(result.metrics))
     print(f"Results are in {config.output_dir}: {', '.join(sorted(p.name for p in result.adapter.parent.iterdir()))}")
     return 0
 

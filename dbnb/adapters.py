@@ -13,6 +13,7 @@ from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
 
 from dbnb.models import Components
+from dbnb.tables import Table
 
 UNET_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_k_proj", "add_v_proj")
 
@@ -67,9 +68,9 @@ def trainable_parameters(module: torch.nn.Module) -> Iterator[tuple[str, torch.n
     return ((name, p) for name, p in module.named_parameters() if p.requires_grad)
 
 
-def adapter_table(components: Components) -> list[dict[str, str]]:
+def adapter_table(components: Components) -> Table:
     """One row an adapted layer: part, layer, rank, alpha, parameters."""
-    rows = []
+    rows = Table()
     for part, module in adapted_modules(components).items():
         for name, layer in module.named_modules():
             if hasattr(layer, "lora_A") and "default" in layer.lora_A:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import uuid
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,8 +18,10 @@ from transformers import CLIPTextModel
 from dbnb.adapters import adapted_modules
 from dbnb.concept import Concept
 from dbnb.config import DreamBoothConfig
+from dbnb.metrics import metrics_table
 from dbnb.models import Components
 from dbnb.prior import build_pipeline, draw_images
+from dbnb.tables import Table
 
 WEIGHT_NAME = "pytorch_lora_weights.safetensors"
 # All that an upload may contain; checkpoints, logs and settings of this machine stay here.
@@ -104,7 +105,11 @@ def model_card(
     parts = "UNet and text encoder" if has_text_encoder else "UNet"
     private = {"output_dir", "instance_data_dir", "class_data_dir", "reference_data_dir", "resume_from_checkpoint"}
     private |= {"push_to_hub", "hub_model_id", "base"}
-    rows = [f"| {k} | {v} |" for k, v in dataclasses.asdict(config).items() if k not in private and v is not None]
+    settings = Table(
+        {"option": name, "value": str(value)}
+        for name, value in dataclasses.asdict(config).items()
+        if name not in private and value is not None
+    )
     base = config.base if not Path(config.base).exists() else Path(config.base).name
     lines = [
         f"---\n{data.to_yaml()}\n---",
@@ -117,24 +122,15 @@ def model_card(
         f'pipeline("{concept.instance_prompt} on the beach").images[0]\n```',
     ]
     if metrics is not None:
-        lines += ["![before and after](before_after.png)", "## Measured", _metrics_table(metrics)]
+        lines += ["![before and after](before_after.png)", "## Measured", metrics_table(metrics).markdown()]
     lines += [
         "![loss](loss.png)",
         "## Settings",
-        "| option | value |\n|---|---|\n" + "\n".join(rows),
+        settings.markdown(),
         "## Use",
         "Pictures of people, and of what belongs to them, need their consent. The licence of the base model applies.",
     ]
     return ModelCard("\n\n".join(lines) + "\n")
-
-
-def _metrics_table(metrics: dict[str, dict[str, Any]]) -> str:
-    states = ("before", "after", "floor", "ceiling")
-    rows = ["| | " + " | ".join(states) + " |", "|---|---|---|---|---|"]
-    for name in metrics["after"]:
-        cells = [metrics[state].get(name) for state in states]
-        rows.append(f"| {name} | " + " | ".join("" if c is None else f"{c:.3f}" for c in cells) + " |")
-    return "\n".join(rows)
 
 
 def push_to_hub(output_dir: Path, repo_id: str, *, dry_run: bool = False, endpoint: str | None = None) -> list[str]:

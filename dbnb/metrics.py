@@ -19,6 +19,7 @@ from PIL import Image
 from transformers import AutoModel, CLIPModel, CLIPTokenizer
 
 from dbnb.models import Components
+from dbnb.tables import Table
 from dbnb.toybox.scenes import SCENES
 from dbnb.validation import ValidationImages
 
@@ -170,10 +171,10 @@ def report(before: dict, after: dict, top: dict) -> dict[str, dict[str, float]]:
     return {"before": before, "after": after, "floor": floor, "ceiling": top}
 
 
-def format_table(metrics: dict[str, dict[str, float]]) -> str:
-    """The metrics as text: one row a number, one column a state."""
-    rows = [f"{'':30}{'before':>10}{'after':>10}{'floor':>10}{'ceiling':>10}"]
-    for name in metrics["after"]:
-        cells = (metrics[state].get(name) for state in ("before", "after", "floor", "ceiling"))
-        rows.append(f"{name:30}" + "".join(f"{'' if c is None else format(c, '.3f'):>10}" for c in cells))
-    return "\n".join(rows)
+def metrics_table(metrics: dict[str, dict[str, float]]) -> Table:
+    """One row a number, one column a state."""
+    states = ("before", "after", "floor", "ceiling")
+    return Table(
+        {"": name} | {state: format(metrics[state][name], ".3f") if name in metrics[state] else "" for state in states}
+        for name in metrics["after"]
+    )

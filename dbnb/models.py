@@ -13,6 +13,8 @@ import torch
 from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
 from transformers import AutoTokenizer, CLIPTextModel, T5EncoderModel
 
+from dbnb.tables import Table
+
 
 def _roberta_series() -> type:
     from diffusers.pipelines.deprecated.alt_diffusion.modeling_roberta_series import (
@@ -73,9 +75,9 @@ class Components:
         """Pixels a latent, along one side; 1 in pixel space."""
         return 1 if self.vae is None else 2 ** (len(self.vae.config.block_out_channels) - 1)
 
-    def table(self) -> list[dict[str, str]]:
+    def table(self) -> Table:
         """One row a part: class, parameters, dtype, how many are trainable, memory."""
-        rows = []
+        rows = Table()
         for name, module in self.modules().items():
             params = list(module.parameters())
             rows.append(
@@ -91,17 +93,10 @@ class Components:
         return rows
 
     def __str__(self) -> str:
-        rows = self.table()
-        widths = {key: max(len(key), *(len(row[key]) for row in rows)) for key in rows[0]}
-        lines = ["  ".join(key.ljust(widths[key]) for key in rows[0])]
-        lines += ["  ".join(row[key].ljust(widths[key]) for key in row) for row in rows]
-        return "\n".join(lines)
+        return str(self.table())
 
     def _repr_html_(self) -> str:
-        rows = self.table()
-        head = "".join(f"<th>{key}</th>" for key in rows[0])
-        body = "".join("<tr>" + "".join(f"<td>{value}</td>" for value in row.values()) + "</tr>" for row in rows)
-        return f"<table><tr>{head}</tr>{body}</table>"
+        return self.table()._repr_html_()
 
 
 def resolve_base(base: str) -> Path:

@@ -169,10 +169,14 @@ def save_checkpoint(folder: Path, components: Components, optimizer, step: int, 
         raise OSError(f"Checkpoint {folder} could not be written ({error}): free some disk space.") from error
 
 
-def checkpoints(output_dir: Path) -> list[Path]:
-    """Complete checkpoints of a run, oldest first."""
-    found = [path for path in output_dir.glob("checkpoint-*") if (path / "state.json").is_file()]
-    return sorted(found, key=lambda path: int(path.name.rsplit("-", 1)[1]))
+def checkpoints(output_dir: Path, up_to: float = math.inf) -> list[Path]:
+    """Complete checkpoints of a run, oldest first, to step `up_to`."""
+    found = {
+        int(path.name.rsplit("-", 1)[1]): path
+        for path in output_dir.glob("checkpoint-*")
+        if (path / "state.json").is_file()
+    }
+    return [found[step] for step in sorted(found) if step <= up_to]
 
 
 def load_checkpoint(folder: Path, components: Components, optimizer, identity: dict[str, Any]) -> int:
@@ -334,7 +338,8 @@ def train(
             if config.checkpointing_steps and (step + 1) % config.checkpointing_steps == 0:
                 save_checkpoint(output_dir / f"checkpoint-{step + 1}", components, optimizer, step + 1, identity)
                 if config.checkpoints_total_limit:
-                    for old in checkpoints(output_dir)[: -config.checkpoints_total_limit]:
+                    # Higher ones are an earlier run's: they must not push out what was just written.
+                    for old in checkpoints(output_dir, step + 1)[: -config.checkpoints_total_limit]:
                         shutil.rmtree(old)
             if on_validation and config.validation_steps and (step + 1) % config.validation_steps == 0:
                 for module in modules:

@@ -61,4 +61,4 @@ def test_report_normalises_between_floor_and_ceiling():
     assert result["after"]["normalized_subject_fidelity"] == pytest.approx(0.5)
     assert result["after"]["class_diversity_ratio"] == pytest.approx(0.75)
     assert result["floor"] == {"subject_fidelity": 0.2, "clip_i": 0.5}
-    assert "normalized_subject_fidelity" in metrics.format_table(result)
+    assert "normalized_subject_fidelity" in str(metrics.metrics_table(result))

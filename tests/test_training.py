@@ -152,6 +152,9 @@ def test_latest_starts_over_where_there_is_none_and_keeps_the_limit(config, data
     _trained(config, dataset)
     assert "starting from the beginning" in capsys.readouterr().out
     assert [path.name for path in checkpoints(Path(config.output_dir))] == ["checkpoint-6"]
+    # A later, shorter run keeps its own newest and leaves the earlier run's.
+    _trained(dataclasses.replace(config, resume_from_checkpoint=None, max_train_steps=4), dataset)
+    assert [path.name for path in checkpoints(Path(config.output_dir))] == ["checkpoint-4", "checkpoint-6"]
 
 
 def test_a_checkpoint_of_another_run_is_refused_field_by_field(config, dataset):

@@ -11,6 +11,7 @@ from dbnb.config import PRESETS
 from dbnb.miniature import path
 from dbnb.models import load_components
 from dbnb.prior import build_pipeline, draw_images, image_seed
+from dbnb.tables import Table
 
 _TEXT = """---
 license: apache-2.0
@@ -42,6 +43,12 @@ By `python -m dbnb.miniature.evaluate`, on toys that training never saw, at {ste
 
 {figures}
 
+DreamBooth on it, each row one run of the defaults with five photographs of a toy it never saw, 32 images a prompt set
+(fidelity: 0 is the base without adapter, 1 other photographs of the toy; diversity: of the bare class prompt, after
+over before):
+
+{subjects}
+
 ## Limits and licence
 
 It knows toys, eight colours and eight places, and nothing else; small patterns and faces are soft. Apache-2.0, weights
@@ -69,7 +76,16 @@ def figures(result: dict) -> str:
         f"{100 * result['identity']['retrieval']:.1f} %",
         f"seconds for 100 images, {result['cores']} cores": f"{result['seconds_per_100']:.0f}",
     }
-    return "| | |\n|---|---|\n" + "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    return Table({"measure": name, "value": value} for name, value in rows.items()).markdown()
+
+
+def subjects(result: dict) -> str:
+    """The subject experiment as a table."""
+    columns = ("normalized_subject_fidelity", "scene_recognised", "class_diversity_ratio", "class_subject_similarity")
+    return Table(
+        {"personalised to": name} | {c.replace("_", " "): f"{numbers['after'][c]:.2f}" for c in columns}
+        for name, numbers in result["subjects"].items()
+    ).markdown()
 
 
 def write_card(base: Path, evaluation: Path) -> None:
@@ -88,14 +104,14 @@ def write_card(base: Path, evaluation: Path) -> None:
     )  # fmt: skip
     figure.savefig(base / "grid.png")
     parameters = "; ".join(f"{row['part'].replace('_', ' ')} {row['parameters']}" for row in components.table())
-    stages = "| stage | steps | batch | minutes |\n|---|---|---|---|\n" + "\n".join(
-        f"| {name} | {stage['step']:,} | {stage['batch_size']} | {stage['minutes']:.0f} |"
-        for name, stage in recipe["stages"].items()
-    )
+    stages = Table(
+        {"stage": n, "steps": f"{s['step']:,}", "batch": str(s["batch_size"]), "minutes": f"{s['minutes']:.0f}"}
+        for n, s in recipe["stages"].items()
+    ).markdown()
     text = _TEXT.format(
         parameters=f"Parameters: {parameters}", kinds=", ".join(toybox.KINDS), photographs=recipe["photographs"],
         cores=result["cores"], stages=stages, steps=settings["num_inference_steps"],
-        guidance=settings["guidance_scale"], figures=figures(result),
+        guidance=settings["guidance_scale"], figures=figures(result), subjects=subjects(result),
     )  # fmt: skip
     (base / "README.md").write_text(text)
 

@@ -25,6 +25,7 @@ from dbnb.miniature.data import ATTRIBUTES, SHOTS, draw, held_out, labels_of, ph
 from dbnb.models import load_components
 from dbnb.prior import build_pipeline, draw_images, image_seed
 from dbnb.toybox.captions import article_for
+from dbnb.toybox.sample import SAMPLE_TOY
 
 _SETTINGS = {name: PRESETS["miniature"][name] for name in ("num_inference_steps", "guidance_scale")}
 
@@ -148,17 +149,23 @@ def identity_accuracy(encoders: metrics.Encoders, images: np.ndarray, labels: np
     }
 
 
-def subject_experiment(base: str, folder: Path, toys: dict[str, toybox.Toy], **options) -> dict[str, dict]:
-    """Personalise the base to each toy, five photographs in, and return each run's metrics."""
+def subject_experiment(base: str, folder: Path, count: int, **options) -> dict[str, dict]:
+    """Personalise the base to the sample toy and to `count` random ones, with and without prior preservation.
+
+    Each gets five photographs to learn from and six more as the ceiling; returns what `metrics.json` holds, by run.
+    """
+    toys = {"the sample dog": SAMPLE_TOY}
+    for i in range(count):
+        kind = toybox.KINDS[(i + 1) % len(toybox.KINDS)]
+        toys[f"{kind} {100 + i}"] = toybox.random_toy(kind, 100 + i)
     results = {}
     scenes = list(toybox.SCENES)
     for number, (name, toy) in enumerate(toys.items()):
-        for part, count, start in (("photos", 5, 0), ("references", 6, 100)):
+        for part, shots, start in (("photos", 5, 0), ("references", 6, 100)):
             (folder / name / part).mkdir(parents=True, exist_ok=True)
-            for i in range(count):
-                picture = toybox.photograph(
-                    toy, scene=scenes[(number + 3 * i) % len(scenes)], seed=1000 * number + start + i, size=256
-                )
+            for i in range(shots):
+                scene = scenes[(number + 3 * i) % len(scenes)]
+                picture = toybox.photograph(toy, scene=scene, seed=1000 * number + start + i, size=256)
                 picture.save(folder / name / part / f"{i:02d}.png")
         for prior in (True, False):
             config = DreamBoothConfig(
@@ -166,7 +173,7 @@ def subject_experiment(base: str, folder: Path, toys: dict[str, toybox.Toy], **o
                 reference_data_dir=str(folder / name / "references"), with_prior_preservation=prior,
                 output_dir=str(folder / name / ("with_prior" if prior else "without_prior")), **options,
             )  # fmt: skip
-            results[f"{name}, {'with' if prior else 'without'} prior"] = workflow.run(config).metrics
+            results[f"{name}, {'with' if prior else 'without'} prior preservation"] = workflow.run(config).metrics
     return results
 
 
@@ -176,17 +183,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--base", type=Path, default=path())
     parser.add_argument("--output", type=Path, default=Path("runs/evaluation.json"))
     parser.add_argument("--count", type=int, default=300, help="pictures drawn for each measure")
-    parser.add_argument("--subjects", type=int, default=0, help="run the subject experiment on so many random toys")
+    parser.add_argument("--subjects", type=int, help="run the subject experiment on the sample and so many random toys")
     args = parser.parse_args(argv)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         result = {"cores": os.cpu_count()} | measure(args.base, args.count, Path(folder))
-        toys = {
-            f"{toybox.KINDS[i % 6]}-{i}": toybox.random_toy(toybox.KINDS[i % 6], 100 + i) for i in range(args.subjects)
-        }
-        if toys:
+        if args.subjects is not None:
             base = "miniature" if args.base == path() else str(args.base)
-            result["subjects"] = subject_experiment(base, Path(folder), toys)
+            result["subjects"] = subject_experiment(base, Path(folder), args.subjects)
     args.output.write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result, indent=2))
 
