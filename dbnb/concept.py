@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -191,7 +192,7 @@ class Concept:
             raise ValueError("identifier and class_word must each be a word, such as 'sks' and 'dog'.")
         paths, notes = inspect_images(Path(folder) if folder else SAMPLE_DIR / "photos", resolution)
         instance_prompt = instance_prompt or f"a photo of {article_for(identifier)} {identifier} {class_word}"
-        if identifier not in instance_prompt.split():
+        if not re.search(rf"(?<!\w){re.escape(identifier)}(?!\w)", instance_prompt):
             raise ValueError(
                 f"instance_prompt {instance_prompt!r} does not contain the identifier {identifier!r}: put it there."
             )

@@ -130,7 +130,7 @@ def build_parser() -> argparse.ArgumentParser:
             group = parser.add_mutually_exclusive_group()
             group.add_argument(f"--{item.name}", action="store_true", **common)
             short = item.name.removeprefix("with_")
-            group.add_argument(f"--no_{short}", dest=item.name, action="store_false", help=argparse.SUPPRESS)
+            group.add_argument(f"--no_{short}", dest=item.name, action="store_false", help="the opposite")
         else:
             parser.add_argument(f"--{item.name}", type=types[0], metavar=types[0].__name__.upper(), **common)
     return parser

@@ -64,6 +64,7 @@ def reload_pipeline(components: Components, adapter: Path) -> DiffusionPipeline:
     pipeline = DiffusionPipeline.from_pretrained(components.base)
     if pipeline.unet.dtype != components.unet.dtype:
         pipeline.to(dtype=components.unet.dtype)
+    pipeline.to(components.device)
     pipeline.scheduler = build_pipeline(components).scheduler
     pipeline.load_lora_weights(adapter.parent, weight_name=adapter.name)
     pipeline.set_progress_bar_config(disable=True)
@@ -85,7 +86,8 @@ def verify_reload(components: Components, adapter: Path, concept: Concept, confi
         for pipeline in (build_pipeline(components), reload_pipeline(components, adapter))
     ]  # fmt: skip
     difference = int(np.abs(pictures[0] - pictures[1]).max())
-    if difference > 2:
+    # In half precision the reloaded adapter is rounded as well, which the trained one is not.
+    if difference > (2 if components.unet.dtype == torch.float32 else 32):
         raise ValueError(
             f"{adapter} reloads to another picture (difference {difference}/255): compare versions of diffusers."
         )

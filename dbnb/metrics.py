@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers import AutoModel, CLIPModel, CLIPTokenizer
 
 from dbnb.models import Components
@@ -57,7 +57,9 @@ class Encoders:
 
 def _pixels(images: Sequence[Image.Image], size: int, normalization: tuple) -> torch.Tensor:
     mean, std = (torch.tensor(values)[None, :, None, None] for values in normalization)
-    arrays = [np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC)) for image in images]
+    arrays = [
+        np.asarray(ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.LANCZOS)) for image in images
+    ]
     return (torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 255.0 - mean) / std
 
 
@@ -88,7 +90,7 @@ def load_encoders(base: Path) -> Encoders:
 def through_vae(components: Components, images: Sequence[Image.Image], size: int) -> list[Image.Image]:
     """Pictures as the base's autoencoder gives them back, so that its blur is not counted as lost identity."""
     if components.vae is None:
-        return [image.resize((size, size), Image.Resampling.LANCZOS) for image in images]
+        return [ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS) for image in images]
     decoded = []
     for image in images:
         pixels = _pixels([image], size, _HALF).to(components.vae.device, components.vae.dtype)
@@ -106,6 +108,8 @@ def subject_fidelity(features: torch.Tensor, references: torch.Tensor) -> float:
 def diversity(features: torch.Tensor) -> float:
     """Mean pairwise cosine distance."""
     n = len(features)
+    if n < 2:
+        raise ValueError("Diversity needs at least two images.")
     return float((1.0 - features @ features.T).sum() / (n * (n - 1)))
 
 
@@ -152,7 +156,8 @@ def ceiling(
         similarity = encode(pictures) @ encode(instances).T
         if not references:
             similarity = similarity[~torch.eye(len(instances), dtype=torch.bool)]
-        numbers[name] = float(similarity.mean()) if similarity.numel() else float("nan")
+        if similarity.numel():  # one photograph alone has nothing to be compared with
+            numbers[name] = float(similarity.mean())
     return numbers
 
 
@@ -160,14 +165,15 @@ def report(before: dict, after: dict, top: dict) -> dict[str, dict[str, float]]:
     """What `metrics.json` holds: before, after, floor, ceiling.
 
     `after` also holds normalized_subject_fidelity = (after - floor) / (ceiling - floor) and class_diversity_ratio =
-    after / before.
+    after / before, where those can be formed.
     """
     floor = {name: before[name] for name in ("subject_fidelity", "clip_i")}
-    span = top["subject_fidelity"] - floor["subject_fidelity"]
-    after = after | {
-        "normalized_subject_fidelity": (after["subject_fidelity"] - floor["subject_fidelity"]) / span,
-        "class_diversity_ratio": after["class_diversity"] / before["class_diversity"],
-    }
+    after = dict(after)
+    span = top.get("subject_fidelity", 0.0) - floor["subject_fidelity"]
+    if span > 0:
+        after["normalized_subject_fidelity"] = (after["subject_fidelity"] - floor["subject_fidelity"]) / span
+    if before["class_diversity"] > 0:
+        after["class_diversity_ratio"] = after["class_diversity"] / before["class_diversity"]
     return {"before": before, "after": after, "floor": floor, "ceiling": top}
 
 

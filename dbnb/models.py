@@ -13,6 +13,7 @@ import torch
 from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
 from transformers import AutoTokenizer, CLIPTextModel, T5EncoderModel
 
+from dbnb.config import PRESETS
 from dbnb.tables import Table
 
 
@@ -24,13 +25,16 @@ def _roberta_series() -> type:
     return RobertaSeriesModelWithTransformation
 
 
+_HASHED = 64 << 20  # a whole checkpoint can be gigabytes; training moves every weight, so its ends tell
+
+
 @dataclass(frozen=True)
 class Architecture:
     """What the workflow must know of a text encoder: how to get its class, where its adapters sit, its call."""
 
     text_encoder_class: Any
     lora_targets: tuple[str, ...]
-    returns_tuple: bool = True
+    uses_attention_mask: bool = False
 
 
 # One row an architecture: the name is what `text_encoder/config.json` says in `architectures`.
@@ -38,7 +42,7 @@ ARCHITECTURES = {
     "CLIPTextModel": Architecture(lambda: CLIPTextModel, ("q_proj", "k_proj", "v_proj", "out_proj")),
     "T5EncoderModel": Architecture(lambda: T5EncoderModel, ("q", "k", "v", "o")),
     "RobertaSeriesModelWithTransformation": Architecture(
-        _roberta_series, ("query", "key", "value", "output.dense"), returns_tuple=False
+        _roberta_series, ("query", "key", "value", "output.dense"), uses_attention_mask=True
     ),
 }
 
@@ -108,6 +112,7 @@ def resolve_base(base: str) -> Path:
         from dbnb import miniature
 
         return miniature.path()
+    base = PRESETS.get(base, {}).get("base", base)
     path = Path(base).expanduser()
     if path.is_dir():
         if not (path / "model_index.json").is_file():
@@ -125,15 +130,15 @@ def resolve_base(base: str) -> Path:
 
 
 def fingerprint(base: Path) -> str:
-    """A short hash of a base: every file's name, size, and first and last MiB (all of a file can be gigabytes)."""
+    """A short hash of a base: every file's name and size, and up to 64 MiB from its start and from its end."""
     digest = hashlib.sha256()
     for path in sorted(base.rglob("*")):
-        if path.suffix in (".json", ".safetensors", ".txt") and path.is_file():
+        if path.suffix in (".json", ".safetensors", ".bin", ".txt") and path.is_file():
             digest.update(str(path.relative_to(base)).encode())
             digest.update(str(path.stat().st_size).encode())
             with path.open("rb") as file:
-                digest.update(file.read(1 << 20))
-                file.seek(max(file.tell(), path.stat().st_size - (1 << 20)))
+                digest.update(file.read(_HASHED))
+                file.seek(max(file.tell(), path.stat().st_size - _HASHED))
                 digest.update(file.read())
     return digest.hexdigest()[:16]
 
@@ -185,8 +190,6 @@ def encode_prompts(components: Components, prompts: list[str], *, max_length: in
     tokens = components.tokenizer(
         distinct, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
     ).to(components.text_encoder.device)
-    if components.architecture.returns_tuple:
-        hidden = components.text_encoder(tokens.input_ids, return_dict=False)[0]
-    else:
-        hidden = components.text_encoder(tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
+    mask = {"attention_mask": tokens.attention_mask} if components.architecture.uses_attention_mask else {}
+    hidden = components.text_encoder(tokens.input_ids, **mask)[0]
     return hidden[[distinct.index(prompt) for prompt in prompts]]

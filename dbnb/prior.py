@@ -17,6 +17,7 @@ import torch
 from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
 from PIL import Image
 
+from dbnb.adapters import adapted_modules
 from dbnb.concept import inspect_images
 from dbnb.models import Components, fingerprint
 
@@ -37,7 +38,9 @@ def build_pipeline(components: Components) -> DiffusionPipeline:
         components.noise_scheduler.config, **({"variance_type": "fixed_small"} if learned else {})
     )
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    if getattr(pipeline, "safety_checker", None) is not None:
+        pipeline.safety_checker.to(dtype=components.unet.dtype)
+    return pipeline.to(components.device)
 
 
 def image_seed(seed: int, index: int) -> int:
@@ -154,8 +157,11 @@ def class_images(
 ) -> ClassImages:
     """`num_class_images` pictures of the class: one's own first, the rest from the cache, drawn where missing.
 
-    Decisions: "own", "reuse", "top up", "generate". Images are PNG, named by index, each from (seed, index).
+    Decisions: "own", "reuse", "top up", "generate". Images are PNG, named by index, each from (seed, index). Raises
+    ValueError where adapters are in place.
     """
+    if adapted_modules(components):
+        raise ValueError("Class images show what the base knows: draw them before add_adapters, or load the base anew.")
     own: list[Path] = []
     if class_data_dir is not None:
         own = inspect_images(Path(class_data_dir), resolution)[0][:num_class_images]

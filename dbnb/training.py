@@ -58,7 +58,9 @@ def clean_latents(components: Components, batch: dict[str, Any], seed: int) -> t
         pixels = batch["pixel_values"].to(device)
         if components.vae is None:
             return pixels
-        parameters = components.vae.encode(pixels.to(components.vae.dtype)).latent_dist.parameters
+        # One picture at a time, as the cache does it: a batch would round differently.
+        encoded = [components.vae.encode(p[None].to(components.vae.dtype)) for p in pixels]
+        parameters = torch.cat([output.latent_dist.parameters for output in encoded])
     posterior = DiagonalGaussianDistribution(parameters.float())
     shape = posterior.mean.shape[1:]
     noise = _per_sample(batch, seed, POSTERIOR, lambda g: torch.randn(shape, generator=g)).to(device)
@@ -138,6 +140,7 @@ def run_identity(config: DreamBoothConfig, components: Components, dataset: Drea
     names = (
         "resolution center_crop random_flip rank lora_alpha lora_dropout train_text_encoder text_encoder_rank "
         "text_encoder_lora_alpha text_encoder_lora_dropout train_batch_size gradient_accumulation_steps learning_rate "
+        "adam_beta1 adam_beta2 adam_weight_decay adam_epsilon max_grad_norm tokenizer_max_length "
         "text_encoder_learning_rate lr_scheduler lr_warmup_steps prior_loss_weight mixed_precision seed"
     ).split()
     return {
@@ -161,10 +164,12 @@ def save_checkpoint(folder: Path, components: Components, optimizer, step: int, 
     try:
         save_file(tensors, temporary / "state.safetensors")
         (temporary / "state.json").write_text(json.dumps({"step": step, "run": identity}, indent=1))
+        replaced = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
         if folder.exists():
-            shutil.rmtree(folder)
+            folder.replace(replaced)
         temporary.replace(folder)
-    except OSError as error:
+        shutil.rmtree(replaced, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise OSError(f"Checkpoint {folder} could not be written ({error}): free some disk space.") from error
 
@@ -174,7 +179,7 @@ def checkpoints(output_dir: Path, up_to: float = math.inf) -> list[Path]:
     found = {
         int(path.name.rsplit("-", 1)[1]): path
         for path in output_dir.glob("checkpoint-*")
-        if (path / "state.json").is_file()
+        if (path / "state.json").is_file() and (path / "state.safetensors").is_file()
     }
     return [found[step] for step in sorted(found) if step <= up_to]
 
@@ -202,7 +207,11 @@ def load_checkpoint(folder: Path, components: Components, optimizer, identity: d
                 parameter.copy_(tensors[f"{part}.{name}"])
             keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"optimizer.{key}.{part}.{name}" in tensors]
             if keys:
-                optimizer.state[parameter] = {key: tensors[f"optimizer.{key}.{part}.{name}"].clone() for key in keys}
+                state_of = {key: tensors[f"optimizer.{key}.{part}.{name}"].clone() for key in keys}
+                # The step count stays on the CPU, as AdamW keeps it.
+                optimizer.state[parameter] = {
+                    key: value if key == "step" else value.to(parameter.device) for key, value in state_of.items()
+                }
     return state["step"]
 
 
@@ -251,6 +260,8 @@ def train(
         log_with=None if config.report_to == "none" else config.report_to,
         project_dir=output_dir / "logs",
     )
+    if accelerator.num_processes > 1:
+        raise ValueError(f"Training runs in one process, and {accelerator.num_processes} were launched: start one.")
     components.to(accelerator.device)
     if config.report_to != "none":
         accelerator.init_trackers("dreambooth")
@@ -292,7 +303,7 @@ def train(
     accumulate = config.gradient_accumulation_steps
     modules = adapted_modules(components).values()
     bar = tqdm(range(first, config.max_train_steps), initial=first, total=config.max_train_steps, desc="train")
-    step = first
+    done = first
     try:
         for step in bar:
             for module in modules:
@@ -318,7 +329,8 @@ def train(
                 if record.prior_loss is not None:
                     sums["prior_loss"] += record.prior_loss.item() / accumulate
             norm = accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
-            if not torch.isfinite(norm):
+            # With fp16 the scaler meets infinite gradients by design: it skips the step and scales down.
+            if not torch.isfinite(norm) and accelerator.scaler is None:
                 raise FloatingPointError(f"A gradient is not finite at step {step + 1}: lower the learning rate.")
             rate = schedule.get_last_lr()[0]
             stepper.step()
@@ -327,6 +339,7 @@ def train(
             if batch["halves"] == 1:
                 del sums["prior_loss"]
             line = {"step": step + 1, **sums, "lr": rate, "seconds": round(time.perf_counter() - started, 4)}
+            done = step + 1
             log.append(line)
             with log_path.open("a") as file:
                 file.write(json.dumps(line) + "\n")
@@ -346,7 +359,6 @@ def train(
                     module.eval()
                 on_validation(step + 1)
     except KeyboardInterrupt:
-        done = len(log)
         save_checkpoint(output_dir / f"checkpoint-{done}", components, optimizer, done, identity)
         print(f"\nInterrupted: step {done} is saved; go on with --resume_from_checkpoint latest.")
     for module in modules:

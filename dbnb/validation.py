@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from diffusers import AutoPipelineForImage2Image
-from PIL import Image
+from PIL import Image, ImageOps
 
 from dbnb.concept import Concept
 from dbnb.config import DreamBoothConfig
@@ -67,13 +67,20 @@ def from_references(
     components: Components, references: Sequence[Image.Image], prompt: str, config: DreamBoothConfig, *,
     strength: float = 0.6,
 ) -> list[Image.Image]:  # fmt: skip
-    """Redraw reference images under a prompt (img2img); strength 0 keeps them, 1 forgets them."""
+    """Redraw reference images under a prompt (img2img): the higher the strength, the more is forgotten.
+
+    Raises ValueError where `strength` leaves no solver step to take.
+    """
+    if not 1 <= int(config.num_inference_steps * strength) <= config.num_inference_steps:
+        raise ValueError(
+            f"strength={strength} of {config.num_inference_steps} steps leaves none to take: raise it to 1."
+        )
     pipeline = AutoPipelineForImage2Image.from_pipe(build_pipeline(components))
     pipeline.set_progress_bar_config(disable=True)
     size = (config.resolution, config.resolution)
     return [
         pipeline(
-            prompt, image=image.resize(size, Image.Resampling.LANCZOS), strength=strength,
+            prompt, image=ImageOps.fit(image, size, Image.Resampling.LANCZOS), strength=strength,
             num_inference_steps=config.num_inference_steps, guidance_scale=config.guidance_scale,
             generator=torch.Generator().manual_seed(image_seed(config.seed + _SERIES, index)),
         ).images[0]

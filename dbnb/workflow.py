@@ -120,9 +120,6 @@ def run(config: DreamBoothConfig) -> Result:
 
     log = train(config, components, dataset, on_validation=sample if count else None)
     adapter = export.save_adapters(components, output_dir)
-    difference = export.verify_reload(components, adapter, concept, config)
-    print(f"{adapter.name}: {adapter.stat().st_size / 2**20:.2f} MiB, reloads to the same picture (± {difference}/255)")
-
     numbers = None
     if before is not None:
         after = validation_images(components, concept, config, count=count)
@@ -142,6 +139,8 @@ def run(config: DreamBoothConfig) -> Result:
     _save_figure(plots.loss_curves(log), output_dir / "loss.png")
     has_text_encoder = "text_encoder" in adapted_modules(components)
     export.model_card(concept, config, numbers, has_text_encoder=has_text_encoder).save(output_dir / "README.md")
+    difference = export.verify_reload(components, adapter, concept, config)
+    print(f"{adapter.name}: {adapter.stat().st_size / 2**20:.2f} MiB, reloads to the same picture (± {difference}/255)")
     if config.push_to_hub:
         names = export.push_to_hub(output_dir, config.hub_model_id or f"{config.identifier}-{config.class_word}")
         print(f"pushed {', '.join(names)}")

@@ -13,6 +13,7 @@ from dbnb.toybox.captions import caption
 
 # Number ranges of the splits: a test toy is never a training toy.
 _SPLITS = {"train": 0, "test": 1}
+_WORLD = 2  # raised whenever the same number shows another picture, so that old files are not read
 SHOTS = 2  # photographs of each toy, in different places: pairs for the identity encoder
 SCENE_NAMES = tuple(toybox.SCENES)
 COLOR_NAMES = tuple(toybox.COLORS)
@@ -36,7 +37,8 @@ def held_out(kind: str, body: str, scene: str) -> bool:
 def draw(split: str, index: int) -> tuple[toybox.Toy, dict[str, str], int]:
     """Photograph number `index` of a split: (toy, attribute names, view seed). A pure function of its arguments."""
     of_toy = np.random.default_rng((_SPLITS[split], index // SHOTS))
-    of_shot = np.random.default_rng((_SPLITS[split], index // SHOTS, index % SHOTS))
+    # Never 0 in the last place: numpy pads seeds with zeros, and (s, t, 0) would draw what (s, t) drew.
+    of_shot = np.random.default_rng((_SPLITS[split], index // SHOTS, 1 + index % SHOTS))
     kind = str(of_toy.choice(toybox.KINDS))
     body, accent, pattern, accessory = toybox.random_attributes(of_toy)
     toy = toybox.named_toy(kind, body, accent, pattern, accessory, of_toy)
@@ -59,7 +61,7 @@ def caption_of(labels: np.ndarray, rng: np.random.Generator) -> str:
 
 def photographs(split: str, count: int, folder: Path, *, start: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """(count, 64, 64, 3) uint8 pictures and (count, 6) uint8 labels; rendered on all cores, then read from `folder`."""
-    path = folder / f"{split}-{start}-{count}.npz"
+    path = folder / f"{split}-{start}-{count}-v{_WORLD}.npz"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         images = np.empty((count, 64, 64, 3), np.uint8)

@@ -105,7 +105,7 @@ def measure(base: Path, count: int, data: Path) -> dict:
     images, labels = photographs("test", 1024, data)
     result: dict = {"autoencoder": autoencoder(components, images, labels), "judge": accuracy(judge(images), labels)}
 
-    names = [draw("test", index)[1] for index in range(0, 8 * count, SHOTS)]
+    names = [draw("test", index)[1] for index in range(8 * count)]
     seen = [n for n in names if not held_out(n["kind"], n["body"], n["scene"])][:count]
     new = [n for n in names if held_out(n["kind"], n["body"], n["scene"])][: count // 3]
     started = time.perf_counter()

@@ -308,7 +308,9 @@ def assemble(folder: Path, target: Path, recipe: dict) -> None:
     """
     words = design.tokenizer()
     vae = restore("vae", design.vae(), folder)
-    normalize_latents(vae, to_tensor(photographs("train", _CHUNK, folder / "data")[0][:_LATENT_SAMPLE]))
+    normalize_latents(
+        vae, to_tensor(photographs("train", min(_CHUNK, recipe["photographs"]), folder / "data")[0][:_LATENT_SAMPLE])
+    )
     denoiser = restore("unet", Denoiser(design.unet(), design.text_encoder(words)), folder)
     temporary = target.with_name(f".{target.name}")
     StableDiffusionPipeline(
