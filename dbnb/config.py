@@ -21,7 +21,7 @@ class DreamBoothConfig:
     Built in notebook 00. Raises ValueError, naming the option, when a value cannot work.
     """
 
-    base: str = _option("miniature", "a preset, a hub id or a path: what is personalised")
+    base: str = _option("miniature", "a preset (miniature, sd15), a hub id or a path: what is personalised")
     instance_data_dir: str | None = _option(None, "three to ten photographs of the subject (default: the sample toy)")
     class_word: str = _option("dog", "the word for what kind of thing the subject is")
     identifier: str = _option("sks", "a rare word that will come to mean the subject")
@@ -101,11 +101,11 @@ class DreamBoothConfig:
         path.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
 
 
-# What `None` becomes, by base. The miniature's numbers were measured (see docs in README); the rest is the field's.
+# What `None` becomes, by base. The miniature's numbers were measured (README, "Defaults"); the rest is the field's.
 PRESETS: dict[str, dict[str, Any]] = {
     "miniature": dict(
-        base="miniature", resolution=64, max_train_steps=500, learning_rate=1e-3, text_encoder_learning_rate=1e-4,
-        train_text_encoder=False, num_inference_steps=20, guidance_scale=4.0, sample_batch_size=25,
+        base="miniature", resolution=64, max_train_steps=500, learning_rate=1e-3, text_encoder_learning_rate=3e-4,
+        train_text_encoder=True, num_inference_steps=20, guidance_scale=4.0, sample_batch_size=25,
     ),
     "sd15": dict(
         base="stable-diffusion-v1-5/stable-diffusion-v1-5", resolution=512, max_train_steps=800, learning_rate=1e-4,

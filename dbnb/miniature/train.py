@@ -297,7 +297,7 @@ def stage_record(name: str, batch_size: int, folder: Path) -> dict[str, float]:
     ends = [
         a["minutes"] for a, b in zip(lines, [*lines[1:], {"minutes": -1.0}], strict=True) if b["minutes"] < a["minutes"]
     ]
-    return {"step": lines[-1]["step"] if lines else 0, "batch_size": batch_size, "minutes": sum(ends)}
+    return {"step": lines[-1]["step"] if lines else 0, "batch_size": batch_size, "minutes": round(sum(ends), 1)}
 
 
 def assemble(folder: Path, target: Path, recipe: dict) -> None:
