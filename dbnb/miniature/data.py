@@ -13,7 +13,7 @@ from dbnb.toybox.captions import caption
 
 # Number ranges of the splits: a test toy is never a training toy.
 _SPLITS = {"train": 0, "test": 1}
-_WORLD = 2  # raised whenever the same number shows another picture, so that old files are not read
+_WORLD = 3  # raised whenever the same number shows another picture, so that old files are not read
 SHOTS = 2  # photographs of each toy, in different places: pairs for the identity encoder
 SCENE_NAMES = tuple(toybox.SCENES)
 COLOR_NAMES = tuple(toybox.COLORS)

@@ -10,14 +10,12 @@ from pathlib import Path
 from dbnb.concept import SAMPLE_DIR
 from dbnb.toybox import Toy, photograph
 
-SAMPLE_TOY = Toy(
-    kind="dog", body=(0.10, 0.66, 0.62), accent=(0.98, 0.80, 0.12), pattern="spotted", accessory="scarf", head=1.05
-)
+SAMPLE_TOY = Toy(kind="dog", body=(0.10, 0.66, 0.62), accent=(0.98, 0.80, 0.12), pattern="spotted", head=1.05)
 SIZE = 256
 # Folder -> (scene, view seed) of each picture: five to learn from, six to compare with.
 PICTURES = {
-    "photos": (("beach", 1), ("grass", 2), ("city", 3), ("room", 4), ("snow", 5)),
-    "references": (("beach", 11), ("desert", 12), ("grass", 13), ("night", 14), ("room", 15), ("moon", 16)),
+    "photos": (("desert", 1), ("grass", 2), ("city", 3), ("room", 4), ("snow", 5)),
+    "references": (("beach", 11), ("city", 12), ("grass", 13), ("night", 14), ("room", 15), ("moon", 16)),
 }
 
 

@@ -81,10 +81,13 @@ def named_toy(kind: str, body: str, accent: str, pattern: str, accessory: str, s
 
 
 def random_attributes(rng: np.random.Generator) -> tuple[str, str, str, str]:
-    """(body, accent, pattern, accessory): two different colour names, a pattern, an accessory."""
+    """(body, accent, pattern, accessory): two different colour names, a pattern, an accessory.
+
+    Scarves go with plain toys: on spots or stripes of its own colour a scarf cannot be told at 64 px.
+    """
     body, accent = rng.choice(list(COLORS), size=2, replace=False)
     pattern = rng.choice(PATTERNS, p=(0.5, 0.25, 0.25))
-    accessory = rng.choice(ACCESSORIES, p=(0.4, 0.3, 0.3))
+    accessory = rng.choice(ACCESSORIES, p=(0.35, 0.2, 0.45) if pattern == "plain" else (0.6, 0.4, 0.0))
     return str(body), str(accent), str(pattern), str(accessory)
 
 
@@ -111,8 +114,8 @@ def parts(toy: Toy) -> np.ndarray:
     elif toy.accessory == "scarf":
         x, y, r, front = neck
         rows += [
-            (TORUS_Y, ACCENT, 0, x, y, 0, r, 0.095, 0, 0, 0),
-            _capsule(ACCENT, (front, y - 0.02, 0.13), (front + 0.05, y - 0.36, 0.17), 0.09, 0.10),
+            (TORUS_Y, ACCENT, 0, x, y, 0, r, 0.13, 0, 0, 0),
+            _capsule(ACCENT, (front, y - 0.02, 0.15), (front + 0.06, y - 0.42, 0.20), 0.11, 0.13),
         ]
     return np.array(rows, dtype=np.float64)
 
@@ -233,7 +236,7 @@ def _teapot(head, girth):
         _capsule(BODY, (0.36, 0.42, 0), (0.88, 0.92, 0), 0.17, 0.08),
         (TORUS_Z, ACCENT, 0, -0.58 * g, 0.56, 0, 0.26, 0.075, 0, 0, 0),
     ]
-    return rows, (0, 1.06, 0.31), (0, 0.84, 0.36, 0.40)
+    return rows, (0, 1.06, 0.31), (0, 0.66, 0.46 * g, 0.50 * g)
 
 
 _BUILDERS = {"dog": _dog, "cat": _cat, "duck": _duck, "robot": _robot, "car": _car, "teapot": _teapot}
