@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
@@ -66,6 +67,38 @@ def test_the_training_command_runs_resumes_and_ships(tmp_path):
     resumed = torch.load(tmp_path / "run" / "unet.pt", weights_only=True)
     assert resumed["step"] == 4
     assert any(not torch.equal(first["models"][key], resumed["models"][key]) for key in first["models"])
+    with pytest.raises(ValueError, match="was made from.*'seed': 0.*not.*'seed': 1"):
+        train.main([*options, "--steps", "2", "2", "2", "2", "4", "--seed", "1"])
+
+
+def test_a_training_that_was_stopped_ends_where_an_uninterrupted_one_does(tmp_path):
+    class Stopped(Exception):
+        pass
+
+    def run(folder, stop_at=None):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(8, 8)
+
+        def loss_of_step(step):
+            if step == stop_at:
+                raise Stopped
+            x = torch.randn(4, 8, generator=train.generator(0, step))
+            return {"loss": (model(x) - x).square().mean()}
+
+        def draw():
+            return np.zeros((2, 2, 3), np.uint8)
+
+        train.fit(
+            "toy", model, loss_of_step, steps=9, lr=1e-2, folder=folder, made_from={"seed": 0}, draw=draw,
+            minutes_between_checkpoints=0.0, steps_between_drawings=2,
+        )  # fmt: skip
+        return model.weight
+
+    whole = run(tmp_path / "whole")
+    with pytest.raises(Stopped):
+        run(tmp_path / "parts", stop_at=5)
+    assert torch.equal(run(tmp_path / "parts"), whole)
+    assert sorted(p.name for p in (tmp_path / "whole" / "samples").iterdir())[0] == "toy-000002.png"
 
 
 def test_measures_of_the_evaluation():

@@ -83,6 +83,8 @@ def figures(result: dict) -> str:
 
 def subjects(result: dict) -> str:
     """The subject experiment as a table."""
+    if "subjects" not in result:
+        raise ValueError("The evaluation has no subject experiment: run `dbnb.miniature.evaluate --subjects 3` first.")
     columns = ("normalized_subject_fidelity", "scene_recognised", "class_diversity_ratio", "class_subject_similarity")
     return Table(
         {"personalised to": name} | {c.replace("_", " "): f"{numbers['after'][c]:.2f}" for c in columns}

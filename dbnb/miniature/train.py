@@ -2,7 +2,7 @@
 
 Stages, each resumable from its last checkpoint: photographs, autoencoder, contrastive text and image encoders,
 identity encoder, judge, latents, UNet (with the text encoder). Every step is a function of (seed, step), so stopping
-and going on changes nothing. Losses go to <stage>.jsonl in the output folder.
+and going on changes nothing. Losses go to <stage>.jsonl in the output folder, pictures to samples/.
 """
 
 from __future__ import annotations
@@ -19,10 +19,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import StableDiffusionPipeline
+from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 from diffusers.training_utils import EMAModel, compute_snr
+from PIL import Image
 from torch import nn
+from torch.optim.swa_utils import update_bn
 
+from dbnb import toybox
 from dbnb.miniature import design
 from dbnb.miniature.data import ATTRIBUTES, SHOTS, caption_of, photographs
 
@@ -34,6 +37,11 @@ _LATENT_SAMPLE = 2000  # photographs that tell the latents' mean and deviation
 def to_tensor(images: np.ndarray) -> torch.Tensor:
     """(B, 64, 64, 3) uint8 -> (B, 3, 64, 64) float32 in [-1, 1]."""
     return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1.0
+
+
+def to_pictures(pixels: torch.Tensor) -> np.ndarray:
+    """(B, 3, 64, 64) in [-1, 1] -> (B, 64, 64, 3) uint8."""
+    return ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
 
 
 def generator(seed: int, step: int) -> torch.Generator:
@@ -49,16 +57,21 @@ def fit(
     steps: int,
     lr: float,
     folder: Path,
+    made_from: dict[str, int],
     groups: list[dict] | None = None,
     weight_decay: float = 1e-2,
     ema_decay: float = 0.999,
     decay_share: float = 0.3,
     minutes: float = 1e9,
+    minutes_between_checkpoints: float = 3.0,
+    draw: Callable[[], np.ndarray] | None = None,
+    steps_between_drawings: int = 1000,
 ) -> bool:
     """Run one stage to `steps` or until `minutes` are over; True when it is complete.
 
     AdamW, warm-up over 200 steps, constant rate, linear decay over the last `decay_share`. Afterwards `models` holds
-    the moving average of the weights.
+    the moving average of the weights, with which `draw` paints the pictures in samples/. Raises ValueError where the
+    checkpoint in `folder` was `made_from` something else (seed, photographs, batch size).
     """
     folder.mkdir(parents=True, exist_ok=True)
     optimizer = torch.optim.AdamW(groups or models.parameters(), lr=lr, weight_decay=weight_decay, betas=(0.9, 0.98))
@@ -69,6 +82,10 @@ def fit(
     step = 0
     if path.exists():
         state = torch.load(path, weights_only=True)
+        if state["made_from"] != made_from:
+            raise ValueError(
+                f"{path} was made from {state['made_from']}, not {made_from}: take those, or another --output_dir."
+            )
         models.load_state_dict(state["models"])
         optimizer.load_state_dict(state["optimizer"])
         ema.load_state_dict(state["ema"])
@@ -78,8 +95,17 @@ def fit(
     def save() -> None:
         temporary = path.with_suffix(".tmp")
         state = dict(models=models.state_dict(), optimizer=optimizer.state_dict(), ema=ema.state_dict(), step=step)
-        torch.save(state, temporary)
+        torch.save(state | dict(made_from=made_from), temporary)
         os.replace(temporary, path)
+
+    def show() -> None:
+        ema.store(parameters)
+        ema.copy_to(parameters)
+        models.eval()
+        (folder / "samples").mkdir(exist_ok=True)
+        Image.fromarray(draw()).save(folder / "samples" / f"{name}-{step:06d}.png")
+        ema.restore(parameters)
+        models.train()
 
     models.train()
     sums: dict[str, float] = {}
@@ -105,7 +131,9 @@ def fit(
                 file.write(json.dumps(line) + "\n")
             print(name, json.dumps(line), flush=True)
             sums, summed = {}, 0
-        if time.monotonic() - saved > 180:
+        if draw is not None and step % steps_between_drawings == 0:
+            show()
+        if time.monotonic() - saved > 60 * minutes_between_checkpoints:
             save()
             saved = time.monotonic()
     save()
@@ -134,6 +162,11 @@ class Photographs:
         return [caption_of(self.labels[i], draw) for i in indices]
 
 
+def contact_sheet(rows: list[np.ndarray]) -> np.ndarray:
+    """Rows of (n, 64, 64, 3) uint8 pictures -> one picture."""
+    return np.concatenate([np.concatenate(list(row), axis=1) for row in rows], axis=0)
+
+
 def tokenize(words, captions: list[str]) -> torch.Tensor:
     """Captions -> (B, 24) ids."""
     return words(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
@@ -153,7 +186,12 @@ def train_vae(data: Photographs, seed: int, batch_size: int, **options):
         kl = 0.5 * (posterior.mean**2 + posterior.var - 1.0 - posterior.logvar).mean()
         return dict(loss=F.l1_loss(decoded, pictures) + 2.0 * mse + 3e-4 * kl, mse=mse, kl=kl)
 
-    return vae, fit("vae", vae, loss_of_step, weight_decay=0.0, **options)
+    @torch.no_grad()
+    def draw() -> np.ndarray:
+        decoded = vae.decode(vae.encode(to_tensor(data.images[:16])).latent_dist.mode()).sample
+        return contact_sheet([data.images[:16], to_pictures(decoded)])
+
+    return vae, fit("vae", vae, loss_of_step, weight_decay=0.0, draw=draw, **options)
 
 
 def train_clip(data: Photographs, words, seed: int, batch_size: int, **options):
@@ -251,7 +289,9 @@ class Denoiser(nn.Module):
         self.unet, self.text_encoder = unet, text_encoder
 
 
-def train_unet(data: Photographs, latents: torch.Tensor, words, clip, seed: int, batch_size: int, lr: float, **options):
+def train_unet(
+    data: Photographs, vae, latents: torch.Tensor, words, clip, seed: int, batch_size: int, lr: float, **options
+):  # fmt: skip
     """Denoising with min-SNR weights (Hang et al., 2023, gamma 5); one caption in ten is empty, for guidance."""
     text_encoder = design.text_encoder(words)
     text_encoder.load_state_dict(
@@ -278,7 +318,25 @@ def train_unet(data: Photographs, latents: torch.Tensor, words, clip, seed: int,
         dict(params=list(model.unet.parameters()), lr=lr),
         dict(params=list(model.text_encoder.parameters()), lr=0.3 * lr),
     ]
-    done = fit("unet", model, loss_of_step, groups=groups, lr=lr, ema_decay=0.9995, **options)
+
+    @torch.no_grad()
+    def draw() -> np.ndarray:
+        pipeline = StableDiffusionPipeline(
+            vae=vae, text_encoder=model.text_encoder, tokenizer=words, unet=model.unet, safety_checker=None,
+            scheduler=DPMSolverMultistepScheduler.from_config(noise_schedule.config), feature_extractor=None,
+            requires_safety_checker=False,
+        )  # fmt: skip
+        pipeline.set_progress_bar_config(disable=True)
+        rows = []
+        for kind in toybox.KINDS:
+            prompts = [f"a photo of a {kind} {place}" for place in toybox.SCENES.values()]
+            pictures = pipeline(
+                prompts, num_inference_steps=20, guidance_scale=4.0, output_type="np", generator=generator(seed, 0)
+            ).images
+            rows.append((255 * pictures).round().astype(np.uint8))
+        return contact_sheet(rows)
+
+    done = fit("unet", model, loss_of_step, groups=groups, lr=lr, ema_decay=0.9998, draw=draw, **options)
     return model, done
 
 
@@ -291,6 +349,13 @@ def restore(name: str, models: nn.Module, folder: Path) -> nn.Module:
     return models.eval()
 
 
+def settle(model: nn.Module, data: Photographs, seed: int) -> nn.Module:
+    """Measure the batch norms' statistics anew: those of training belong to other weights than the average."""
+    pictures = [to_tensor(data.images[start : start + 100]) for start in range(0, min(len(data.images), 6000), 100)]
+    update_bn((_jitter(part, generator(seed, i)) for i, part in enumerate(pictures)), model)
+    return model
+
+
 def stage_record(name: str, batch_size: int, folder: Path) -> dict[str, float]:
     """Steps, batch size and minutes of a stage, the minutes summed over the sittings that its log shows."""
     lines = [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
@@ -300,7 +365,7 @@ def stage_record(name: str, batch_size: int, folder: Path) -> dict[str, float]:
     return {"step": lines[-1]["step"] if lines else 0, "batch_size": batch_size, "minutes": round(sum(ends), 1)}
 
 
-def assemble(folder: Path, target: Path, recipe: dict) -> None:
+def assemble(folder: Path, data: Photographs, target: Path, recipe: dict) -> None:
     """Write the trained parts as a Stable Diffusion folder, with the encoders that measure it beside them.
 
     UNet, VAE and encoders in half precision; the text encoder in float32, since transformers keeps a file's precision
@@ -308,9 +373,7 @@ def assemble(folder: Path, target: Path, recipe: dict) -> None:
     """
     words = design.tokenizer()
     vae = restore("vae", design.vae(), folder)
-    normalize_latents(
-        vae, to_tensor(photographs("train", min(_CHUNK, recipe["photographs"]), folder / "data")[0][:_LATENT_SAMPLE])
-    )
+    normalize_latents(vae, to_tensor(data.images[:_LATENT_SAMPLE]))
     denoiser = restore("unet", Denoiser(design.unet(), design.text_encoder(words)), folder)
     temporary = target.with_name(f".{target.name}")
     StableDiffusionPipeline(
@@ -318,8 +381,8 @@ def assemble(folder: Path, target: Path, recipe: dict) -> None:
         scheduler=design.scheduler(), safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     ).save_pretrained(temporary)  # fmt: skip
     restore("clip", design.clip(words), folder).half().save_pretrained(temporary / "clip")
-    restore("identity", design.identity(), folder).half().save_pretrained(temporary / "identity")
-    restore("judge", design.judge(), folder).half().save_pretrained(temporary / "judge")
+    for name, model in (("identity", design.identity()), ("judge", design.judge())):
+        settle(restore(name, model, folder), data, recipe["seed"]).half().save_pretrained(temporary / name)
     (temporary / "training.json").write_text(json.dumps(recipe, indent=1) + "\n")
     shutil.rmtree(target, ignore_errors=True)
     temporary.replace(target)
@@ -344,23 +407,28 @@ def main(argv: list[str] | None = None) -> None:
     data = Photographs(args.photographs, folder / "data")
     words = design.tokenizer()
 
-    vae, _ = train_vae(data, args.seed, batch["vae"], steps=steps["vae"], lr=1e-3, folder=folder)
+    def options(stage: str) -> dict:
+        made_from = {"seed": args.seed, "photographs": args.photographs, "batch_size": batch[stage]}
+        return dict(
+            seed=args.seed, batch_size=batch[stage], steps=steps[stage], lr=1e-3, folder=folder, made_from=made_from
+        )
+
+    vae, _ = train_vae(data, **options("vae"))
     if last >= 1:
-        clip, _ = train_clip(data, words, args.seed, batch["clip"], steps=steps["clip"], lr=1e-3, folder=folder)
+        clip, _ = train_clip(data, words, **options("clip"))
     if last >= 2:
-        train_identity(data, args.seed, batch["identity"], steps=steps["identity"], lr=1e-3, folder=folder)
+        train_identity(data, **options("identity"))
     if last >= 3:
-        train_judge(data, args.seed, batch["judge"], steps=steps["judge"], lr=1e-3, folder=folder)
+        train_judge(data, **options("judge"))
     if last >= 4:
         vae = copy.deepcopy(vae)
         normalize_latents(vae, to_tensor(data.images[:_LATENT_SAMPLE]))
         latents = encode_all(vae, data.images)
-        options = dict(steps=steps["unet"], minutes=args.minutes, folder=folder)
-        train_unet(data, latents, words, clip, args.seed, batch["unet"], lr=8e-4, **options)
+        train_unet(data, vae, latents, words, clip, **options("unet") | {"lr": 8e-4, "minutes": args.minutes})
     if args.ship is not None:
         recipe = {"photographs": args.photographs, "seed": args.seed}
         recipe["stages"] = {name: stage_record(name, batch[name], folder) for name in STAGES}
-        assemble(folder, args.ship, recipe)
+        assemble(folder, data, args.ship, recipe)
 
 
 if __name__ == "__main__":
