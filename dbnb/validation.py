@@ -6,7 +6,7 @@ Built in notebook 07.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from diffusers import AutoPipelineForImage2Image
@@ -24,13 +24,14 @@ _SERIES = 1_000
 
 @dataclass
 class ValidationImages:
-    """Images by prompt set: the subject, the subject in each scene (in turn), the bare class."""
+    """Images by prompt set: the subject, the subject in each scene (in turn), the bare class, redrawn references."""
 
     subject: list[Image.Image]
     scenes: list[Image.Image]
     scene_names: list[str]
     scene_prompts: list[str]
     classes: list[Image.Image]
+    redrawn: list[Image.Image] = field(default_factory=list)
 
 
 def validation_images(
@@ -39,26 +40,34 @@ def validation_images(
     config: DreamBoothConfig,
     *,
     count: int,
+    references: Sequence[Image.Image] = (),
     scenes: Mapping[str, str] = SCENES,
+    sets: Sequence[str] = ("subject", "scenes", "classes"),
 ) -> ValidationImages:
-    """`count` images of each prompt set. Image i of every set starts from the same noise, before and after training."""
+    """`count` images of each of the prompt `sets`, and each of `references` redrawn under the instance prompt.
+
+    Image i of every set starts from the same noise, before and after training.
+    """
     pipeline = build_pipeline(components)
     seeds = [image_seed(config.seed + _SERIES, index) for index in range(count)]
     names = [list(scenes)[index % len(scenes)] for index in range(count)]
     scene_prompts = concept.prompts_in([scenes[name] for name in names])
 
-    def draw(prompts: Sequence[str]) -> list[Image.Image]:
+    def draw(name: str, prompts: Sequence[str]) -> list[Image.Image]:
+        if name not in sets:
+            return []
         return draw_images(
             pipeline, prompts, seeds, num_inference_steps=config.num_inference_steps,
             guidance_scale=config.guidance_scale, resolution=config.resolution, batch_size=config.sample_batch_size,
         )  # fmt: skip
 
     return ValidationImages(
-        subject=draw([concept.instance_prompt] * count),
-        scenes=draw(scene_prompts),
+        subject=draw("subject", [concept.instance_prompt] * count),
+        scenes=draw("scenes", scene_prompts),
         scene_names=names,
         scene_prompts=scene_prompts,
-        classes=draw([concept.class_prompt] * count),
+        classes=draw("classes", [concept.class_prompt] * count),
+        redrawn=from_references(components, references, concept.instance_prompt, config),
     )
 
 
@@ -78,11 +87,14 @@ def from_references(
     pipeline = AutoPipelineForImage2Image.from_pipe(build_pipeline(components))
     pipeline.set_progress_bar_config(disable=True)
     size = (config.resolution, config.resolution)
-    return [
-        pipeline(
-            prompt, image=ImageOps.fit(image, size, Image.Resampling.LANCZOS), strength=strength,
+    images = [ImageOps.fit(image, size, Image.Resampling.LANCZOS) for image in references]
+    seeds = [image_seed(config.seed + _SERIES, index) for index in range(len(images))]
+    redrawn: list[Image.Image] = []
+    for start in range(0, len(images), config.sample_batch_size):
+        part = slice(start, start + config.sample_batch_size)
+        redrawn += pipeline(
+            [prompt] * len(images[part]), image=images[part], strength=strength,
             num_inference_steps=config.num_inference_steps, guidance_scale=config.guidance_scale,
-            generator=torch.Generator().manual_seed(image_seed(config.seed + _SERIES, index)),
-        ).images[0]
-        for index, image in enumerate(references)
-    ]  # fmt: skip
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds[part]],
+        ).images  # fmt: skip
+    return redrawn

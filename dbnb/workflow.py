@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from PIL import Image
+from PIL import Image, ImageOps
 
 from dbnb import export, metrics, plots
 from dbnb.adapters import adapted_modules, add_adapters
@@ -18,7 +19,7 @@ from dbnb.concept import SAMPLE_DIR, Concept, inspect_images, load_image, token_
 from dbnb.config import DreamBoothConfig
 from dbnb.dataset import DreamBoothDataset
 from dbnb.models import Components, load_components
-from dbnb.prior import build_pipeline, class_images, draw_images, image_seed
+from dbnb.prior import class_images
 from dbnb.training import train
 from dbnb.validation import ValidationImages, validation_images
 
@@ -48,15 +49,23 @@ def references(config: DreamBoothConfig) -> list[Image.Image]:
     return [load_image(path) for path in inspect_images(Path(folder))[0]] if folder else []
 
 
-def before_after(before: ValidationImages, after: ValidationImages, concept: Concept):
+def before_after(
+    before: ValidationImages, after: ValidationImages, concept: Concept, references: Sequence[Image.Image] = ()
+):  # fmt: skip
     """The figure of a run: the photographs, and the same prompts from the same noise before and after."""
     n = 8
-    photos = [image.resize((256, 256), Image.Resampling.LANCZOS) for image in concept.images()[:n]]
+    photos, references = (
+        [ImageOps.fit(image, (256, 256), Image.Resampling.LANCZOS) for image in images[:n]]
+        for images in (concept.images(), references)
+    )
     rows = [photos, before.subject[:n], after.subject[:n], before.scenes[:n], after.scenes[:n]]
     rows += [before.classes[:n], after.classes[:n]]
     subject, bare = concept.instance_prompt, concept.class_prompt
     labels = ["photographs", f"before:\n{subject}", f"after:\n{subject}", "before:\n… in eight places",
               "after:\n… in eight places", f"before:\n{bare}", f"after:\n{bare}"]  # fmt: skip
+    if after.redrawn:
+        rows += [references[:n], before.redrawn[:n], after.redrawn[:n]]
+        labels += ["other photographs", "before:\nredrawn from them", "after:\nredrawn from them"]
     return plots.image_rows(rows, labels=labels)
 
 
@@ -94,8 +103,8 @@ def run(config: DreamBoothConfig) -> Result:
         print(f"class images: {prior.decision} ({prior.reason})")
         prior_paths = prior.paths
 
-    count = config.num_validation_images
-    before = validation_images(components, concept, config, count=count) if count else None
+    count, further = config.num_validation_images, references(config)
+    before = validation_images(components, concept, config, count=count, references=further) if count else None
     add_adapters(
         components, rank=config.rank, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout,
         train_text_encoder=config.train_text_encoder, text_encoder_rank=config.text_encoder_rank,
@@ -109,21 +118,21 @@ def run(config: DreamBoothConfig) -> Result:
     )  # fmt: skip
 
     def sample(step: int) -> None:
-        images = draw_images(
-            build_pipeline(components), [concept.instance_prompt] * 8, [image_seed(config.seed, i) for i in range(8)],
-            num_inference_steps=config.num_inference_steps, guidance_scale=config.guidance_scale,
-            resolution=config.resolution, batch_size=config.sample_batch_size,
-        )  # fmt: skip
+        now = validation_images(components, concept, config, count=8, sets=("subject", "scenes"))
         folder = output_dir / "samples"
         folder.mkdir(exist_ok=True)
-        _save_figure(plots.show_images(images, title=f"step {step}"), folder / f"step-{step:06d}.png")
+        labels = [concept.instance_prompt, "… in eight places"]
+        figure = plots.image_rows([now.subject, now.scenes], labels=labels, title=f"step {step}")
+        _save_figure(figure, folder / f"step-{step:06d}.png")
 
     log = train(config, components, dataset, on_validation=sample if count else None)
     adapter = export.save_adapters(components, output_dir)
+    if len(log) < config.max_train_steps:  # interrupted: whoever pressed Ctrl-C does not wait for pictures
+        return Result(adapter, log, None, components)
     numbers = None
     if before is not None:
-        after = validation_images(components, concept, config, count=count)
-        _save_figure(before_after(before, after, concept), output_dir / "before_after.png")
+        after = validation_images(components, concept, config, count=count, references=further)
+        _save_figure(before_after(before, after, concept, further), output_dir / "before_after.png")
         try:
             encoders = metrics.load_encoders(components.base)
         except OSError as error:
@@ -133,7 +142,7 @@ def run(config: DreamBoothConfig) -> Result:
             numbers = metrics.report(
                 metrics.evaluate(encoders, before, instances, concept.class_prompt),
                 metrics.evaluate(encoders, after, instances, concept.class_prompt),
-                metrics.ceiling(encoders, components, instances, references(config), config.resolution),
+                metrics.ceiling(encoders, components, instances, further, config.resolution),
             )
             (output_dir / "metrics.json").write_text(json.dumps(numbers, indent=2) + "\n")
     _save_figure(plots.loss_curves(log), output_dir / "loss.png")
