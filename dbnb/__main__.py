@@ -10,11 +10,20 @@ from dbnb.config import parse_args
 def main(argv: list[str] | None = None) -> int:
     """Run the workflow and print where the results are; an expected error is one sentence and exit code 2."""
     config = parse_args(argv)
-    from dbnb import metrics, workflow  # torch and diffusers load only after --help has had its chance
+    import torch  # after --help has had its chance
+
+    from dbnb import metrics, workflow
 
     workflow.quiet_libraries()
     try:
         result = workflow.run(config)
+    except KeyboardInterrupt:
+        print("dbnb: interrupted; class images and checkpoints that were complete are kept.", file=sys.stderr)
+        return 130
+    except torch.OutOfMemoryError as error:
+        hint = "lower --train_batch_size or --sample_batch_size, or use --gradient_checkpointing"
+        print(f"dbnb: Out of memory ({str(error).splitlines()[0]}): {hint}.", file=sys.stderr)
+        return 2
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"dbnb: {error}", file=sys.stderr)
         return 2

@@ -78,18 +78,16 @@ class DreamBoothConfig:
     hub_model_id: str | None = _option(None, "owner/name on the hub")
 
     def __post_init__(self) -> None:
-        for name, value in PRESETS.get(self.base, PRESETS["sd15"]).items():
+        for name, value in suggested(self.base).items():
             if name != "base" and getattr(self, name) is None:
                 setattr(self, name, value)
-        self.lora_alpha = float(self.rank if self.lora_alpha is None else self.lora_alpha)
-        self.text_encoder_rank = self.text_encoder_rank or self.rank
-        if self.text_encoder_lora_alpha is None:
-            self.text_encoder_lora_alpha = float(self.text_encoder_rank)
         self.output_dir = self.output_dir or f"runs/{self.class_word.replace(' ', '-')}"
-        for name in ("rank", "text_encoder_rank", "train_batch_size", "gradient_accumulation_steps", "max_train_steps",
+        for name in ("rank", "train_batch_size", "gradient_accumulation_steps", "max_train_steps",
                      "resolution", "num_class_images", "sample_batch_size", "num_inference_steps"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        if self.text_encoder_rank is not None and self.text_encoder_rank < 1:
+            raise ValueError(f"text_encoder_rank={self.text_encoder_rank} must be at least 1.")
         for name in ("checkpointing_steps", "validation_steps", "num_validation_images", "lr_warmup_steps"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative.")
@@ -115,6 +113,23 @@ PRESETS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+def suggested(base: str) -> dict[str, Any]:
+    """The settings that a base suggests: its preset, or for a pipeline's folder what its own configs tell.
+
+    A folder that draws at most 64 pixels is a miniature. A hub id without a preset is taken for a Stable Diffusion.
+    """
+    folder = Path(base).expanduser()
+    if base in PRESETS or not (folder / "unet" / "config.json").is_file():
+        return PRESETS.get(base, PRESETS["sd15"])
+    resolution = json.loads((folder / "unet" / "config.json").read_text())["sample_size"]
+    if (folder / "vae" / "config.json").is_file():
+        levels = json.loads((folder / "vae" / "config.json").read_text())["block_out_channels"]
+        resolution *= 2 ** (len(levels) - 1)
+    return PRESETS["miniature" if resolution <= PRESETS["miniature"]["resolution"] else "sd15"] | {
+        "resolution": resolution
+    }
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The command line: one option a field, booleans as --name / --no_name."""
     parser = argparse.ArgumentParser(
@@ -124,8 +139,13 @@ def build_parser() -> argparse.ArgumentParser:
     hints = get_type_hints(DreamBoothConfig)
     for item in dataclasses.fields(DreamBoothConfig):
         types = [t for t in get_args(hints[item.name]) or (hints[item.name],) if t is not type(None)]
-        default = "" if item.default is None else f" (default: {item.default})"
-        common = dict(dest=item.name, default=item.default, help=item.metadata["help"].replace("%", "%%") + default)
+        text = item.metadata["help"]
+        if item.default is not None:
+            text += f" (default: {item.default})"
+        elif item.name in PRESETS["miniature"]:
+            values = ", ".join(f"{base} {preset[item.name]}" for base, preset in PRESETS.items())
+            text += f" (default by base: {values})"
+        common = dict(dest=item.name, default=item.default, help=text.replace("%", "%%"))
         if types[0] is bool:
             group = parser.add_mutually_exclusive_group()
             group.add_argument(f"--{item.name}", action="store_true", **common)

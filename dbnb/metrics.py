@@ -41,7 +41,11 @@ class Encoders:
     @torch.no_grad()
     def identity_features(self, images: Sequence[Image.Image]) -> torch.Tensor:
         """(N, D) of length 1, in which pictures of one subject lie close together."""
-        return F.normalize(self.identity(_pixels(images, *self.identity_input)).pooler_output.flatten(1), dim=1)
+        output = self.identity(_pixels(images, *self.identity_input))
+        # A vision transformer's first token, as DINO trained it: its pooler may hold untrained weights.
+        is_transformer = output.last_hidden_state.ndim == 3
+        features = output.last_hidden_state[:, 0] if is_transformer else output.pooler_output.flatten(1)
+        return F.normalize(features, dim=1)
 
     @torch.no_grad()
     def clip_features(self, images: Sequence[Image.Image]) -> torch.Tensor:

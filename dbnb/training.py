@@ -6,9 +6,12 @@ import hashlib
 import json
 import math
 import shutil
+import signal
+import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -143,6 +146,8 @@ def run_identity(config: DreamBoothConfig, components: Components, dataset: Drea
         "adam_beta1 adam_beta2 adam_weight_decay adam_epsilon max_grad_norm tokenizer_max_length "
         "text_encoder_learning_rate lr_scheduler lr_warmup_steps prior_loss_weight mixed_precision seed"
     ).split()
+    if config.lr_scheduler not in ("constant", "constant_with_warmup"):
+        names.append("max_train_steps")  # the other schedules end there
     return {
         "base": fingerprint(components.base),
         "prompts": list(dataset.prompts.values()),
@@ -151,8 +156,13 @@ def run_identity(config: DreamBoothConfig, components: Components, dataset: Drea
     }
 
 
-def save_checkpoint(folder: Path, components: Components, optimizer, step: int, identity: dict[str, Any]) -> None:
-    """Write a checkpoint whole or not at all: adapters and optimizer state as safetensors, the rest as JSON."""
+def save_checkpoint(
+    folder: Path, components: Components, optimizer, step: int, identity: dict[str, Any], **further: Any
+) -> None:
+    """Write a checkpoint whole or not at all: adapters and optimizer state as safetensors, the rest as JSON.
+
+    `further` is what else a run needs to go on (JSON values): where the schedule stands, the scale of fp16 gradients.
+    """
     temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
     temporary.mkdir(parents=True)
     tensors: dict[str, torch.Tensor] = {}
@@ -163,7 +173,7 @@ def save_checkpoint(folder: Path, components: Components, optimizer, step: int, 
                 tensors[f"optimizer.{key}.{part}.{name}"] = value.detach().contiguous()
     try:
         save_file(tensors, temporary / "state.safetensors")
-        (temporary / "state.json").write_text(json.dumps({"step": step, "run": identity}, indent=1))
+        (temporary / "state.json").write_text(json.dumps({"step": step, "run": identity, **further}, indent=1))
         replaced = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
         if folder.exists():
             folder.replace(replaced)
@@ -184,10 +194,10 @@ def checkpoints(output_dir: Path, up_to: float = math.inf) -> list[Path]:
     return [found[step] for step in sorted(found) if step <= up_to]
 
 
-def load_checkpoint(folder: Path, components: Components, optimizer, identity: dict[str, Any]) -> int:
-    """Put a checkpoint's adapters and optimizer state in place; returns its step.
+def load_checkpoint(folder: Path, components: Components, optimizer, identity: dict[str, Any]) -> dict[str, Any]:
+    """Put a checkpoint's adapters and optimizer state in place; returns the rest: its step, and what was saved with it.
 
-    Raises ValueError naming each field in which the checkpoint's run and this one differ.
+    Raises ValueError where it cannot be read, or naming each field in which its run and this one differ.
     """
     try:
         state = json.loads((folder / "state.json").read_text())
@@ -212,22 +222,52 @@ def load_checkpoint(folder: Path, components: Components, optimizer, identity: d
                 optimizer.state[parameter] = {
                     key: value if key == "step" else value.to(parameter.device) for key, value in state_of.items()
                 }
-    return state["step"]
+    return state
 
 
-def _find_checkpoint(config: DreamBoothConfig, output_dir: Path) -> Path | None:
-    wanted = config.resume_from_checkpoint
+def _resume(config: DreamBoothConfig, output_dir: Path, components: Components, optimizer, identity) -> dict[str, Any]:
+    """Go on from the checkpoint that the settings name; `latest` is the newest whole one of this very run."""
+    wanted, start = config.resume_from_checkpoint, {"step": 0}
     if wanted is None:
-        return None
-    if wanted == "latest":
-        found = checkpoints(output_dir)
-        if not found:
-            print(f"--resume_from_checkpoint latest: no checkpoint in {output_dir} yet, starting from the beginning.")
-            return None
-        return found[-1]
-    if not (Path(wanted) / "state.json").is_file():
-        raise FileNotFoundError(f"Checkpoint {wanted} does not exist or is incomplete: give its folder, or 'latest'.")
-    return Path(wanted)
+        return start
+    found = checkpoints(output_dir)[::-1] if wanted == "latest" else [Path(wanted)]
+    if not found:
+        print(f"--resume_from_checkpoint latest: no checkpoint in {output_dir} yet, starting from the beginning.")
+        return start
+    if not found[0].is_dir():
+        raise FileNotFoundError(f"Checkpoint {wanted} does not exist: give its folder, or 'latest'.")
+    problems = []
+    for folder in found:
+        try:
+            state = load_checkpoint(folder, components, optimizer, identity)
+        except ValueError as error:
+            problems.append(str(error))
+            continue
+        for problem in problems:
+            print(f"Passed over: {problem}")
+        print(f"Resuming from {folder}, step {state['step']}.")
+        return state
+    raise ValueError(problems[0])
+
+
+@contextmanager
+def _interrupts() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C waits for the end of a step, so that nothing half-updated is saved; a second one stops at once."""
+    asked = False
+
+    def ask(*_) -> None:
+        nonlocal asked
+        asked = True
+        signal.signal(signal.SIGINT, before)
+
+    if threading.current_thread() is not threading.main_thread():  # signals reach only the main thread
+        yield lambda: False
+        return
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield lambda: asked
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _cut_log(path: Path, step: int) -> list[dict[str, Any]]:
@@ -267,6 +307,8 @@ def train(
         accelerator.init_trackers("dreambooth")
     if config.gradient_checkpointing:
         components.unet.enable_gradient_checkpointing()
+        if "text_encoder" in adapted_modules(components):
+            components.text_encoder.gradient_checkpointing_enable()
 
     rates = {"unet": config.learning_rate, "text_encoder": config.text_encoder_learning_rate}
     groups = [
@@ -281,14 +323,20 @@ def train(
     stepper = accelerator.prepare(optimizer)  # knows how to unscale half-precision gradients
 
     identity = run_identity(config, components, dataset)
-    first, checkpoint = 0, _find_checkpoint(config, output_dir)
-    if checkpoint is not None:
-        first = load_checkpoint(checkpoint, components, optimizer, identity)
-        print(f"Resuming from {checkpoint}, step {first}.")
+    state = _resume(config, output_dir, components, optimizer, identity)
+    first = state["step"]
+    if accelerator.scaler is not None and "scaler" in state:
+        accelerator.scaler.load_state_dict(state["scaler"])
     schedule = get_scheduler(
         config.lr_scheduler, optimizer, num_warmup_steps=config.lr_warmup_steps,
-        num_training_steps=config.max_train_steps, last_epoch=first - 1,
+        num_training_steps=config.max_train_steps, last_epoch=state.get("schedule", 0) - 1,
     )  # fmt: skip
+
+    def save(step: int) -> None:
+        scaler = {} if accelerator.scaler is None else {"scaler": accelerator.scaler.state_dict()}
+        folder = output_dir / f"checkpoint-{step}"
+        save_checkpoint(folder, components, optimizer, step, identity, schedule=schedule.last_epoch, **scaler)
+
     if components.vae is not None and dataset.fixed_crop and not dataset.latents:
         cache_latents(dataset, components.vae)
     prompt_embeds = None
@@ -303,8 +351,7 @@ def train(
     accumulate = config.gradient_accumulation_steps
     modules = adapted_modules(components).values()
     bar = tqdm(range(first, config.max_train_steps), initial=first, total=config.max_train_steps, desc="train")
-    done = first
-    try:
+    with _interrupts() as interrupted:
         for step in bar:
             for module in modules:
                 module.train()  # dropout in the adapters, where asked for
@@ -334,12 +381,12 @@ def train(
                 raise FloatingPointError(f"A gradient is not finite at step {step + 1}: lower the learning rate.")
             rate = schedule.get_last_lr()[0]
             stepper.step()
-            schedule.step()
+            if not stepper.step_was_skipped:
+                schedule.step()
             stepper.zero_grad(set_to_none=True)
             if batch["halves"] == 1:
                 del sums["prior_loss"]
             line = {"step": step + 1, **sums, "lr": rate, "seconds": round(time.perf_counter() - started, 4)}
-            done = step + 1
             log.append(line)
             with log_path.open("a") as file:
                 file.write(json.dumps(line) + "\n")
@@ -349,7 +396,7 @@ def train(
             if on_step is not None:
                 on_step(step, record)
             if config.checkpointing_steps and (step + 1) % config.checkpointing_steps == 0:
-                save_checkpoint(output_dir / f"checkpoint-{step + 1}", components, optimizer, step + 1, identity)
+                save(step + 1)
                 if config.checkpoints_total_limit:
                     # Higher ones are an earlier run's: they must not push out what was just written.
                     for old in checkpoints(output_dir, step + 1)[: -config.checkpoints_total_limit]:
@@ -358,9 +405,10 @@ def train(
                 for module in modules:
                     module.eval()
                 on_validation(step + 1)
-    except KeyboardInterrupt:
-        save_checkpoint(output_dir / f"checkpoint-{done}", components, optimizer, done, identity)
-        print(f"\nInterrupted: step {done} is saved; go on with --resume_from_checkpoint latest.")
+            if interrupted():
+                save(step + 1)
+                print(f"\nInterrupted: step {step + 1} is saved; go on with --resume_from_checkpoint latest.")
+                break
     for module in modules:
         module.eval()
     if config.report_to != "none":

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from dbnb import miniature
 from dbnb.__main__ import main
-from dbnb.config import DreamBoothConfig, parse_args
+from dbnb.config import parse_args
 from dbnb.models import load_components
 from dbnb.validation import from_references
 
@@ -58,7 +60,9 @@ def test_expected_errors_are_one_sentence(tmp_path, capsys, arguments, words):
 def test_options_follow_the_presets_and_say_what_is_wrong(capsys):
     assert parse_args([]).resolution == 64 and parse_args(["--base", "sd15"]).resolution == 512
     assert parse_args(["--no_prior_preservation"]).with_prior_preservation is False
-    assert DreamBoothConfig(rank=8).text_encoder_lora_alpha == 8.0
+    assert parse_args(["--base", str(miniature.path())]) == dataclasses.replace(
+        parse_args([]), base=str(miniature.path())
+    )
     with pytest.raises(SystemExit):
         parse_args(["--rank", "0"])
     assert "rank=0 must be at least 1" in capsys.readouterr().err

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -12,8 +14,18 @@ import torch
 from diffusers import DDPMScheduler
 
 from dbnb.adapters import adapted_modules, add_adapters, trainable_parameters
+from dbnb.dataset import DreamBoothDataset
 from dbnb.models import encode_prompts, load_components
-from dbnb.training import batch_at, checkpoints, clean_latents, held_out_loss, train, training_step
+from dbnb.training import (
+    batch_at,
+    checkpoints,
+    clean_latents,
+    held_out_loss,
+    load_checkpoint,
+    run_identity,
+    train,
+    training_step,
+)
 
 
 def _trained(config, dataset, **adapters):
@@ -81,15 +93,23 @@ def test_a_learned_variance_is_left_out_of_the_loss(components, dataset):
     assert torch.equal(training_step(components, batch, seed=0).loss, plain.loss)
 
 
-def test_a_step_rebuilt_alone_is_the_step_that_was_taken(config, dataset):
+def test_a_step_rebuilt_alone_is_the_step_that_was_taken(config, concept, dataset, class_paths):
     seen = []
     components = load_components("miniature")
     add_adapters(components, rank=4)
     train(dataclasses.replace(config, max_train_steps=3), components, dataset, on_step=lambda k, r: seen.append(r))
-    # Weights have moved on, so compare what the step drew, which no weights decide.
-    again = training_step(components, batch_at(dataset, 1, config.train_batch_size), seed=config.seed)
-    assert torch.equal(again.noise, seen[1].noise) and torch.equal(again.timesteps, seen[1].timesteps)
-    assert torch.equal(again.latents, seen[1].latents)
+    # All anew: the base, the pictures (their latents not cached), the adapters as they were after two steps.
+    fresh = load_components("miniature")
+    add_adapters(fresh, rank=4)
+    pictures = DreamBoothDataset(
+        concept.paths, concept.instance_prompt, class_paths=class_paths, class_prompt=concept.class_prompt, size=64
+    )
+    optimizer = torch.optim.AdamW([p for _, p in trainable_parameters(fresh.unet)])
+    identity = run_identity(config, fresh, pictures)
+    assert load_checkpoint(Path(config.output_dir) / "checkpoint-2", fresh, optimizer, identity)["step"] == 2
+    again = training_step(fresh, batch_at(pictures, 2, config.train_batch_size), seed=config.seed)
+    for name in ("noise", "timesteps", "latents", "prediction", "loss"):
+        assert torch.equal(getattr(again, name), getattr(seen[2], name)), name
 
 
 def test_only_adapters_get_gradients_and_the_base_stays_bit_identical(config, dataset):
@@ -190,12 +210,29 @@ def test_ctrl_c_saves_and_returns(config, dataset):
 
     def interrupt(step, record):
         if step == 2:
-            raise KeyboardInterrupt
+            os.kill(os.getpid(), signal.SIGINT)
 
     config = dataclasses.replace(config, checkpointing_steps=0)
+    handler = signal.getsignal(signal.SIGINT)
     log = train(config, components, dataset, on_step=interrupt)
-    assert len(log) == 3
+    assert len(log) == 3 and signal.getsignal(signal.SIGINT) is handler
     assert [path.name for path in checkpoints(Path(config.output_dir))] == ["checkpoint-3"]
+
+
+def test_latest_passes_over_what_is_torn_or_another_runs(config, dataset, capsys):
+    _trained(config, dataset)
+    folder = Path(config.output_dir)
+    other = dataclasses.replace(config, seed=1, max_train_steps=2)
+    _trained(other, dataset)  # beside the first run's checkpoints 4 and 6
+    again = dataclasses.replace(other, resume_from_checkpoint="latest", max_train_steps=3)
+    _trained(again, dataset)
+    output = capsys.readouterr().out
+    assert "Resuming from" in output and "checkpoint-2, step 2" in output and "seed was 0 and is 1" in output
+    torn = folder / "checkpoint-6" / "state.safetensors"
+    torn.write_bytes(torn.read_bytes()[:1000])
+    _trained(dataclasses.replace(config, resume_from_checkpoint="latest"), dataset)
+    output = capsys.readouterr().out
+    assert "checkpoint-6 cannot be read" in output and "checkpoint-4, step 4" in output
 
 
 def test_gradient_checkpointing_changes_no_loss(config, dataset, tmp_path):
