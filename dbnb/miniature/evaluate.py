@@ -150,10 +150,12 @@ def identity_accuracy(encoders: metrics.Encoders, images: np.ndarray, labels: np
 
 
 def subject_experiment(base: str, folder: Path, count: int, **options) -> dict[str, dict]:
-    """Personalise the base to the sample toy and to `count` random ones, with and without prior preservation.
+    """Personalise the base to the sample toy and to `count` random ones: what `metrics.json` holds, by run.
 
-    Each gets five photographs to learn from and six more as the ceiling; returns what `metrics.json` holds, by run.
+    Each is run with and without prior preservation, the sample also with the text encoder frozen. Each gets five
+    photographs to learn from and six more as the ceiling.
     """
+    variants = {"with prior preservation": {}, "without prior preservation": {"with_prior_preservation": False}}
     toys = {"the sample dog": SAMPLE_TOY}
     for i in range(count):
         kind = toybox.KINDS[(i + 1) % len(toybox.KINDS)]
@@ -167,13 +169,14 @@ def subject_experiment(base: str, folder: Path, count: int, **options) -> dict[s
                 scene = scenes[(number + 3 * i) % len(scenes)]
                 picture = toybox.photograph(toy, scene=scene, seed=1000 * number + start + i, size=256)
                 picture.save(folder / name / part / f"{i:02d}.png")
-        for prior in (True, False):
+        frozen = {"text encoder frozen": {"train_text_encoder": False}} if toy is SAMPLE_TOY else {}
+        for variant, changed in (variants | frozen).items():
             config = DreamBoothConfig(
                 base=base, class_word=toy.kind, instance_data_dir=str(folder / name / "photos"),
-                reference_data_dir=str(folder / name / "references"), with_prior_preservation=prior,
-                output_dir=str(folder / name / ("with_prior" if prior else "without_prior")), **options,
+                reference_data_dir=str(folder / name / "references"), output_dir=str(folder / name / variant),
+                **options | changed,
             )  # fmt: skip
-            results[f"{name}, {'with' if prior else 'without'} prior preservation"] = workflow.run(config).metrics
+            results[f"{name}, {variant}"] = workflow.run(config).metrics
     return results
 
 

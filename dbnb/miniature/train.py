@@ -290,7 +290,8 @@ class Denoiser(nn.Module):
 
 
 def train_unet(
-    data: Photographs, vae, latents: torch.Tensor, words, clip, seed: int, batch_size: int, lr: float, **options
+    data: Photographs, vae, latents: torch.Tensor, words, clip, seed: int, batch_size: int, lr: float,
+    compiled: bool = False, **options
 ):  # fmt: skip
     """Denoising with min-SNR weights (Hang et al., 2023, gamma 5); one caption in ten is empty, for guidance."""
     text_encoder = design.text_encoder(words)
@@ -298,6 +299,7 @@ def train_unet(
         {key.removeprefix("text_model."): v for key, v in clip.text_model.state_dict().items()}
     )
     model, noise_schedule = Denoiser(design.unet(), text_encoder), design.scheduler()
+    unet = torch.compile(model.unet) if compiled else model.unet
 
     def loss_of_step(step: int) -> dict[str, torch.Tensor]:
         rng = generator(seed, step)
@@ -309,7 +311,7 @@ def train_unet(
         noise = torch.randn(clean.shape, generator=rng)
         t = torch.randint(noise_schedule.config.num_train_timesteps, (batch_size,), generator=rng)
         hidden = model.text_encoder(tokenize(words, captions)).last_hidden_state
-        predicted = model.unet(noise_schedule.add_noise(clean, noise, t), t, encoder_hidden_states=hidden).sample
+        predicted = unet(noise_schedule.add_noise(clean, noise, t), t, encoder_hidden_states=hidden).sample
         mse = (predicted - noise).square().mean((1, 2, 3))
         snr = compute_snr(noise_schedule, t)
         return dict(loss=(mse * snr.clamp(max=5.0) / snr).mean(), mse=mse.mean())
@@ -398,6 +400,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--minutes", type=float, default=1e9, help="stop this run's UNet stage after so many minutes")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--until", choices=STAGES, default=STAGES[-1], help="the last stage to run")
+    parser.add_argument(
+        "--compile", action="store_true", help="compile the UNet: needs a C++ compiler and some minutes"
+    )
     parser.add_argument("--ship", type=Path, help="write the finished base to this folder")
     args = parser.parse_args(argv)
     steps = dict(zip(STAGES, args.steps, strict=True))
@@ -424,7 +429,8 @@ def main(argv: list[str] | None = None) -> None:
         vae = copy.deepcopy(vae)
         normalize_latents(vae, to_tensor(data.images[:_LATENT_SAMPLE]))
         latents = encode_all(vae, data.images)
-        train_unet(data, vae, latents, words, clip, **options("unet") | {"lr": 8e-4, "minutes": args.minutes})
+        further = {"lr": 8e-4, "minutes": args.minutes, "compiled": args.compile}
+        train_unet(data, vae, latents, words, clip, **options("unet") | further)
     if args.ship is not None:
         recipe = {"photographs": args.photographs, "seed": args.seed}
         recipe["stages"] = {name: stage_record(name, batch[name], folder) for name in STAGES}
