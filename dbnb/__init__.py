@@ -8,12 +8,16 @@ already do, they do.
 from __future__ import annotations
 
 import importlib
+import os
 from types import ModuleType
+
+# transformers announces at import what it does without torchvision, which nothing here needs.
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 __version__ = "0.1.0"
 _MODULES = (
-    "adapters", "concept", "config", "dataset", "export", "metrics", "miniature", "models", "plots", "prior", "toybox",
-    "training", "validation",
+    "adapters", "concept", "config", "dataset", "export", "metrics", "miniature", "models", "planner", "plots", "prior",
+    "toybox", "training", "validation", "widgets", "workflow",
 )  # fmt: skip
 
 

@@ -232,7 +232,7 @@ def _resume(config: DreamBoothConfig, output_dir: Path, components: Components, 
         return start
     found = checkpoints(output_dir)[::-1] if wanted == "latest" else [Path(wanted)]
     if not found:
-        print(f"--resume_from_checkpoint latest: no checkpoint in {output_dir} yet, starting from the beginning.")
+        print("No checkpoint yet: starting from the beginning.")
         return start
     if not found[0].is_dir():
         raise FileNotFoundError(f"Checkpoint {wanted} does not exist: give its folder, or 'latest'.")
@@ -245,7 +245,7 @@ def _resume(config: DreamBoothConfig, output_dir: Path, components: Components, 
             continue
         for problem in problems:
             print(f"Passed over: {problem}")
-        print(f"Resuming from {folder}, step {state['step']}.")
+        print(f"Resuming from {folder.name}, step {state['step']}.")
         return state
     raise ValueError(problems[0])
 

@@ -34,6 +34,17 @@ class ValidationImages:
     redrawn: list[Image.Image] = field(default_factory=list)
 
 
+def draw(
+    components: Components, prompts: Sequence[str], config: DreamBoothConfig, *, seeds: Sequence[int] | None = None
+) -> list[Image.Image]:
+    """One image a prompt, as the components are now. Without `seeds`, image i always starts from the same noise."""
+    seeds = seeds or [image_seed(config.seed + _SERIES, index) for index in range(len(prompts))]
+    return draw_images(
+        build_pipeline(components), prompts, seeds, num_inference_steps=config.num_inference_steps,
+        guidance_scale=config.guidance_scale, resolution=config.resolution, batch_size=config.sample_batch_size,
+    )  # fmt: skip
+
+
 def validation_images(
     components: Components,
     concept: Concept,
@@ -48,25 +59,18 @@ def validation_images(
 
     Image i of every set starts from the same noise, before and after training.
     """
-    pipeline = build_pipeline(components)
-    seeds = [image_seed(config.seed + _SERIES, index) for index in range(count)]
     names = [list(scenes)[index % len(scenes)] for index in range(count)]
     scene_prompts = concept.prompts_in([scenes[name] for name in names])
 
-    def draw(name: str, prompts: Sequence[str]) -> list[Image.Image]:
-        if name not in sets:
-            return []
-        return draw_images(
-            pipeline, prompts, seeds, num_inference_steps=config.num_inference_steps,
-            guidance_scale=config.guidance_scale, resolution=config.resolution, batch_size=config.sample_batch_size,
-        )  # fmt: skip
+    def drawn(name: str, prompts: Sequence[str]) -> list[Image.Image]:
+        return draw(components, prompts, config) if name in sets else []
 
     return ValidationImages(
-        subject=draw("subject", [concept.instance_prompt] * count),
-        scenes=draw("scenes", scene_prompts),
+        subject=drawn("subject", [concept.instance_prompt] * count),
+        scenes=drawn("scenes", scene_prompts),
         scene_names=names,
         scene_prompts=scene_prompts,
-        classes=draw("classes", [concept.class_prompt] * count),
+        classes=drawn("classes", [concept.class_prompt] * count),
         redrawn=from_references(components, references, concept.instance_prompt, config),
     )
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +21,21 @@ from dbnb.concept import SAMPLE_DIR, Concept, inspect_images, load_image, token_
 from dbnb.config import DreamBoothConfig
 from dbnb.dataset import DreamBoothDataset
 from dbnb.models import Components, load_components
-from dbnb.prior import class_images
-from dbnb.training import train
+from dbnb.prior import ClassImages, cache_dir, class_images
+from dbnb.training import run_identity, train
 from dbnb.validation import ValidationImages, validation_images
+
+
+@dataclass
+class Session:
+    """What steps 1 to 6 make, in the order they make it; `log` is empty until training."""
+
+    config: DreamBoothConfig
+    concept: Concept
+    components: Components
+    prior: ClassImages | None
+    dataset: DreamBoothDataset
+    log: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass
@@ -75,17 +89,18 @@ def _save_figure(figure, path: Path) -> None:
     temporary.replace(path)
 
 
-def run(config: DreamBoothConfig) -> Result:
-    """All seven steps; writes the adapter, figures, log, metrics, settings and card to `config.output_dir`."""
-    output_dir = Path(config.output_dir)
+def prepare(
+    config: DreamBoothConfig, *, before_adapters: Callable[[Concept, Components], None] | None = None
+) -> Session:
+    """Steps 1 to 5: the concept, the base, the class images, the adapters, the dataset.
+
+    `before_adapters` is called with concept and components while the base is still as it was.
+    """
     concept = Concept.from_folder(
         config.instance_data_dir, config.identifier, config.class_word, resolution=config.resolution,
         instance_prompt=config.instance_prompt, class_prompt=config.class_prompt,
     )  # fmt: skip
     print(concept.report())
-    output_dir.mkdir(parents=True, exist_ok=True)
-    config.save(output_dir / "config.json")
-
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(config.mixed_precision, torch.float32)
     components = load_components(config.base, weight_dtype=dtype)
     if torch.cuda.is_available():
@@ -93,7 +108,7 @@ def run(config: DreamBoothConfig) -> Result:
     tokens = token_report(components.tokenizer, config.identifier)
     print(f"identifier {tokens.identifier!r} -> {' '.join(tokens.tokens)} {list(tokens.ids)}: {tokens.verdict}")
 
-    prior_paths: tuple[Path, ...] = ()
+    prior = None
     if config.with_prior_preservation:
         prior = class_images(
             components, concept.class_prompt, config.num_class_images, resolution=config.resolution,
@@ -101,21 +116,67 @@ def run(config: DreamBoothConfig) -> Result:
             batch_size=config.sample_batch_size, seed=config.seed, class_data_dir=config.class_data_dir,
         )  # fmt: skip
         print(f"class images: {prior.decision} ({prior.reason})")
-        prior_paths = prior.paths
-
-    count, further = config.num_validation_images, references(config)
-    before = validation_images(components, concept, config, count=count, references=further) if count else None
+    if before_adapters is not None:
+        before_adapters(concept, components)
     add_adapters(
         components, rank=config.rank, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout,
         train_text_encoder=config.train_text_encoder, text_encoder_rank=config.text_encoder_rank,
         text_encoder_lora_alpha=config.text_encoder_lora_alpha,
         text_encoder_lora_dropout=config.text_encoder_lora_dropout, seed=config.seed,
     )  # fmt: skip
-    print(components)
     dataset = DreamBoothDataset(
-        concept.paths, concept.instance_prompt, class_paths=prior_paths, class_prompt=concept.class_prompt,
-        size=config.resolution, center_crop=config.center_crop, random_flip=config.random_flip, seed=config.seed,
+        concept.paths, concept.instance_prompt, class_paths=prior.paths if prior else (),
+        class_prompt=concept.class_prompt, size=config.resolution, center_crop=config.center_crop,
+        random_flip=config.random_flip, seed=config.seed,
     )  # fmt: skip
+    return Session(config, concept, components, prior, dataset)
+
+
+def trained(config: DreamBoothConfig) -> Session:
+    """Steps 1 to 6; what an identical run has left in the cache is loaded instead of trained again.
+
+    The cached run is a run like any other, in a folder named by all that decides its weights: the base, the pictures,
+    the prompts, the settings.
+    """
+    session = prepare(config)
+    decides = run_identity(config, session.components, session.dataset) | {"max_train_steps": config.max_train_steps}
+    key = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
+    session.config = dataclasses.replace(
+        config, output_dir=str(cache_dir() / "runs" / key), resume_from_checkpoint="latest",
+        checkpointing_steps=config.max_train_steps,
+    )  # fmt: skip
+    session.log = train(session.config, session.components, session.dataset)
+    return session
+
+
+def measured(
+    session: Session, before: ValidationImages, after: ValidationImages, encoders: metrics.Encoders,
+    further: Sequence[Image.Image] = (),
+) -> dict[str, dict[str, float]]:  # fmt: skip
+    """The numbers of a run: what `metrics.json` holds."""
+    concept, instances = session.concept, session.concept.images()
+    return metrics.report(
+        metrics.evaluate(encoders, before, instances, concept.class_prompt),
+        metrics.evaluate(encoders, after, instances, concept.class_prompt),
+        metrics.ceiling(encoders, session.components, instances, further, session.config.resolution),
+    )
+
+
+def run(config: DreamBoothConfig) -> Result:
+    """All seven steps; writes the adapter, figures, log, metrics, settings and card to `config.output_dir`."""
+    output_dir = Path(config.output_dir)
+    count, further = config.num_validation_images, references(config)
+    before: list[ValidationImages] = []
+
+    def draw_before(concept: Concept, components: Components) -> None:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        config.save(output_dir / "config.json")
+        if count:
+            before.append(validation_images(components, concept, config, count=count, references=further))
+
+    session = prepare(config, before_adapters=draw_before)
+    concept, components = session.concept, session.components
+    print(components)
 
     def sample(step: int) -> None:
         now = validation_images(components, concept, config, count=8, sets=("subject", "scenes"))
@@ -125,25 +186,20 @@ def run(config: DreamBoothConfig) -> Result:
         figure = plots.image_rows([now.subject, now.scenes], labels=labels, title=f"step {step}")
         _save_figure(figure, folder / f"step-{step:06d}.png")
 
-    log = train(config, components, dataset, on_validation=sample if count else None)
+    log = train(config, components, session.dataset, on_validation=sample if count else None)
     adapter = export.save_adapters(components, output_dir)
-    if len(log) < config.max_train_steps:  # interrupted: whoever pressed Ctrl-C does not wait for pictures
+    if log and log[-1]["step"] < config.max_train_steps:  # interrupted: whoever did it does not wait for pictures
         return Result(adapter, log, None, components)
     numbers = None
-    if before is not None:
+    if before:
         after = validation_images(components, concept, config, count=count, references=further)
-        _save_figure(before_after(before, after, concept, further), output_dir / "before_after.png")
+        _save_figure(before_after(before[0], after, concept, further), output_dir / "before_after.png")
         try:
             encoders = metrics.load_encoders(components.base)
         except OSError as error:
             print(f"No metrics: the encoders cannot be loaded ({error}).")
         else:
-            instances = concept.images()
-            numbers = metrics.report(
-                metrics.evaluate(encoders, before, instances, concept.class_prompt),
-                metrics.evaluate(encoders, after, instances, concept.class_prompt),
-                metrics.ceiling(encoders, components, instances, further, config.resolution),
-            )
+            numbers = measured(session, before[0], after, encoders, further)
             (output_dir / "metrics.json").write_text(json.dumps(numbers, indent=2) + "\n")
     _save_figure(plots.loss_curves(log), output_dir / "loss.png")
     has_text_encoder = "text_encoder" in adapted_modules(components)

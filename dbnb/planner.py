@@ -1,0 +1,80 @@
+"""What a training needs in memory, computed from the model's shapes before anything is downloaded.
+
+The UNet is built without storage (torch's "meta" device) from its published config; one forward pass is run, and what
+autograd would keep for the backward pass is counted. Built in notebook 10.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import Attention
+from peft import LoraConfig
+
+from dbnb.adapters import UNET_TARGETS, trainable_parameters
+
+
+@dataclass(frozen=True)
+class Base:
+    """The published sizes of a base: its UNet's config, and the parameters of what runs before and after it."""
+
+    unet: dict
+    resolution: int
+    text_parameters: int
+    vae_parameters: int
+    text_length: int = 77
+
+
+# From the configs of the checkpoints on the hub.
+_SD = dict(sample_size=64, attention_head_dim=8, cross_attention_dim=768)
+BASES = {
+    "Stable Diffusion 1.5": Base(_SD, 512, 123_060_480, 83_653_863),
+    "Stable Diffusion 2.1": Base(
+        dict(sample_size=96, attention_head_dim=(5, 10, 20, 20), cross_attention_dim=1024, use_linear_projection=True),
+        768, 340_387_840, 83_653_863,
+    ),
+}  # fmt: skip
+
+
+def training_memory(
+    base: Base, *, rank: int = 16, batch: int = 2, bytes_per_weight: int = 2, gradient_checkpointing: bool = False
+) -> dict[str, int]:
+    """Bytes by purpose for training the UNet's adapters; `batch` counts all pictures, instance and class.
+
+    "weights": all frozen parts; "adapters": float32 weights, gradients and AdamW's two moments; "activations": what
+    autograd keeps of the UNet's forward pass. Libraries, the CUDA context and fragmentation come on top.
+    """
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**base.unet).requires_grad_(False)
+        unet.add_adapter(LoraConfig(r=rank, target_modules=list(UNET_TARGETS)))
+        side = unet.config.sample_size
+        noisy = torch.empty(batch, unet.config.in_channels, side, side)
+        hidden = torch.empty(batch, base.text_length, base.unet["cross_attention_dim"])
+        steps = torch.empty(batch, dtype=torch.long)
+        if gradient_checkpointing:
+            unet.enable_gradient_checkpointing()
+        adapters = sum(p.numel() for _, p in trainable_parameters(unet))
+        frozen = sum(p.numel() for p in unet.parameters() if not p.requires_grad)
+        weights = {p.untyped_storage()._cdata for p in unet.parameters()}
+        heads = {m.heads for m in unet.modules() if isinstance(m, Attention)}
+        kept: dict[int, torch.Tensor] = {}
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            key = tensor.untyped_storage()._cdata
+            # Attention weights, (pictures, heads, queries, keys), are recomputed by the fused kernels that GPUs run.
+            attention = tensor.ndim == 4 and tensor.shape[-1] in (tensor.shape[-2], base.text_length)
+            attention = attention and tensor.shape[1] in heads
+            if key not in weights and not attention:
+                kept[key] = tensor
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            unet.train()(noisy, steps, encoder_hidden_states=hidden)
+    activations = sum(tensor.untyped_storage().nbytes() // tensor.element_size() for tensor in kept.values())
+    return {
+        "weights": bytes_per_weight * (frozen + base.text_parameters + base.vae_parameters),
+        "adapters": 4 * 4 * adapters,
+        "activations": bytes_per_weight * activations,
+    }

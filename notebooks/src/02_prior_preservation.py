@@ -1,0 +1,237 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 02 Prior preservation: teaching one dog without forgetting dogs
+#
+# **What you will do**: train the same subject twice, with and without class images, and look at what `a photo of a dog`
+# has become; then look into the cache that keeps class images.
+#
+# **What you will learn**: what *language drift* is, why pictures drawn by the model itself hold it off, and what a cache
+# must know before it may say "I have these already".
+#
+# **What you need**: notebook [01](01_instance_data.ipynb). About three minutes on two CPU cores the first time.
+#
+# ---
+
+# %% [markdown]
+# Run this first. It makes `dbnb` importable, here and on Colab, and changes nothing that is already installed.
+
+# %% tags=["skip-execution", "nbval-skip"]
+import importlib.util
+import pathlib
+import subprocess
+import sys
+
+DBNB_SOURCE = ""  # @param {type:"string"} a wheel, a zip or a git URL, where the project's folder is not around
+if importlib.util.find_spec("dbnb") is None:
+    here = pathlib.Path.cwd()
+    projects = [p for p in (here, *here.parents) if (p / "dbnb").is_dir() and (p / "pyproject.toml").is_file()]
+    if not (DBNB_SOURCE or projects) and "google.colab" in sys.modules:
+        DBNB_SOURCE = next(iter(importlib.import_module("google.colab.files").upload()), "")
+    if not (DBNB_SOURCE or projects):
+        raise SystemExit("dbnb is not here: open this notebook inside the project, set DBNB_SOURCE, or pip install it.")
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", DBNB_SOURCE or str(projects[0])], check=True)
+    importlib.invalidate_caches()
+
+# %% [markdown]
+# The new module is `dbnb.prior`.
+
+# %%
+import dataclasses
+import hashlib
+import json
+import os
+import tempfile
+
+from PIL import Image
+
+from dbnb import metrics, plots, workflow
+from dbnb.config import DreamBoothConfig
+from dbnb.models import load_components
+from dbnb.prior import class_images
+from dbnb.tables import Table
+from dbnb.validation import draw
+from dbnb.widgets import browse
+
+workflow.quiet_libraries()
+config = DreamBoothConfig()
+
+# %% [markdown]
+# ## The problem
+#
+# Training shows the model five pictures, over and over, each time with the prompt `a photo of a sks dog`. The loss asks
+# only that these five pictures become likely. Nothing asks that `sks` should be what carries them: the word `dog` is in
+# the prompt as well, and moving *its* meaning lowers the loss just as much. So the class word drifts towards the
+# subject. The paper calls it **language drift**.
+#
+# **Predict**: after training on five pictures of the teal dog and nothing else, what is `a photo of a dog`?
+
+# %%
+alone = workflow.trained(dataclasses.replace(config, with_prior_preservation=False))
+prompts = ["a photo of a sks dog", "a photo of a dog", "a photo of a cat"]
+rows = [draw(alone.components, [prompt] * 8, config) for prompt in prompts]
+plots.show(
+    plots.image_rows(rows, labels=prompts, title="Trained without class images"),
+    alt="All dogs are teal with yellow spots, also without the identifier; some cats have turned teal too",
+)
+
+# %% [markdown]
+# **What you should see**: the dog arrived, and the others left. `a photo of a dog` draws the toy, or something near it;
+# even cats may have taken on its colour. The model has not learned *a name*; it has learned *that dogs look like this*.
+#
+# ## The remedy
+#
+# Draw what the model thinks a dog is **before** training, and mix these pictures in, with the class prompt:
+#
+# $$ L = \underbrace{\|\hat\epsilon(x^{sks}_t, \text{a photo of a sks dog}) - \epsilon\|^2}_{\text{instance}}
+#     + \lambda\, \underbrace{\|\hat\epsilon(x^{dog}_t, \text{a photo of a dog}) - \epsilon'\|^2}_{\text{prior}} $$
+#
+# (Ruiz et al., 2023, equation 2; $\lambda$ is `prior_loss_weight`.) The second term can only be kept low by drawing all
+# sorts of dogs for `a photo of a dog`. Half of each batch is the subject, half the class.
+
+# %%
+kept = workflow.trained(config)
+rows = [draw(kept.components, [prompt] * 8, config) for prompt in prompts]
+plots.show(
+    plots.image_rows(rows, labels=prompts, title="Trained with class images"),
+    alt="With the identifier the teal toy; without it dogs and cats of many colours",
+)
+
+# %% [markdown]
+# **What you should see**: the same subject in the first row, and dogs of many colours again in the second.
+#
+# How varied is a set of pictures? Take the mean distance between any two of them in the space of the identity encoder
+# (notebook 08 explains it). The base is the measure of what is normal.
+
+# %%
+base = load_components(config.base)
+encoders = metrics.load_encoders(base.base)
+spread = {}
+for name, components in (("base", base), ("with class images", kept.components), ("without", alone.components)):
+    pictures = draw(components, ["a photo of a dog"] * 24, config)
+    spread[name] = {"mean pairwise distance": metrics.diversity(encoders.identity_features(pictures))}
+plots.show(
+    plots.bars(spread, ylabel="mean pairwise distance", title="'a photo of a dog': class images keep dogs varied"),
+    alt="Bars: the base and the training with class images are close, without class images the distance is far lower",
+)
+
+# %% [markdown]
+# ## The class images
+#
+# These are the pictures that were mixed in: a hundred, drawn from the class prompt alone, at the training resolution.
+# They need not be beautiful. They say what *this model* means by the word, faults included, and that is the point.
+
+# %%
+pictures = [Image.open(path) for path in kept.prior.paths]
+plots.show(
+    plots.show_images(pictures[:24], columns=8),
+    alt="Twenty-four class images: dogs of many colours, patterns and places",
+)
+
+# %% [markdown]
+# All of them, one at a time (in a live notebook):
+
+# %%
+browse({f"{number:04d}": picture for number, picture in enumerate(pictures)}, "class image")
+
+# %% [markdown]
+# ## A cache that knows what it holds
+#
+# Drawing class images takes time, on a real base many minutes. So they are drawn once. But a folder with a hundred
+# pictures of dogs says nothing about which model drew them, with which prompt, at which size. Most scripts only count
+# the files. Here a **manifest** says what made them, and decides.
+#
+# To see every decision, this part uses a cache of its own, empty at first.
+
+# %%
+usual_cache = os.environ.get("DBNB_CACHE")
+os.environ["DBNB_CACHE"] = tempfile.mkdtemp()
+
+
+def ask(prompt: str, count: int, **changed):
+    options = dict(resolution=64, num_inference_steps=10, guidance_scale=4.0) | changed
+    made = class_images(base, prompt, count, **options)
+    print(f"{prompt!r}, {count}: {made.decision} ({made.reason})")
+    return made
+
+
+# %% [markdown]
+# **Predict** for each of the next four calls: drawn anew, topped up, or reused?
+
+# %%
+# NBVAL_CHECK_OUTPUT
+eight = ask("a photo of a dog", 8)
+again = ask("a photo of a dog", 8)
+
+# %%
+# NBVAL_CHECK_OUTPUT
+twelve = ask("a photo of a dog", 12)
+cats = ask("a photo of a cat", 4)
+
+# %% [markdown]
+# Four more were drawn for the third call, not twelve, and the eight were left as they were. That works since every
+# picture has its own seed, made of the run's seed and the picture's number. So picture 5 is the same picture whether
+# you ask for eight or two hundred, and in whatever batches they are drawn:
+
+# %%
+# NBVAL_CHECK_OUTPUT
+def digest(paths):
+    return [hashlib.sha256(path.read_bytes()).hexdigest()[:8] for path in paths]
+
+
+print("the first eight unchanged:", digest(twelve.paths)[:8] == digest(eight.paths))
+
+# %% [markdown]
+# This is what the manifest holds. The *fingerprint* of the base is a hash over its files: train the base further, and
+# the class images no longer fit it.
+
+# %%
+manifest = json.loads((twelve.paths[0].parent / "manifest.json").read_text())
+Table({"field": name, "value": str(value)} for name, value in manifest["recipe"].items())
+
+# %% [markdown]
+# What if somebody edits a picture? Its hash no longer fits, so that one is drawn again, and only that one:
+
+# %%
+# NBVAL_CHECK_OUTPUT
+Image.new("RGB", (64, 64), "red").save(twelve.paths[3])
+mended = ask("a photo of a dog", 12)
+print("the same picture as before:", digest(mended.paths)[3] == digest(eight.paths)[3])
+
+# %% [markdown]
+# Back to the usual cache:
+
+# %%
+del os.environ["DBNB_CACHE"]
+if usual_cache is not None:
+    os.environ["DBNB_CACHE"] = usual_cache
+
+# %% [markdown]
+# ## On your own
+#
+# 1. What happens with `prior_loss_weight=0.1`, or 10? Predict both, then train. (3 minutes each)
+# 2. You have two hundred photographs of real dogs. Would you use them as class images in place of drawn ones? (think)
+# 3. Why would class images of 256 px be wrong for a training at 512 px? (think)
+#
+# <details><summary>Answers</summary>
+#
+# 1. `little = workflow.trained(dataclasses.replace(config, prior_loss_weight=0.1))`, then draw as above. A small weight
+#    lets dogs drift; a large one holds the subject back too.
+# 2. You can (`class_data_dir`), and many do. They then also *teach* what real dogs look like, which is more than
+#    preserving. Drawn ones preserve just what the model has.
+# 3. They would be enlarged, and the model would learn that `a photo of a dog` is blurred.
+# </details>
+#
+# ## In short
+#
+# - Five pictures and one prompt move the class word along: language drift.
+# - The prior loss, on the model's own pictures of the class, holds the class in place.
+# - A cache is only as good as what it knows of its content.
+#
+# Next: [03 Loading and freezing](03_loading_and_freezing.ipynb), the parts of the model.
