@@ -63,9 +63,9 @@ def training_memory(
 
         def keep(tensor: torch.Tensor) -> torch.Tensor:
             key = tensor.untyped_storage()._cdata
-            # Attention weights, (pictures, heads, queries, keys), are recomputed by the fused kernels that GPUs run.
-            attention = tensor.ndim == 4 and tensor.shape[-1] in (tensor.shape[-2], base.text_length)
-            attention = attention and tensor.shape[1] in heads
+            # Attention weights, (…, queries, keys), are recomputed by the fused kernels that GPUs run.
+            square = tensor.ndim > 2 and tensor.shape[-1] in (tensor.shape[-2], base.text_length)
+            attention = square and (tensor.ndim == 3 or tensor.shape[1] in heads)
             if key not in weights and not attention:
                 kept[key] = tensor
             return tensor

@@ -33,26 +33,26 @@ def show_images(
 ) -> Figure:
     """Pictures in a grid, row by row, each with its title."""
     rows = [list(images[start : start + columns]) for start in range(0, len(images), columns)]
-    figure = image_rows(rows, inches=inches, title=title)
-    for axis, text in zip(figure.axes, titles, strict=False):
-        axis.set_title(text, fontsize=8)
+    figure = image_rows(rows, inches=inches, title=title, gap=0.22 if titles else 0.0)
+    for axis, text in zip((axis for axis in figure.axes if axis.images), titles, strict=False):
+        axis.set_title(text, fontsize=8, pad=3)
     return figure
 
 
 def image_rows(
     rows: Sequence[Sequence[Image.Image]], *, labels: Sequence[str] = (), titles: Sequence[str] = (),
-    inches: float = 1.1, title: str = "",
+    inches: float = 1.1, title: str = "", gap: float = 0.0,
 ) -> Figure:  # fmt: skip
-    """Rows of pictures, each row with a label on its left, each column with a title."""
+    """Rows of pictures, each row with a label on its left, each column with a title; `gap` inches above each row."""
     columns = max(len(row) for row in rows)
     label_inches = 0.075 * max((len(line) for label in labels for line in label.split("\n")), default=0) + 0.1
     top_inches = 0.1 + 0.25 * bool(titles) + 0.3 * bool(title)
-    width, height = label_inches + columns * inches, top_inches + len(rows) * inches
+    width, height = label_inches + columns * inches, top_inches + len(rows) * (inches + gap)
     figure = Figure(figsize=(width, height), dpi=110)
     for r, row in enumerate(rows):
         for c in range(columns):
             left = (label_inches + c * inches) / width
-            bottom = (height - top_inches - (r + 1) * inches) / height
+            bottom = (height - top_inches - (r + 1) * (inches + gap)) / height
             axis = figure.add_axes((left, bottom, 0.97 * inches / width, 0.97 * inches / height))
             axis.axis("off")
             if c < len(row):

@@ -24,6 +24,7 @@ class Table(list[Mapping[str, str]]):
         return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
 
     def _repr_html_(self) -> str:
-        head = "".join(f"<th>{escape(key)}</th>" for key in (self[0] if self else ()))
-        rows = ("".join(f"<td>{escape(value)}</td>" for value in row.values()) for row in self)
+        left = 'style="text-align:left"'  # notebooks align numbers, and so all cells, to the right
+        head = "".join(f"<th {left}>{escape(key)}</th>" for key in (self[0] if self else ()))
+        rows = ("".join(f"<td {left}>{escape(value)}</td>" for value in row.values()) for row in self)
         return f"<table><tr>{head}</tr>{''.join(f'<tr>{row}</tr>' for row in rows)}</table>"

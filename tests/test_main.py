@@ -7,9 +7,10 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from dbnb import miniature
+from dbnb import miniature, workflow
 from dbnb.__main__ import main
 from dbnb.config import parse_args
 from dbnb.models import load_components
@@ -40,6 +41,18 @@ def test_no_validation_images_switches_images_and_metrics_off(tmp_path):
     assert not (tmp_path / "metrics.json").exists() and not (tmp_path / "before_after.png").exists()
     assert "prior_loss" not in json.loads((tmp_path / "log.jsonl").read_text().splitlines()[0])
     assert list((tmp_path / "logs").rglob("events*"))
+
+
+def test_a_cached_training_is_loaded_and_not_run_again(config, capsys):
+    first = workflow.trained(config)
+    capsys.readouterr()
+    again = workflow.trained(config)
+    assert "Resuming from checkpoint-6" in capsys.readouterr().out and again.log == first.log
+    for part in ("unet", "text_encoder"):
+        states = [getattr(s.components, part).state_dict() for s in (first, again)]
+        assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+    other = workflow.trained(dataclasses.replace(config, learning_rate=5e-4))
+    assert other.config.output_dir != first.config.output_dir
 
 
 @pytest.mark.parametrize(

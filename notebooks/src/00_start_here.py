@@ -143,7 +143,9 @@ plots.show(
 after = validation_images(session.components, concept, config, count=8)
 places = [SCENES[name] for name in before.scene_names]
 figure = plots.image_rows([before.scenes, after.scenes], labels=["before", "after"], titles=places)
-plots.show(figure, alt="Upper row: dogs of any colour in eight places. Lower row: the teal dog in the same eight places")
+plots.show(
+    figure, alt="Upper row: dogs of any colour in eight places. Lower row: the teal dog in the same eight places"
+)
 
 # %% [markdown]
 # **What you should see**: in the lower row the toy, in every place. The place comes from the words, as before; the toy

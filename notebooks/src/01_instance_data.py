@@ -95,7 +95,7 @@ load_image(SAMPLE_DIR / "photos" / "02.png").save(folder / "good.png")
 (folder / "cut off.jpg").write_bytes((folder / "telephone.jpg").read_bytes()[:4000])
 first.resize((12, 12)).save(folder / "thumbnail.png")
 first.convert("RGBA").resize((48, 48)).save(folder / "small.png")
-(folder / "Thumbs.db").write_bytes(b"left by a file browser")
+_ = (folder / "Thumbs.db").write_bytes(b"left by a file browser")
 
 # %% [markdown]
 # **Predict**: seven files. How many of them will be used?
@@ -119,8 +119,8 @@ plots.show(figure, alt="Left the dog lying on its back, as stored; right the sam
 # %% [markdown]
 # ## Exactly what the model will see
 #
-# Training does not see your photographs. It sees squares of `resolution` pixels cut out of them, with values from -1 to
-# 1. On the miniature that is 64 x 64, on Stable Diffusion 1.5 it is 512 x 512. Look at these squares once before every
+# Training does not see your photographs. It sees squares of `resolution` pixels cut out of them, with values between
+# -1 and 1. On the miniature that is 64 x 64, on Stable Diffusion 1.5 it is 512 x 512. Look at these squares once before every
 # training: cut-off heads, wrong sides and unreadable details show here, before they cost an hour.
 
 # %%

@@ -179,6 +179,7 @@ cats = ask("a photo of a cat", 4)
 # picture has its own seed, made of the run's seed and the picture's number. So picture 5 is the same picture whether
 # you ask for eight or two hundred, and in whatever batches they are drawn:
 
+
 # %%
 # NBVAL_CHECK_OUTPUT
 def digest(paths):

@@ -95,10 +95,13 @@ picture = toybox.photograph(toy, scene="beach", seed=3, size=64)
 pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 127.5 - 1.0
 with torch.no_grad():
     latents = components.vae.encode(pixels).latent_dist.mean
-print(f"pixels {tuple(pixels.shape)} -> latents {tuple(latents.shape)}: {pixels.numel() / latents.numel():.0f} times fewer")
+print(
+    f"pixels {tuple(pixels.shape)} -> latents {tuple(latents.shape)}: {pixels.numel() / latents.numel():.0f} times fewer"
+)
 
 # %% [markdown]
 # **Predict**: the six channels of the latents as grey pictures. Will you recognise the robot?
+
 
 # %%
 def gray(channel: torch.Tensor) -> Image.Image:
@@ -157,9 +160,7 @@ words = ["red dog", "blue dog", "sks dog", "dog", "red car", "blue car", "teapot
 with torch.no_grad():
     means = encode_prompts(components, [f"a photo of a {word}" for word in words]).mean(1)
 means = torch.nn.functional.normalize(means - means.mean(0), dim=1)
-figure = plots.matrices({"similarity": (means @ means.T).numpy()}, inches=3.4)
-figure.axes[0].set_xticks(range(len(words)), words, rotation=60)
-figure.axes[0].set_yticks(range(len(words)), words)
+figure = plots.matrices({"similarity": (means @ means.T).numpy()}, inches=3.4, labels=words)
 plots.show(figure, alt="A matrix of similarities: prompts that share a kind or a colour are more alike than others")
 
 # %% [markdown]
@@ -177,20 +178,23 @@ plots.show(figure, alt="A matrix of similarities: prompts that share a kind or a
 #
 # Here is all of it, without a pipeline:
 
+
 # %%
 @torch.no_grad()
 def paint(prompt: str, guidance_scale: float = 4.0, steps: int = 24, seed: int = 1):
-    """The latents after each step."""
+    """The latents after each step, and what the UNet believes at each step to be the clean ones."""
     schedule = DDIMScheduler.from_config(components.noise_scheduler.config)
     schedule.set_timesteps(steps)
     words = encode_prompts(components, ["", prompt])
     x = torch.randn(1, *latents.shape[1:], generator=torch.Generator().manual_seed(seed))
-    trajectory = [x]
+    trajectory, beliefs = [x], []
     for t in schedule.timesteps:
         empty, told = components.unet(torch.cat([x, x]), t, encoder_hidden_states=words).sample.chunk(2)
-        x = schedule.step(empty + guidance_scale * (told - empty), t, x).prev_sample
+        step = schedule.step(empty + guidance_scale * (told - empty), t, x)
+        x = step.prev_sample
         trajectory.append(x)
-    return trajectory
+        beliefs.append(step.pred_original_sample)
+    return trajectory, beliefs
 
 
 @torch.no_grad()
@@ -204,26 +208,31 @@ def decode(x: torch.Tensor) -> Image.Image:
 # **Predict**: at which of 24 steps will you know the place? And at which the colour of the cat?
 
 # %%
-trajectory = paint("a photo of a purple cat in the snow")
-shown = [0, 4, 8, 12, 16, 20, 22, 24]
-pictures = [decode(trajectory[i]) for i in shown]
+trajectory, beliefs = paint("a photo of a purple cat in the snow")
+shown = [0, 3, 6, 9, 12, 16, 20, 23]
+rows = [[decode(trajectory[i]) for i in shown], [decode(beliefs[i]) for i in shown]]
 plots.show(
-    plots.show_images(pictures, titles=[f"step {i}" for i in shown]),
-    alt="Eight stages from coloured noise to a purple cat in the snow; the place appears first, details last",
+    plots.image_rows(
+        rows, labels=["the latents", "what it believes\nwill come out"], titles=[f"step {i}" for i in shown]
+    ),
+    alt="Upper row: noise that becomes a purple cat in the snow late. Lower row: a pale guess that sharpens step by step",
 )
 
 # %%
-browse({f"step {i}": decode(x) for i, x in enumerate(trajectory)}, "denoising")
+browse({f"step {i}": decode(x) for i, x in enumerate(beliefs)}, "denoising")
 
 # %% [markdown]
-# **What you should see**: place and broad colours first, the outline next, eyes and ears last. Noisy steps decide what
-# is there, late steps how it looks. Training draws its noise levels at random and so learns all of it.
+# **What you should see**: in the upper row noise for a long time, and then quickly a cat. The lower row tells why: from
+# the first step on there is a guess, pale at first. Place and broad colours come first, the outline next, eyes and ears
+# last. Noisy steps decide what is there, late steps how it looks. Training draws its noise levels at random and so learns all of it.
 #
 # ## How much guidance?
 
 # %%
 scales = (1.0, 2.0, 4.0, 8.0, 16.0)
-rows = [[decode(paint("a photo of a purple cat in the snow", scale, seed=s)[-1]) for scale in scales] for s in (1, 2)]
+rows = [
+    [decode(paint("a photo of a purple cat in the snow", scale, seed=s)[0][-1]) for scale in scales] for s in (1, 2)
+]
 plots.show(
     plots.image_rows(rows, titles=[f"guidance {scale:g}" for scale in scales], inches=1.4),
     alt="Two rows of cats: vague at guidance 1, clear at 4, colours too strong at 16",
@@ -260,7 +269,7 @@ Table({"part": row["part"], "dtype": row["dtype"], "memory": row["memory"]} for 
 # <details><summary>Answers</summary>
 #
 # 1. The VAE learned pictures of toys; it can only paint what looks like them.
-# 2. `decode(paint("a photo of a red blue dog")[-1])`, with several seeds: often one of the two, sometimes a dog in both
+# 2. `decode(paint("a photo of a red blue dog")[0][-1])`, with several seeds: often one of the two, sometimes a dog in both
 #    colours.
 # 3. A **negative prompt**: the picture is steered away from it.
 # </details>

@@ -55,7 +55,6 @@ from dbnb.config import DreamBoothConfig
 from dbnb.models import encode_prompts, load_components
 from dbnb.tables import Table
 
-
 workflow.quiet_libraries()
 config = DreamBoothConfig()
 
@@ -68,6 +67,7 @@ config = DreamBoothConfig()
 # $$ y = W x + \frac{\alpha}{r} \, B A x, \qquad A \in \mathbb{R}^{r \times n},\; B \in \mathbb{R}^{m \times r} $$
 #
 # The **rank** $r$ says how thin; $\alpha$ scales the whole.
+
 
 # %%
 class Adapted(nn.Module):
@@ -107,7 +107,12 @@ print(f"{low:,} parameters instead of {full:,}: {100 * low / full:.1f} %")
 # %%
 # NBVAL_CHECK_OUTPUT
 adapted(x).square().mean().backward()
-print("B gets a gradient:", bool(adapted.B.grad.abs().max() > 0), "| A does, at first:", bool(adapted.A.grad.abs().max() > 0))
+print(
+    "B gets a gradient:",
+    bool(adapted.B.grad.abs().max() > 0),
+    "| A does, at first:",
+    bool(adapted.A.grad.abs().max() > 0),
+)
 
 # %% [markdown]
 # ## Where the adapters sit

@@ -55,7 +55,7 @@ from dbnb import plots, workflow
 from dbnb.adapters import add_adapters
 from dbnb.concept import Concept
 from dbnb.config import DreamBoothConfig
-from dbnb.dataset import DreamBoothDataset, cache_latents, collate_fn
+from dbnb.dataset import DreamBoothDataset, cache_latents
 from dbnb.models import encode_prompts, load_components
 from dbnb.prior import class_images
 from dbnb.tables import Table
@@ -100,6 +100,7 @@ print("class, how many different:", len(set(drawn["class"])))
 # `collate_fn` lays samples side by side: **all instances first, all class images second**. The loss later cuts the batch
 # in the middle. Interleave the two by mistake and the subject is trained under the class prompt, without any error: it
 # has happened to well-known scripts more than once (notebook 09 does it on purpose).
+
 
 # %%
 def picture(pixels: torch.Tensor) -> Image.Image:

@@ -90,6 +90,7 @@ print(f"a batch of {len(batch['prompts'])}: {config.train_batch_size} of the sub
 #
 # **Predict**: at which $t$ is the toy no longer to be recognised?
 
+
 # %%
 @torch.no_grad()
 def decode(x: torch.Tensor) -> Image.Image:
@@ -189,7 +190,9 @@ print("two passes, the same loss:", abs(sum(apart) - loss.item()) < 1e-5)
 
 # %%
 record = training_step(components, batch, seed=config.seed)
-print(f"loss {record.loss:.4f} = {record.instance_loss:.4f} + {record.prior_loss:.4f}, levels {record.timesteps.tolist()}")
+print(
+    f"loss {record.loss:.4f} = {record.instance_loss:.4f} + {record.prior_loss:.4f}, levels {record.timesteps.tolist()}"
+)
 
 # %% [markdown]
 # ## What moves?

@@ -128,9 +128,9 @@ metrics.metrics_table(numbers)
 real = encoders.identity_features(photographs)
 values = (encoders.identity_features([*after.subject, *after.scenes]) @ real.T).mean(1)
 generator = torch.Generator().manual_seed(0)
-again = torch.stack([
-    values[torch.randint(len(values), (len(values),), generator=generator)].mean() for _ in range(2000)
-])
+again = torch.stack(
+    [values[torch.randint(len(values), (len(values),), generator=generator)].mean() for _ in range(2000)]
+)
 low, high = again.quantile(0.025).item(), again.quantile(0.975).item()
 print(f"subject fidelity {values.mean():.3f}, 95 % between {low:.3f} and {high:.3f}")
 
@@ -174,18 +174,13 @@ Table(
 # right.
 
 # %%
-from matplotlib.figure import Figure
-
-figure = Figure(figsize=(6.4, 3.8), dpi=110, layout="constrained")
-axis = figure.add_subplot()
-for name, row in rows.items():
-    x, y = row["normalized_subject_fidelity"], row["class_diversity_ratio"]
-    axis.plot(x, y, "o", color=plots.COLORS["prior_loss"])
-    axis.annotate(name, (x, y), xytext=(5, 4), textcoords="offset points", fontsize=8)
-axis.set(xlabel="subject fidelity (0 base, 1 real photographs)", ylabel="class diversity, after / before")
-axis.margins(x=0.2)
-axis.grid(alpha=0.3)
-plots.show(figure, alt="Each training as a point: fidelity to the right, preserved class diversity upwards")
+points = {name: (row["normalized_subject_fidelity"], row["class_diversity_ratio"]) for name, row in rows.items()}
+plots.show(
+    plots.scatter(
+        points, xlabel="subject fidelity (0 base, 1 real photographs)", ylabel="class diversity, after / before"
+    ),
+    alt="Each training as a point: fidelity to the right, preserved class diversity upwards",
+)
 
 # %% [markdown]
 # Read it together with your prediction. Questions worth asking of this table: what did prior preservation cost in
@@ -223,7 +218,9 @@ plots.show(
 )  # fmt: skip
 
 # %%
-print(f"mean distance among the drawn ones {diversity(clip_drawn):.2f}, among the photographs {diversity(clip_real):.2f}")
+print(
+    f"mean distance among the drawn ones {diversity(clip_drawn):.2f}, among the photographs {diversity(clip_real):.2f}"
+)
 
 # %% [markdown]
 # ## On your own

@@ -103,6 +103,7 @@ compare(
 # **Seen**: the two rows are the same. **The check**: an adapter's strength is a number, $\|\frac{\alpha}{r}BA\|$ against
 # $\|W\|$. Measure it after training, and again after loading the file elsewhere.
 
+
 # %%
 def effect(components) -> float:
     """Mean size of the change that the UNet's adapters make, as a share of the weights they sit on."""
@@ -227,6 +228,7 @@ compare({"halves mixed up": mixed, "good": good.components}, CLASS, "'a photo of
 # **The check**: look at one batch with its prompts (notebook 05), or let a number do it: in a right batch each picture
 # of the first half is an instance image.
 
+
 # %%
 def first_half_is_the_subject(batch) -> bool:
     """Whether all pictures of a batch's first half are instance images."""
@@ -237,7 +239,12 @@ def first_half_is_the_subject(batch) -> bool:
 
 # %%
 # NBVAL_CHECK_OUTPUT
-print("mixed:", first_half_is_the_subject(batch), "| as collate_fn makes it:", first_half_is_the_subject(batch_at(good.dataset, 0, 4)))
+print(
+    "mixed:",
+    first_half_is_the_subject(batch),
+    "| as collate_fn makes it:",
+    first_half_is_the_subject(batch_at(good.dataset, 0, 4)),
+)
 
 # %% [markdown]
 # ## 6. Adapters in half precision
@@ -303,7 +310,11 @@ lying.mkdir()
 for path in concept.paths:
     load_image(path).rotate(90, expand=True).save(lying / path.name)
 fallen = workflow.trained(dataclasses.replace(config, instance_data_dir=str(lying)))
-compare({"good": good.components, "trained on its side": fallen.components}, SUBJECT, "Below, dogs lie on their side or dissolve")
+compare(
+    {"good": good.components, "trained on its side": fallen.components},
+    SUBJECT,
+    "Below, dogs lie on their side or dissolve",
+)
 
 # %% [markdown]
 # **The check**: the contact sheet of what training sees (notebook 01). **Mended**: `load_image` turns pictures upright
