@@ -180,6 +180,14 @@ def load_components(
     return components
 
 
+def cut_off(tokenizer: Any, prompt: str, max_length: int | None = None) -> str:
+    """What of a prompt does not fit into the tokenizer's length, and so will not be read; "" where all fits."""
+    length = max_length or tokenizer.model_max_length
+    special = tokenizer.num_special_tokens_to_add()
+    ids = tokenizer(prompt, add_special_tokens=False).input_ids
+    return tokenizer.decode(ids[length - special :]) if len(ids) > length - special else ""
+
+
 def encode_prompts(components: Components, prompts: list[str], *, max_length: int | None = None) -> torch.Tensor:
     """Prompts -> (B, L, D) hidden states, each distinct prompt encoded once.
 

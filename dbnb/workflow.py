@@ -20,7 +20,7 @@ from dbnb.adapters import adapted_modules, add_adapters
 from dbnb.concept import SAMPLE_DIR, Concept, inspect_images, load_image, token_report
 from dbnb.config import DreamBoothConfig
 from dbnb.dataset import DreamBoothDataset
-from dbnb.models import Components, load_components
+from dbnb.models import Components, cut_off, load_components
 from dbnb.prior import ClassImages, cache_dir, class_images
 from dbnb.training import run_identity, train
 from dbnb.validation import ValidationImages, validation_images
@@ -107,6 +107,9 @@ def prepare(
         components.to("cuda")
     tokens = token_report(components.tokenizer, config.identifier)
     print(f"identifier {tokens.identifier!r} -> {' '.join(tokens.tokens)} {list(tokens.ids)}: {tokens.verdict}")
+    for prompt in (concept.instance_prompt, concept.class_prompt):
+        if rest := cut_off(components.tokenizer, prompt, config.tokenizer_max_length):
+            print(f"{prompt!r} is too long: {rest!r} is not read.")
 
     prior = None
     if config.with_prior_preservation:

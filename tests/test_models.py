@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dbnb import miniature
-from dbnb.models import encode_prompts, fingerprint, load_components, text_architecture
+from dbnb.models import cut_off, encode_prompts, fingerprint, load_components, text_architecture
 
 
 @pytest.fixture
@@ -74,3 +74,10 @@ def test_each_distinct_prompt_is_encoded_once(components, monkeypatch):
     )
     hidden = encode_prompts(components, ["a dog", "a cat", "a dog"])
     assert sizes == [2] and torch.equal(hidden[0], hidden[2]) and not torch.equal(hidden[0], hidden[1])
+
+
+def test_what_is_cut_off_a_long_prompt_is_named(components):
+    assert cut_off(components.tokenizer, "a photo of a sks dog") == ""
+    words = ["dog"] * 20 + ["beach"] * 4
+    assert cut_off(components.tokenizer, " ".join(words)).split() == ["beach"] * 2
+    assert cut_off(components.tokenizer, "a photo of a dog", max_length=5).split() == ["a", "dog"]
