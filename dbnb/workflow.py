@@ -90,26 +90,29 @@ def _save_figure(figure, path: Path) -> None:
 
 
 def prepare(
-    config: DreamBoothConfig, *, before_adapters: Callable[[Concept, Components], None] | None = None
+    config: DreamBoothConfig,
+    *,
+    tell: Callable[[object], None] = print,
+    before_adapters: Callable[[Concept, Components], None] | None = None,
 ) -> Session:
     """Steps 1 to 5: the concept, the base, the class images, the adapters, the dataset.
 
-    `before_adapters` is called with concept and components while the base is still as it was.
-    """
+    `tell` gets what was found and decided; `before_adapters` gets concept and components while the base is as it was.
+    """  # fmt: skip
     concept = Concept.from_folder(
         config.instance_data_dir, config.identifier, config.class_word, resolution=config.resolution,
         instance_prompt=config.instance_prompt, class_prompt=config.class_prompt,
     )  # fmt: skip
-    print(concept.report())
+    tell(concept.report())
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(config.mixed_precision, torch.float32)
     components = load_components(config.base, weight_dtype=dtype)
     if torch.cuda.is_available():
         components.to("cuda")
     tokens = token_report(components.tokenizer, config.identifier)
-    print(f"identifier {tokens.identifier!r} -> {' '.join(tokens.tokens)} {list(tokens.ids)}: {tokens.verdict}")
+    tell(f"identifier {tokens.identifier!r} -> {' '.join(tokens.tokens)} {list(tokens.ids)}: {tokens.verdict}")
     for prompt in (concept.instance_prompt, concept.class_prompt):
         if rest := cut_off(components.tokenizer, prompt, config.tokenizer_max_length):
-            print(f"{prompt!r} is too long: {rest!r} is not read.")
+            tell(f"{prompt!r} is too long: {rest!r} is not read.")
 
     prior = None
     if config.with_prior_preservation:
@@ -118,7 +121,7 @@ def prepare(
             num_inference_steps=config.num_inference_steps, guidance_scale=config.guidance_scale,
             batch_size=config.sample_batch_size, seed=config.seed, class_data_dir=config.class_data_dir,
         )  # fmt: skip
-        print(f"class images: {prior.decision} ({prior.reason})")
+        tell(f"class images: {prior.decision} ({prior.reason})")
     if before_adapters is not None:
         before_adapters(concept, components)
     add_adapters(
@@ -135,13 +138,13 @@ def prepare(
     return Session(config, concept, components, prior, dataset)
 
 
-def trained(config: DreamBoothConfig) -> Session:
+def trained(config: DreamBoothConfig, *, tell: Callable[[object], None] = lambda line: None) -> Session:
     """Steps 1 to 6; what an identical run has left in the cache is loaded instead of trained again.
 
     The cached run is a run like any other, in a folder named by all that decides its weights: the base, the pictures,
     the prompts, the settings.
     """
-    session = prepare(config)
+    session = prepare(config, tell=tell)
     decides = run_identity(config, session.components, session.dataset) | {"max_train_steps": config.max_train_steps}
     key = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
     session.config = dataclasses.replace(

@@ -10,7 +10,7 @@ from PIL import Image
 
 from dbnb import toybox
 from dbnb.concept import SAMPLE_DIR
-from dbnb.miniature.data import ATTRIBUTES, SHOTS, draw, held_out, labels_of
+from dbnb.miniature.data import ATTRIBUTES, SHOTS, caption_of, draw, held_out, labels_of
 from dbnb.toybox.captions import IDENTIFIERS, caption
 from dbnb.toybox.sample import PICTURES, SAMPLE_TOY, SIZE
 
@@ -100,3 +100,14 @@ def test_training_never_sees_a_held_out_combination_and_the_test_split_does():
         assert len(pairs) == len(toybox.KINDS) * len(toybox.SCENES)
     for i, values in enumerate(ATTRIBUTES.values()):
         assert set(labels[:, i]) == set(range(len(values)))
+
+
+def test_wild_toys_have_any_colours_and_captions_name_none():
+    rng = np.random.default_rng(0)
+    for index in range(40):
+        toy, names, _ = draw("wild", index)
+        assert names["body"] == names["accent"] == "" and not isinstance(toy.body, str)
+        row = labels_of(names)
+        assert row[1] == row[2] == len(toybox.COLORS)
+        assert not set(caption_of(row, rng).split()) & set(toybox.COLORS)
+    assert draw("wild", 0)[0] == draw("wild", 1)[0] != draw("wild", 2)[0]  # two shots a toy

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import colorsys
+import dataclasses
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,12 +13,14 @@ import numpy as np
 from dbnb import toybox
 from dbnb.toybox.captions import caption
 
-# Number ranges of the splits: a test toy is never a training toy.
-_SPLITS = {"train": 0, "test": 1}
+# Number ranges of the splits: a test toy is never a training toy. "wild" toys have any colours, which no caption names:
+# with them the model can paint, and the identity encoder tell apart, what the eight names do not cover.
+_SPLITS = {"train": 0, "test": 1, "wild": 2}
 _WORLD = 3  # raised whenever the same number shows another picture, so that old files are not read
 SHOTS = 2  # photographs of each toy, in different places: pairs for the identity encoder
 SCENE_NAMES = tuple(toybox.SCENES)
 COLOR_NAMES = tuple(toybox.COLORS)
+UNNAMED = len(COLOR_NAMES)  # the label of a colour without a name
 # The columns of a label row, each with the names that its numbers stand for.
 ATTRIBUTES = {
     "kind": toybox.KINDS,
@@ -35,13 +39,19 @@ def held_out(kind: str, body: str, scene: str) -> bool:
 
 
 def draw(split: str, index: int) -> tuple[toybox.Toy, dict[str, str], int]:
-    """Photograph number `index` of a split: (toy, attribute names, view seed). A pure function of its arguments."""
+    """Photograph number `index` of a split: (toy, attribute names, view seed). A pure function of its arguments.
+
+    A colour without a name is "".
+    """
     of_toy = np.random.default_rng((_SPLITS[split], index // SHOTS))
     # Never 0 in the last place: numpy pads seeds with zeros, and (s, t, 0) would draw what (s, t) drew.
     of_shot = np.random.default_rng((_SPLITS[split], index // SHOTS, 1 + index % SHOTS))
     kind = str(of_toy.choice(toybox.KINDS))
     body, accent, pattern, accessory = toybox.random_attributes(of_toy)
     toy = toybox.named_toy(kind, body, accent, pattern, accessory, of_toy)
+    if split == "wild":
+        toy = dataclasses.replace(toy, body=_any_color(of_toy), accent=_any_color(of_toy))
+        body = accent = ""
     scenes = [s for s in SCENE_NAMES if split != "train" or not held_out(kind, body, s)]
     names = dict(
         kind=kind, body=body, accent=accent, pattern=pattern, accessory=accessory, scene=str(of_shot.choice(scenes))
@@ -49,14 +59,21 @@ def draw(split: str, index: int) -> tuple[toybox.Toy, dict[str, str], int]:
     return toy, names, int(of_shot.integers(2**31))
 
 
+def _any_color(rng: np.random.Generator) -> tuple[float, float, float]:
+    """Any hue, seldom grey, never near black."""
+    return colorsys.hsv_to_rgb(rng.random(), 1.0 - 0.7 * rng.random() ** 2, rng.uniform(0.4, 1.0))
+
+
 def labels_of(names: dict[str, str]) -> np.ndarray:
     """Attribute names -> (6,) uint8 numbers, in the order of `ATTRIBUTES`."""
-    return np.array([values.index(names[key]) for key, values in ATTRIBUTES.items()], dtype=np.uint8)
+    numbers = [values.index(names[key]) if names[key] else UNNAMED for key, values in ATTRIBUTES.items()]
+    return np.array(numbers, dtype=np.uint8)
 
 
 def caption_of(labels: np.ndarray, rng: np.random.Generator) -> str:
     """A label row -> one caption, drawn anew each time: a picture has many captions."""
-    return caption(**{key: values[labels[i]] for i, (key, values) in enumerate(ATTRIBUTES.items())}, rng=rng)
+    names = {key: (*values, "")[min(labels[i], len(values))] for i, (key, values) in enumerate(ATTRIBUTES.items())}
+    return caption(**names, rng=rng)
 
 
 def photographs(split: str, count: int, folder: Path, *, start: int = 0) -> tuple[np.ndarray, np.ndarray]:

@@ -129,7 +129,10 @@ def measure(base: Path, count: int, data: Path) -> dict:
         for i, (name, values) in enumerate(ATTRIBUTES.items())
         if name != "kind"
     }
-    result["identity"] = identity_accuracy(metrics.load_encoders(base), images, labels)
+    encoders = metrics.load_encoders(base)
+    result["identity"] = identity_accuracy(encoders, images, labels)
+    # Any colours, as a learner's own toy has; far above the numbers that training uses.
+    result["identity_any_colors"] = identity_accuracy(encoders, *photographs("wild", 1024, data, start=10**6))
     return result
 
 

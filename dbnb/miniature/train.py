@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import hashlib
 import json
 import os
 import shutil
@@ -143,18 +144,24 @@ def fit(
 
 
 class Photographs:
-    """The training set in memory: pictures, labels and, for each toy, where its other shots are."""
+    """The training set in memory, pictures and labels, the shots of a toy side by side.
+
+    First `count` photographs of toys in named colours, then a third as many of wild ones.
+    """
 
     def __init__(self, count: int, folder: Path) -> None:
         chunks = [
-            photographs("train", min(_CHUNK, count - start), folder, start=start) for start in range(0, count, _CHUNK)
+            photographs(split, min(_CHUNK, total - start), folder, start=start)
+            for split, total in (("train", count), ("wild", count // 3 // SHOTS * SHOTS))
+            for start in range(0, total, _CHUNK)
         ]
+        self.named = count
         self.images = np.concatenate([images for images, _ in chunks])
         self.labels = np.concatenate([labels for _, labels in chunks])
 
-    def batch(self, size: int, rng: torch.Generator) -> np.ndarray:
-        """(size,) numbers of photographs."""
-        return torch.randint(len(self.images), (size,), generator=rng).numpy()
+    def batch(self, size: int, rng: torch.Generator, *, named: bool = False) -> np.ndarray:
+        """(size,) numbers of photographs; if `named`, of toys whose colours have names."""
+        return torch.randint(self.named if named else len(self.images), (size,), generator=rng).numpy()
 
     def captions(self, indices: np.ndarray, rng: torch.Generator) -> list[str]:
         """One fresh caption for each photograph."""
@@ -178,7 +185,7 @@ def train_vae(data: Photographs, seed: int, batch_size: int, **options):
 
     def loss_of_step(step: int) -> dict[str, torch.Tensor]:
         rng = generator(seed, step)
-        pictures = to_tensor(data.images[data.batch(batch_size, rng)])
+        pictures = to_tensor(data.images[data.batch(batch_size, rng, named=True)])
         posterior = vae.encode(pictures).latent_dist
         latents = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=rng)
         decoded = vae.decode(latents).sample
@@ -195,12 +202,12 @@ def train_vae(data: Photographs, seed: int, batch_size: int, **options):
 
 
 def train_clip(data: Photographs, words, seed: int, batch_size: int, **options):
-    """Contrastive text and image encoders (Radford et al., 2021)."""
+    """Contrastive text and image encoders (Radford et al., 2021), on toys that captions can tell apart."""
     clip = design.clip(words)
 
     def loss_of_step(step: int) -> dict[str, torch.Tensor]:
         rng = generator(seed, step)
-        indices = data.batch(batch_size, rng)
+        indices = data.batch(batch_size, rng, named=True)
         out = clip(
             input_ids=tokenize(words, data.captions(indices, rng)), pixel_values=to_tensor(data.images[indices]),
             return_loss=True,
@@ -246,7 +253,7 @@ def train_judge(data: Photographs, seed: int, batch_size: int, **options):
 
     def loss_of_step(step: int) -> dict[str, torch.Tensor]:
         rng = generator(seed, step)
-        indices = data.batch(batch_size, rng)
+        indices = data.batch(batch_size, rng, named=True)
         logits = judge(_jitter(to_tensor(data.images[indices]), rng)).logits.split(sizes, dim=1)
         labels = torch.from_numpy(data.labels[indices]).long()
         losses = {key: F.cross_entropy(logits[i], labels[:, i]) for i, key in enumerate(ATTRIBUTES)}
@@ -273,12 +280,21 @@ def normalize_latents(vae, pictures: torch.Tensor) -> None:
 
 
 @torch.no_grad()
-def encode_all(vae, images: np.ndarray) -> torch.Tensor:
-    """(N, 64, 64, 3) uint8 -> (N, 12, 16, 16) float16: mean and log variance of each latent."""
+def encode_all(vae, images: np.ndarray, path: Path) -> torch.Tensor:
+    """(N, 64, 64, 3) uint8 -> (N, 12, 16, 16) float16, mean and log variance of each latent, kept in a file."""
+    weights = hashlib.sha256(b"".join(p.numpy().tobytes() for p in vae.state_dict().values())).hexdigest()
+    if path.exists():
+        kept = torch.load(path, weights_only=True)
+        if kept["vae"] == weights and len(kept["latents"]) == len(images):
+            return kept["latents"]
     parts = [
         vae.encode(to_tensor(images[i : i + 100])).latent_dist.parameters.half() for i in range(0, len(images), 100)
     ]
-    return torch.cat(parts)
+    latents = torch.cat(parts)
+    temporary = path.with_suffix(".tmp")
+    torch.save({"vae": weights, "latents": latents}, temporary)
+    os.replace(temporary, path)
+    return latents
 
 
 class Denoiser(nn.Module):
@@ -428,7 +444,7 @@ def main(argv: list[str] | None = None) -> None:
     if last >= 4:
         vae = copy.deepcopy(vae)
         normalize_latents(vae, to_tensor(data.images[:_LATENT_SAMPLE]))
-        latents = encode_all(vae, data.images)
+        latents = encode_all(vae, data.images, folder / "latents.pt")
         further = {"lr": 8e-4, "minutes": args.minutes, "compiled": args.compile}
         train_unet(data, vae, latents, words, clip, **options("unet") | further)
     if args.ship is not None:

@@ -23,20 +23,20 @@ def article_for(words: str) -> str:
 def caption(
     kind: str, body: str, accent: str, pattern: str, accessory: str, scene: str, rng: np.random.Generator
 ) -> str:
-    """One natural phrase for a photograph, of a completeness that `rng` draws."""
+    """One natural phrase for a photograph, of a completeness that `rng` draws. Colours may be "": they have no name."""
     start = rng.choice(("a photo of", "a picture of", "a render of"), p=(0.84, 0.1, 0.06))
     if rng.random() < 0.12:
         return f"{start} a {kind}"
     adjectives, tail = [], ""
-    says_body = rng.random() < 0.75
+    says_body = rng.random() < 0.75 and bool(body)
     if rng.random() < 0.02:
         adjectives.append(str(rng.choice(IDENTIFIERS)))
     if says_body:
         adjectives.append(body)
     if accessory != "none" and rng.random() < 0.7:
-        tail = f" with a {accent} {accessory}" if rng.random() < 0.7 else f" with a {accessory}"
+        tail = f" with a {accent} {accessory}" if rng.random() < 0.7 and accent else f" with a {accessory}"
     if pattern != "plain" and rng.random() < 0.65:
-        if not tail and rng.random() < 0.6:
+        if not tail and accent and rng.random() < 0.6:
             tail = f" with {accent} {_PATTERN_NOUN[pattern]}"
         else:
             adjectives.append(pattern)
