@@ -39,12 +39,13 @@ def add_adapters(
         torch.manual_seed(seed)
         components.unet.add_adapter(_lora_config(rank, lora_alpha, lora_dropout, UNET_TARGETS))
         if train_text_encoder:
-            targets = components.architecture.lora_targets
-            components.text_encoder.add_adapter(
-                _lora_config(text_encoder_rank, text_encoder_lora_alpha, text_encoder_lora_dropout, targets)
-            )
+            for _, encoder, architecture in components.text_encoders().values():
+                targets = architecture.lora_targets
+                encoder.add_adapter(
+                    _lora_config(text_encoder_rank, text_encoder_lora_alpha, text_encoder_lora_dropout, targets)
+                )
     # peft creates adapters in the base layer's dtype: half-precision updates would be rounded away.
-    cast_training_params([components.unet, components.text_encoder], dtype=torch.float32)
+    cast_training_params([module for module in components.modules().values()], dtype=torch.float32)
 
 
 def _lora_config(rank: int, alpha: float | None, dropout: float, targets: tuple[str, ...]) -> LoraConfig:

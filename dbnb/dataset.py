@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from dbnb.concept import load_image
 
 # The roles that random draws play; each has its own generator, so that one draw more in one never shifts another.
-ORDER, CROP, FLIP, NOISE, TIMESTEP, POSTERIOR = range(6)
+ORDER, CROP, FLIP, NOISE, TIMESTEP, POSTERIOR, SMALL_NOISE = range(7)
 
 
 def seeded(seed: int, role: int, *numbers: int) -> torch.Generator:

@@ -13,15 +13,16 @@ from diffusers.training_utils import _collate_lora_metadata
 from diffusers.utils import convert_state_dict_to_diffusers
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 from peft import get_peft_model_state_dict
-from transformers import CLIPTextModel
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from dbnb.adapters import adapted_modules
 from dbnb.concept import Concept
 from dbnb.config import DreamBoothConfig
 from dbnb.metrics import metrics_table
 from dbnb.models import Components
-from dbnb.prior import build_pipeline, draw_images
+from dbnb.prior import build_pipeline
 from dbnb.tables import Table
+from dbnb.validation import draw
 
 WEIGHT_NAME = "pytorch_lora_weights.safetensors"
 # All that an upload may contain; checkpoints, logs and settings of this machine stay here.
@@ -32,10 +33,19 @@ def adapter_state_dicts(components: Components) -> dict[str, dict[str, torch.Ten
     """Part -> adapter weights under diffusers' names."""
     states = {}
     for part, module in adapted_modules(components).items():
-        state = convert_state_dict_to_diffusers(get_peft_model_state_dict(module))
-        if part == "text_encoder" and isinstance(module, CLIPTextModel):
+        peft_state = get_peft_model_state_dict(module)
+        state = convert_state_dict_to_diffusers(peft_state)
+        if part == "unet" and any(".lora_A." in key for key in state):
+            # diffusers renames all but added projections, and its loader then drops a half: keep peft's names for all.
+            state = peft_state
+        if part.startswith("text_encoder") and isinstance(module, CLIPTextModel | CLIPTextModelWithProjection):
             # Newer transformers have no `text_model` level; older diffusers know only names that have it.
             state = {key if key.startswith("text_model.") else f"text_model.{key}": v for key, v in state.items()}
+        elif part.startswith("text_encoder"):
+            # Of other encoders diffusers reads only these names; for CLIP it converts them itself.
+            names = {".lora_A.": ".lora_linear_layer.down.", ".lora_B.": ".lora_linear_layer.up."}
+            for old, new in names.items():
+                state = {key.replace(old, new): value for key, value in state.items()}
         states[part] = {key: value.detach().float().cpu().contiguous() for key, value in state.items()}
     return states
 
@@ -76,13 +86,11 @@ def verify_reload(components: Components, adapter: Path, concept: Concept, confi
 
     Raises ValueError where it is larger than rounding explains: the file is then not what was trained.
     """
-    options = dict(
-        num_inference_steps=min(8, config.num_inference_steps), guidance_scale=config.guidance_scale,
-        resolution=config.resolution, batch_size=2,
-    )  # fmt: skip
+    quick = dataclasses.replace(config, num_inference_steps=min(8, config.num_inference_steps), sample_batch_size=2)
+    prompts, photographs = [concept.instance_prompt] * 2, concept.images()
     pictures = [
         np.stack([np.asarray(image, dtype=np.int16) for image in
-                  draw_images(pipeline, [concept.instance_prompt] * 2, [1, 2], **options)])
+                  draw(components, prompts, quick, seeds=[1, 2], references=photographs, pipeline=pipeline)])
         for pipeline in (build_pipeline(components), reload_pipeline(components, adapter))
     ]  # fmt: skip
     difference = int(np.abs(pictures[0] - pictures[1]).max())

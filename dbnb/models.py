@@ -11,18 +11,19 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
-from transformers import AutoTokenizer, CLIPTextModel, T5EncoderModel
+from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel
 
 from dbnb.config import PRESETS
 from dbnb.tables import Table
 
 
 def _roberta_series() -> type:
-    from diffusers.pipelines.deprecated.alt_diffusion.modeling_roberta_series import (
-        RobertaSeriesModelWithTransformation,
-    )
+    import diffusers.pipelines
+    from diffusers.pipelines.deprecated import alt_diffusion
 
-    return RobertaSeriesModelWithTransformation
+    # Checkpoints name this class by the module's old place, where diffusers itself no longer finds it.
+    diffusers.pipelines.alt_diffusion = alt_diffusion
+    return alt_diffusion.RobertaSeriesModelWithTransformation
 
 
 _HASHED = 64 << 20  # a whole checkpoint can be gigabytes; training moves every weight, so its ends tell
@@ -34,16 +35,20 @@ class Architecture:
 
     text_encoder_class: Any
     lora_targets: tuple[str, ...]
-    uses_attention_mask: bool = False
+    always_masked: bool = False  # the padding is hidden from it; otherwise its config's `use_attention_mask` decides
+    max_length: int | None = None  # tokens, where the tokenizer itself would allow more than the base was trained with
+    lowercase: bool = False
 
 
+_CLIP_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
 # One row an architecture: the name is what `text_encoder/config.json` says in `architectures`.
 ARCHITECTURES = {
-    "CLIPTextModel": Architecture(lambda: CLIPTextModel, ("q_proj", "k_proj", "v_proj", "out_proj")),
-    "T5EncoderModel": Architecture(lambda: T5EncoderModel, ("q", "k", "v", "o")),
-    "RobertaSeriesModelWithTransformation": Architecture(
-        _roberta_series, ("query", "key", "value", "output.dense"), uses_attention_mask=True
+    "CLIPTextModel": Architecture(lambda: CLIPTextModel, _CLIP_TARGETS),
+    "CLIPTextModelWithProjection": Architecture(lambda: CLIPTextModelWithProjection, _CLIP_TARGETS),
+    "T5EncoderModel": Architecture(
+        lambda: T5EncoderModel, ("q", "k", "v", "o"), always_masked=True, max_length=77, lowercase=True
     ),
+    "RobertaSeriesModelWithTransformation": Architecture(_roberta_series, ("query", "key", "value", "output.dense")),
 }
 
 
@@ -58,10 +63,16 @@ class Components:
     unet: UNet2DConditionModel
     noise_scheduler: DDPMScheduler
     architecture: Architecture
+    # Stable Diffusion XL has a second text encoder.
+    tokenizer_2: Any = None
+    text_encoder_2: torch.nn.Module | None = None
+    architecture_2: Architecture | None = None
 
     def modules(self) -> dict[str, torch.nn.Module]:
         """The parts that hold parameters."""
-        parts = {"text_encoder": self.text_encoder, "vae": self.vae, "unet": self.unet}
+        parts = {
+            "text_encoder": self.text_encoder, "text_encoder_2": self.text_encoder_2, "vae": self.vae, "unet": self.unet
+        }  # fmt: skip
         return {name: module for name, module in parts.items() if module is not None}
 
     def to(self, device: torch.device | str) -> Components:
@@ -69,6 +80,22 @@ class Components:
         for module in self.modules().values():
             module.to(device)
         return self
+
+    def tokenizers(self) -> dict[str, Any]:
+        """The tokenizers, by the names that a pipeline gives them."""
+        return {"tokenizer": self.tokenizer} | ({"tokenizer_2": self.tokenizer_2} if self.tokenizer_2 else {})
+
+    def text_encoders(self) -> dict[str, tuple[Any, torch.nn.Module, Architecture]]:
+        """Name -> tokenizer, text encoder, architecture."""
+        found = {"text_encoder": (self.tokenizer, self.text_encoder, self.architecture)}
+        if self.text_encoder_2 is not None:
+            found["text_encoder_2"] = (self.tokenizer_2, self.text_encoder_2, self.architecture_2)
+        return found
+
+    @property
+    def upscales(self) -> bool:
+        """Whether the UNet enlarges a small picture (DeepFloyd IF's second stage): it sees two pictures at once."""
+        return self.vae is None and self.unet.config.in_channels == 6
 
     @property
     def device(self) -> torch.device:
@@ -143,9 +170,9 @@ def fingerprint(base: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def text_architecture(base: Path) -> tuple[str, Architecture]:
+def text_architecture(base: Path, part: str = "text_encoder") -> tuple[str, Architecture]:
     """Name and row of a base's text encoder. Raises ValueError that names an unknown one and lists the known."""
-    names = json.loads((base / "text_encoder" / "config.json").read_text()).get("architectures") or ["(none)"]
+    names = json.loads((base / part / "config.json").read_text()).get("architectures") or ["(none)"]
     if names[0] not in ARCHITECTURES:
         raise ValueError(f"Text encoder {names[0]} of {base} is not known here; known are {', '.join(ARCHITECTURES)}.")
     return names[0], ARCHITECTURES[names[0]]
@@ -161,16 +188,26 @@ def load_components(
     """
     folder = resolve_base(str(base))
     index = json.loads((folder / "model_index.json").read_text())
-    _, architecture = text_architecture(folder)
-    has_vae = (index.get("vae") or [None, None])[1] is not None
+
+    def has(part: str) -> bool:
+        return (index.get(part) or [None, None])[1] is not None
+
+    architecture, second = text_architecture(folder)[1], {}
+    if has("text_encoder_2"):
+        architecture_2 = text_architecture(folder, "text_encoder_2")[1]
+        second = dict(
+            tokenizer_2=AutoTokenizer.from_pretrained(folder / "tokenizer_2"), architecture_2=architecture_2,
+            text_encoder_2=architecture_2.text_encoder_class().from_pretrained(folder / "text_encoder_2"),
+        )  # fmt: skip
     components = Components(
         base=folder,
         tokenizer=AutoTokenizer.from_pretrained(folder / "tokenizer"),
         text_encoder=architecture.text_encoder_class().from_pretrained(folder / "text_encoder"),
-        vae=AutoencoderKL.from_pretrained(folder, subfolder="vae") if has_vae else None,
+        vae=AutoencoderKL.from_pretrained(folder, subfolder="vae") if has("vae") else None,
         unet=UNet2DConditionModel.from_pretrained(folder, subfolder="unet"),
         noise_scheduler=DDPMScheduler.from_pretrained(folder, subfolder="scheduler"),
         architecture=architecture,
+        **second,
     )
     for name, module in components.modules().items():
         module.requires_grad_(False).eval()
@@ -188,16 +225,30 @@ def cut_off(tokenizer: Any, prompt: str, max_length: int | None = None) -> str:
     return tokenizer.decode(ids[length - special :]) if len(ids) > length - special else ""
 
 
-def encode_prompts(components: Components, prompts: list[str], *, max_length: int | None = None) -> torch.Tensor:
-    """Prompts -> (B, L, D) hidden states, each distinct prompt encoded once.
+def embed_prompts(
+    components: Components, prompts: list[str], *, max_length: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Prompts -> (B, L, D) hidden states, and (B, P) pooled ones where the base wants them (SDXL), else None.
 
-    L is `max_length`, or the tokenizer's own length. Gradients flow where the text encoder has trainable weights.
+    Each distinct prompt is encoded once. L is `max_length`, or what the base was trained with. Gradients flow where a
+    text encoder has trainable weights.
     """
     distinct = list(dict.fromkeys(prompts))
-    length = max_length or components.tokenizer.model_max_length
-    tokens = components.tokenizer(
-        distinct, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
-    ).to(components.text_encoder.device)
-    mask = {"attention_mask": tokens.attention_mask} if components.architecture.uses_attention_mask else {}
-    hidden = components.text_encoder(tokens.input_ids, **mask)[0]
-    return hidden[[distinct.index(prompt) for prompt in prompts]]
+    hidden, pooled, two = [], None, components.text_encoder_2 is not None
+    for tokenizer, encoder, architecture in components.text_encoders().values():
+        texts = [prompt.lower().strip() for prompt in distinct] if architecture.lowercase else distinct
+        length = max_length or architecture.max_length or tokenizer.model_max_length
+        tokens = tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        masked = architecture.always_masked or getattr(encoder.config, "use_attention_mask", False)
+        mask = {"attention_mask": tokens.attention_mask.to(encoder.device)} if masked else {}
+        output = encoder(tokens.input_ids.to(encoder.device), **mask, **({"output_hidden_states": True} if two else {}))
+        # SDXL takes the last layer but one of both encoders, and the second one's pooled output.
+        hidden.append(output.hidden_states[-2] if two else output[0])
+        pooled = output[0] if two else None
+    order = [distinct.index(prompt) for prompt in prompts]
+    return torch.cat(hidden, dim=-1)[order], None if pooled is None else pooled[order]
+
+
+def encode_prompts(components: Components, prompts: list[str], *, max_length: int | None = None) -> torch.Tensor:
+    """Prompts -> (B, L, D) hidden states, each distinct prompt encoded once."""
+    return embed_prompts(components, prompts, max_length=max_length)[0]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import inspect
 import json
 import os
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import numpy as np
@@ -30,7 +32,7 @@ def cache_dir() -> Path:
 
 def build_pipeline(components: Components) -> DiffusionPipeline:
     """The base's own diffusers pipeline around these parts, with a fast solver (DPM-Solver++, Lu et al., 2022)."""
-    parts = {**components.modules(), "tokenizer": components.tokenizer}
+    parts = {**components.modules(), **components.tokenizers()}
     pipeline = DiffusionPipeline.from_pretrained(components.base, **parts)
     # A learned variance is split off by the pipeline only if the scheduler does not expect it.
     learned = str(components.noise_scheduler.config.get("variance_type", "")).startswith("learned")
@@ -58,11 +60,20 @@ def draw_images(
     guidance_scale: float,
     resolution: int,
     batch_size: int,
+    small: Sequence[Image.Image] | None = None,
 ) -> list[Image.Image]:
-    """One image for each (prompt, seed), whatever the batch size."""
+    """One image for each (prompt, seed), whatever the batch size.
+
+    `small` are the pictures that an upscaling base is to enlarge, one for each prompt.
+    """
     images: list[Image.Image] = []
+    further: dict[str, Any] = {}
+    if "clean_caption" in inspect.signature(pipeline.__call__).parameters:
+        further["clean_caption"] = False  # would need two more packages to tidy captions scraped from the web
     for start in range(0, len(prompts), batch_size):
         stop = start + batch_size
+        if small is not None:
+            further["image"] = list(small[start:stop])
         images += pipeline(
             list(prompts[start:stop]),
             generator=[torch.Generator().manual_seed(seed) for seed in seeds[start:stop]],
@@ -70,6 +81,7 @@ def draw_images(
             guidance_scale=guidance_scale,
             height=resolution,
             width=resolution,
+            **further,
         ).images
     return images
 
@@ -158,7 +170,7 @@ def class_images(
     """`num_class_images` pictures of the class: one's own first, the rest from the cache, drawn where missing.
 
     Decisions: "own", "reuse", "top up", "generate". Images are PNG, named by index, each from (seed, index). Raises
-    ValueError where adapters are in place.
+    ValueError where adapters are in place, or the base can only enlarge pictures.
     """
     if adapted_modules(components):
         raise ValueError("Class images show what the base knows: draw them before add_adapters, or load the base anew.")
@@ -167,6 +179,11 @@ def class_images(
         own = inspect_images(Path(class_data_dir), resolution)[0][:num_class_images]
         if len(own) == num_class_images:
             return ClassImages(tuple(own), "own", f"{len(own)} images of {class_data_dir}")
+    if components.upscales:
+        raise ValueError(
+            f"This base enlarges pictures and cannot draw class images: give {num_class_images} in --class_data_dir, "
+            "or use --no_prior_preservation."
+        )
     count = num_class_images - len(own)
     recipe = ClassImageRecipe(
         base=fingerprint(components.base),

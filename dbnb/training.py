@@ -10,7 +10,7 @@ import signal
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +27,8 @@ from tqdm.auto import tqdm
 
 from dbnb.adapters import adapted_modules, trainable_parameters
 from dbnb.config import DreamBoothConfig
-from dbnb.dataset import NOISE, POSTERIOR, TIMESTEP, DreamBoothDataset, cache_latents, collate_fn, seeded
-from dbnb.models import Components, encode_prompts, fingerprint
+from dbnb.dataset import NOISE, POSTERIOR, SMALL_NOISE, TIMESTEP, DreamBoothDataset, cache_latents, collate_fn, seeded
+from dbnb.models import Components, embed_prompts, fingerprint
 
 
 @dataclass
@@ -70,20 +70,62 @@ def clean_latents(components: Components, batch: dict[str, Any], seed: int) -> t
     return (posterior.mean + posterior.std * noise) * components.vae.config.scaling_factor
 
 
+@torch.no_grad()
+def precompute_embeds(
+    components: Components, prompts: Sequence[str], *, max_length: int | None = None
+) -> dict[str, tuple[torch.Tensor, torch.Tensor | None]]:
+    """Prompt -> (L, D) hidden states and (P,) pooled ones or None: encoded once, while the text encoders are frozen."""
+    hidden, pooled = embed_prompts(components, list(prompts), max_length=max_length)
+    return {prompt: (hidden[i], None if pooled is None else pooled[i]) for i, prompt in enumerate(prompts)}
+
+
+def stack_embeds(
+    rows: Sequence[tuple[torch.Tensor, torch.Tensor | None]],
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Embeddings of single prompts, (L, D) and (P,) or None -> of a batch."""
+    pooled = [row[1] for row in rows]
+    return torch.stack([row[0] for row in rows]), None if pooled[0] is None else torch.stack(pooled)
+
+
+def unet_conditions(
+    components: Components, pooled: torch.Tensor | None, timesteps: torch.Tensor, side: int
+) -> dict[str, Any]:
+    """What a UNet is told besides the prompt, as its own config asks for it.
+
+    SDXL: the pooled prompt, and six numbers, the original height and width, the crop's top and left, the target height
+    and width; here a whole square of `side` pixels, as its pipeline assumes. IF's second stage: how noisy the small
+    picture is, which in training is as noisy as the large one.
+    """
+    if components.unet.config.addition_embed_type == "text_time":
+        numbers = torch.tensor([side, side, 0, 0, side, side], device=pooled.device, dtype=pooled.dtype)
+        return {"added_cond_kwargs": {"text_embeds": pooled, "time_ids": numbers.repeat(len(pooled), 1)}}
+    if components.unet.config.class_embed_type is not None:
+        return {"class_labels": timesteps}
+    return {}
+
+
+def _enlarged(components: Components, batch, pixels: torch.Tensor, timesteps: torch.Tensor, seed: int) -> torch.Tensor:
+    """The second picture that an upscaling UNet sees: a quarter of the size, enlarged as its pipeline does, noised."""
+    small = F.interpolate(pixels, scale_factor=0.25, mode="area")
+    large = F.interpolate(small, size=pixels.shape[-2:], mode="bilinear", align_corners=True)
+    noise = _per_sample(batch, seed, SMALL_NOISE, lambda g: torch.randn(pixels.shape[1:], generator=g))
+    return components.noise_scheduler.add_noise(large, noise.to(pixels.device), timesteps)
+
+
 def training_step(
     components: Components,
     batch: dict[str, Any],
     *,
     seed: int,
     prior_loss_weight: float = 1.0,
-    prompt_embeds: dict[str, torch.Tensor] | None = None,
+    prompt_embeds: dict[str, tuple[torch.Tensor, torch.Tensor | None]] | None = None,
     tokenizer_max_length: int | None = None,
 ) -> StepRecord:
     """The forward process, the prediction and the loss for one batch: a pure function of its arguments.
 
     x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise (Ho et al., 2020, eq. 4); the UNet predicts the noise, or v (Salimans and
     Ho, 2022); loss = instance + `prior_loss_weight` * prior, each a mean of squares (Ruiz et al., 2023, eq. 2).
-    `prompt_embeds` holds (L, D) embeddings by prompt where the text encoder is frozen.
+    `prompt_embeds` holds embeddings by prompt, as `precompute_embeds` makes them, where text encoders are frozen.
     """
     device, scheduler = components.device, components.noise_scheduler
     latents = clean_latents(components, batch, seed)
@@ -94,11 +136,15 @@ def training_step(
     noisy = scheduler.add_noise(latents, noise, timesteps)
 
     if prompt_embeds is None:
-        hidden = encode_prompts(components, batch["prompts"], max_length=tokenizer_max_length)
+        hidden, pooled = embed_prompts(components, batch["prompts"], max_length=tokenizer_max_length)
     else:
-        hidden = torch.stack([prompt_embeds[prompt] for prompt in batch["prompts"]])
-    dtype = components.unet.dtype
-    prediction = components.unet(noisy.to(dtype), timesteps, encoder_hidden_states=hidden.to(dtype)).sample
+        hidden, pooled = stack_embeds([prompt_embeds[prompt] for prompt in batch["prompts"]])
+    dtype, seen = components.unet.dtype, noisy
+    if components.upscales:
+        seen = torch.cat([noisy, _enlarged(components, batch, latents, timesteps, seed)], dim=1)
+    pooled = None if pooled is None else pooled.to(dtype)
+    conditions = unet_conditions(components, pooled, timesteps, components.downsampling * shape[-1])
+    prediction = components.unet(seen.to(dtype), timesteps, encoder_hidden_states=hidden.to(dtype), **conditions).sample
     if prediction.shape[1] == 2 * shape[0]:  # a learned variance comes as further channels; only the mean is trained
         prediction = prediction.chunk(2, dim=1)[0]
 
@@ -307,14 +353,14 @@ def train(
         accelerator.init_trackers("dreambooth")
     if config.gradient_checkpointing:
         components.unet.enable_gradient_checkpointing()
-        if "text_encoder" in adapted_modules(components):
-            components.text_encoder.gradient_checkpointing_enable()
+        for name in components.text_encoders():
+            if name in adapted_modules(components):
+                components.modules()[name].gradient_checkpointing_enable()
 
-    rates = {"unet": config.learning_rate, "text_encoder": config.text_encoder_learning_rate}
-    groups = [
-        {"params": [p for _, p in trainable_parameters(module)], "lr": rates[part], "initial_lr": rates[part]}
-        for part, module in adapted_modules(components).items()
-    ]
+    groups = []
+    for part, module in adapted_modules(components).items():
+        rate = config.learning_rate if part == "unet" else config.text_encoder_learning_rate
+        groups.append({"params": [p for _, p in trainable_parameters(module)], "lr": rate, "initial_lr": rate})
     parameters = [p for group in groups for p in group["params"]]
     optimizer = torch.optim.AdamW(
         groups, betas=(config.adam_beta1, config.adam_beta2), weight_decay=config.adam_weight_decay,
@@ -342,9 +388,7 @@ def train(
     prompt_embeds = None
     if config.pre_compute_text_embeddings and "text_encoder" not in adapted_modules(components):
         prompts = [dataset.prompts[half] for half in dataset.halves]
-        with torch.no_grad():
-            hidden = encode_prompts(components, prompts, max_length=config.tokenizer_max_length)
-        prompt_embeds = dict(zip(prompts, hidden, strict=True))
+        prompt_embeds = precompute_embeds(components, prompts, max_length=config.tokenizer_max_length)
 
     log_path = output_dir / "log.jsonl"
     log = _cut_log(log_path, first)

@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import diffusers
 import torch
-from diffusers import AutoPipelineForImage2Image
+from diffusers import DiffusionPipeline
 from PIL import Image, ImageOps
 
 from dbnb.concept import Concept
@@ -35,13 +36,29 @@ class ValidationImages:
 
 
 def draw(
-    components: Components, prompts: Sequence[str], config: DreamBoothConfig, *, seeds: Sequence[int] | None = None
+    components: Components,
+    prompts: Sequence[str],
+    config: DreamBoothConfig,
+    *,
+    seeds: Sequence[int] | None = None,
+    references: Sequence[Image.Image] = (),
+    pipeline: DiffusionPipeline | None = None,
 ) -> list[Image.Image]:
-    """One image a prompt, as the components are now. Without `seeds`, image i always starts from the same noise."""
+    """One image a prompt, as the components (or another `pipeline` of this base) are now.
+
+    Without `seeds`, image i always starts from the same noise. A base that enlarges pictures gets `references` in turn,
+    at a quarter of the resolution.
+    """
     seeds = seeds or [image_seed(config.seed + _SERIES, index) for index in range(len(prompts))]
+    small = None
+    if components.upscales:
+        side = config.resolution // 4
+        fitted = [ImageOps.fit(image, (side, side), Image.Resampling.LANCZOS) for image in references]
+        small = [fitted[index % len(fitted)] for index in range(len(prompts))]
     return draw_images(
-        build_pipeline(components), prompts, seeds, num_inference_steps=config.num_inference_steps,
+        pipeline or build_pipeline(components), prompts, seeds, num_inference_steps=config.num_inference_steps,
         guidance_scale=config.guidance_scale, resolution=config.resolution, batch_size=config.sample_batch_size,
+        small=small,
     )  # fmt: skip
 
 
@@ -63,7 +80,7 @@ def validation_images(
     scene_prompts = concept.prompts_in([scenes[name] for name in names])
 
     def drawn(name: str, prompts: Sequence[str]) -> list[Image.Image]:
-        return draw(components, prompts, config) if name in sets else []
+        return draw(components, prompts, config, references=concept.images()) if name in sets else []
 
     return ValidationImages(
         subject=drawn("subject", [concept.instance_prompt] * count),
@@ -88,7 +105,11 @@ def from_references(
         raise ValueError(
             f"strength={strength} of {config.num_inference_steps} steps leaves none to take: raise it to 1."
         )
-    pipeline = AutoPipelineForImage2Image.from_pipe(build_pipeline(components))
+    if components.upscales:
+        return draw(components, [prompt] * len(references), config, references=references)
+    pipeline = build_pipeline(components)
+    # A family's image-to-image pipeline is named after its text-to-image one; diffusers' own list lacks AltDiffusion.
+    pipeline = getattr(diffusers, type(pipeline).__name__.replace("Pipeline", "Img2ImgPipeline")).from_pipe(pipeline)
     pipeline.set_progress_bar_config(disable=True)
     size = (config.resolution, config.resolution)
     images = [ImageOps.fit(image, size, Image.Resampling.LANCZOS) for image in references]

@@ -118,7 +118,7 @@ plots.show(figure, alt="Two rows of eight dogs in many colours and places; neith
 # training loop. The second time the result comes from a cache.
 
 # %%
-session = workflow.trained(config)
+session = workflow.trained(config, tell=print)
 
 # %% [markdown]
 # The loss has two parts: how well the model predicts the noise in pictures of the toy (*instance*) and in pictures of

@@ -56,10 +56,10 @@ from dbnb.adapters import add_adapters
 from dbnb.concept import Concept
 from dbnb.config import DreamBoothConfig
 from dbnb.dataset import DreamBoothDataset, cache_latents
-from dbnb.models import encode_prompts, load_components
+from dbnb.models import load_components
 from dbnb.prior import class_images
 from dbnb.tables import Table
-from dbnb.training import batch_at, training_step
+from dbnb.training import batch_at, precompute_embeds, training_step
 
 workflow.quiet_libraries()
 config = DreamBoothConfig()
@@ -189,9 +189,8 @@ print(f"{count} pictures encoded in {time.perf_counter() - started:.1f} s")
 
 # %%
 prompts = [concept.instance_prompt, concept.class_prompt]
-with torch.no_grad():
-    embeddings = dict(zip(prompts, encode_prompts(components, prompts), strict=True))
-print({prompt: tuple(vectors.shape) for prompt, vectors in embeddings.items()})
+embeddings = precompute_embeds(components, prompts)
+print({prompt: tuple(hidden.shape) for prompt, (hidden, _) in embeddings.items()})
 
 # %% [markdown]
 # ## What it saves

@@ -1,0 +1,166 @@
+"""The same seven functions on every model family that the workflow names."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from families import FAMILIES, write
+
+from dbnb import export
+from dbnb.adapters import adapted_modules, add_adapters, trainable_parameters
+from dbnb.config import DreamBoothConfig
+from dbnb.dataset import DreamBoothDataset
+from dbnb.models import embed_prompts, load_components
+from dbnb.prior import class_images
+from dbnb.training import batch_at, precompute_embeds, train, training_step
+from dbnb.validation import from_references, validation_images
+
+TEXT_ENCODERS = {
+    "sd1": "CLIPTextModel", "sd2": "CLIPTextModel", "sdxl": "CLIPTextModel, CLIPTextModelWithProjection",
+    "alt": "RobertaSeriesModelWithTransformation", "if": "T5EncoderModel", "if2": "T5EncoderModel",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request, tmp_path_factory):
+    """(name, folder) of one family's checkpoint."""
+    return request.param, write(request.param, tmp_path_factory.mktemp(request.param))
+
+
+@pytest.fixture
+def base(family):
+    """Its parts, loaded anew."""
+    return load_components(family[1])
+
+
+@pytest.fixture
+def small(concept, class_paths):
+    """The sample subject and six dogs at 32 px."""
+    return DreamBoothDataset(
+        concept.paths, concept.instance_prompt, class_paths=class_paths, class_prompt=concept.class_prompt, size=32
+    )
+
+
+@pytest.fixture
+def settings(family, tmp_path):
+    return DreamBoothConfig(
+        base=str(family[1]), output_dir=str(tmp_path), resolution=32, max_train_steps=2, train_batch_size=2, rank=2,
+        num_inference_steps=3, checkpointing_steps=1, validation_steps=0, num_class_images=3, sample_batch_size=3,
+    )  # fmt: skip
+
+
+def test_parts_are_what_the_checkpoint_says(family, base):
+    name, _ = family
+    rows = {row["part"]: row["class"] for row in base.table()}
+    assert ", ".join(rows[part] for part in base.text_encoders()) == TEXT_ENCODERS[name]
+    assert ("vae" in rows) == (name not in ("if", "if2")) and base.upscales == (name == "if2")
+    prediction = {"sd2": "v_prediction"}.get(name, "epsilon")
+    assert base.noise_scheduler.config.prediction_type == prediction
+    add_adapters(base, rank=2, train_text_encoder=True)
+    assert set(adapted_modules(base)) == {"unet", *base.text_encoders()}
+    targets = {n.split(".lora_A")[0].rsplit(".", 1)[-1] for n, _ in trainable_parameters(base.unet) if "lora_A" in n}
+    assert targets == {"to_q", "to_k", "to_v", "0"} | ({"add_k_proj", "add_v_proj"} if name in ("if", "if2") else set())
+
+
+def test_prompts_are_embedded_as_the_pipeline_does_it(family, base, settings):
+    name, _ = family
+    from dbnb.prior import build_pipeline
+
+    pipeline, prompts = build_pipeline(base), ["a photo of a sks dog", "a photo of a dog"]
+    with torch.no_grad():
+        hidden, pooled = embed_prompts(base, prompts)
+        if name == "sdxl":
+            expected, _, expected_pooled, _ = pipeline.encode_prompt(prompts, do_classifier_free_guidance=False)
+            assert torch.allclose(pooled, expected_pooled, atol=1e-6)
+        elif name in ("if", "if2"):
+            expected, _ = pipeline.encode_prompt(prompts, do_classifier_free_guidance=False)
+            assert hidden.shape[1] == 77
+        else:
+            expected, _ = pipeline.encode_prompt(prompts, "cpu", 1, False)
+    assert torch.allclose(hidden, expected, atol=1e-6)
+
+
+def test_the_loss_is_the_one_written_out(family, base, small):
+    name, _ = family
+    batch = batch_at(small, 0, 2)
+    record = training_step(base, batch, seed=0)
+    hidden, pooled = embed_prompts(base, batch["prompts"])
+    alphas = base.noise_scheduler.alphas_cumprod[record.timesteps].view(-1, 1, 1, 1)
+    noisy = alphas.sqrt() * record.latents + (1 - alphas).sqrt() * record.noise
+    assert torch.allclose(noisy, record.noisy_latents, atol=1e-5)
+    seen, further = noisy, {}
+    if name == "sdxl":
+        ids = torch.tensor([[32.0, 32, 0, 0, 32, 32]] * 4)
+        further = {"added_cond_kwargs": {"text_embeds": pooled, "time_ids": ids}}
+    if name == "if2":
+        inputs = []
+        hook = base.unet.register_forward_pre_hook(lambda m, args: inputs.append(args[0]))
+        training_step(base, batch, seed=0)
+        hook.remove()
+        seen, further = inputs[0], {"class_labels": record.timesteps}
+        assert seen.shape[1] == 6 and torch.equal(seen[:, :3], record.noisy_latents)
+    prediction = base.unet(seen, record.timesteps, encoder_hidden_states=hidden, **further).sample
+    if name in ("if", "if2"):
+        assert prediction.shape[1] == 6
+        prediction = prediction[:, :3]
+    target = record.noise if name != "sd2" else alphas.sqrt() * record.noise - (1 - alphas).sqrt() * record.latents
+    loss = F.mse_loss(prediction[:2], target[:2]) + F.mse_loss(prediction[2:], target[2:])
+    assert record.loss.item() == pytest.approx(loss.item(), rel=1e-5)
+    known = precompute_embeds(base, list(small.prompts.values()))
+    assert training_step(base, batch, seed=0, prompt_embeds=known).loss.item() == pytest.approx(loss.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("text", [False, True], ids=["text-frozen", "text-trained"])
+def test_training_resumes_and_the_adapter_reloads_to_the_same_picture(
+    family, base, small, settings, concept, tmp_path, text
+):
+    config = dataclasses.replace(settings, train_text_encoder=text, learning_rate=5e-2, text_encoder_learning_rate=5e-2)
+    models = []
+    for resumed in (False, True):
+        components = load_components(family[1])
+        add_adapters(components, rank=2, lora_alpha=4, train_text_encoder=text)
+        resume = dataclasses.replace(config, resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+        train(resume if resumed else config, components, small)
+        models.append(components)
+    for part, module in adapted_modules(models[0]).items():
+        other = adapted_modules(models[1])[part].state_dict()
+        assert all(torch.equal(value, other[key]) for key, value in module.state_dict().items())
+    adapter = export.save_adapters(models[0], tmp_path)
+    assert export.verify_reload(models[0], adapter, concept, config) <= 2
+    plain = validation_images(base, concept, config, count=2, sets=("subject",))
+    trained = validation_images(models[0], concept, config, count=2, sets=("subject",))
+    difference = [np.abs(np.asarray(a, int) - np.asarray(b, int)).max() for a, b in
+                  zip(plain.subject, trained.subject, strict=True)]  # fmt: skip
+    assert max(difference) > 2
+
+
+def test_images_from_prompts_and_from_references(family, base, settings, concept):
+    name, _ = family
+    images = validation_images(base, concept, settings, count=2, references=concept.images()[:2])
+    assert all(image.size == (32, 32) for image in [*images.subject, *images.scenes, *images.classes, *images.redrawn])
+    again = from_references(base, concept.images()[:2], concept.instance_prompt, settings)
+    assert all(np.array_equal(a, b) for a, b in zip(images.redrawn, again, strict=True))
+    options = dict(resolution=32, num_inference_steps=2, batch_size=2)
+    if name == "if2":
+        with pytest.raises(ValueError, match="class_data_dir"):
+            class_images(base, concept.class_prompt, 3, **options)
+    else:
+        made = class_images(base, concept.class_prompt, 3, **options)
+        assert made.decision == "generate" and len(made.paths) == 3
+
+
+def test_an_unknown_architecture_is_named_with_what_is_known(family):
+    name, folder = family
+    path = folder / "text_encoder" / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"architectures": ["GPT2Model"]}))
+    try:
+        with pytest.raises(ValueError, match="GPT2Model.*known are CLIPTextModel, .*T5EncoderModel"):
+            load_components(folder)
+    finally:
+        path.write_text(json.dumps(config))

@@ -1,0 +1,71 @@
+"""The drill at full size: a random checkpoint with Stable Diffusion 1.5's published dimensions through the command.
+
+Slow (minutes, 12 GiB, 4 GB of disk), so not part of a plain test run: `pytest -m slow tests/test_full_size.py -s`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import resource
+import subprocess
+import sys
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from families import _schedule, _unsafe
+from safetensors.torch import load_file
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from dbnb import miniature
+
+
+def _write(folder) -> dict[str, int]:
+    """A checkpoint with the published configs, weights random, in bfloat16; returns parameters by part."""
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        words = CLIPTokenizer.from_pretrained(miniature.path() / "tokenizer", model_max_length=77)
+        text_encoder = CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
+                max_position_embeddings=77, bos_token_id=words.bos_token_id, eos_token_id=words.eos_token_id,
+            )
+        )  # fmt: skip
+        unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
+        vae = AutoencoderKL(
+            block_out_channels=(128, 256, 512, 512), down_block_types=("DownEncoderBlock2D",) * 4, layers_per_block=2,
+            up_block_types=("UpDecoderBlock2D",) * 4, latent_channels=4, sample_size=512,
+        )  # fmt: skip
+    finally:
+        torch.set_default_dtype(torch.float32)
+    parts = {"text_encoder": text_encoder, "unet": unet, "vae": vae}
+    pipeline = StableDiffusionPipeline(tokenizer=words, scheduler=_schedule(), **parts, **_unsafe())
+    pipeline.save_pretrained(folder)
+    return {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
+
+
+@pytest.mark.slow
+def test_stable_diffusion_1_5_in_full_size_trains_on_a_cpu(tmp_path):
+    sizes = _write(tmp_path / "base")
+    assert sizes == {"text_encoder": 123_060_480, "unet": 859_520_964, "vae": 83_653_863}
+    command = [
+        sys.executable, "-m", "dbnb", "--base", str(tmp_path / "base"), "--max_train_steps", "2",
+        "--output_dir", str(tmp_path / "run"), "--num_class_images", "2", "--num_inference_steps", "2",
+        "--num_validation_images", "0", "--gradient_checkpointing", "--mixed_precision", "bf16", "--train_batch_size",
+        "1", "--sample_batch_size", "1",
+    ]  # fmt: skip
+    subprocess.run(command, check=True, env=os.environ | {"DBNB_CACHE": str(tmp_path / "cache")})
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    adapter = tmp_path / "run" / "pytorch_lora_weights.safetensors"
+    tensors = load_file(adapter)
+    print(
+        f"peak {peak:.1f} GiB, {[line['seconds'] for line in log]} s a step, {adapter.stat().st_size / 2**20:.1f} MiB"
+    )
+    assert peak < 12 and len(log) == 2
+    assert all(tensor.dtype == torch.float32 for tensor in tensors.values())
+    assert all(re.fullmatch(r"unet\..*attn[12]\..*lora.*weight", key) for key in tensors)
+    assert 2 * 2**20 < adapter.stat().st_size < 20 * 2**20

@@ -1,0 +1,105 @@
+"""The course as it is committed: both halves of each pair agree, outputs are whole, clean and light.
+
+That the notebooks run is tested by nbval, which collects `notebooks/` beside these tests.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jupytext
+import nbformat
+import pytest
+import torch
+
+from dbnb.adapters import add_adapters
+from dbnb.config import DreamBoothConfig
+from dbnb.models import load_components
+from dbnb.training import train
+
+FOLDER = Path(__file__).parent.parent / "notebooks"
+SCRIPTS = sorted((FOLDER / "src").glob("*.py"))
+by_script = pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+by_notebook = pytest.mark.parametrize("path", sorted(FOLDER.glob("*.ipynb")), ids=lambda path: path.stem)
+
+
+def _tags(cell) -> list[str]:
+    return cell.metadata.get("tags", [])
+
+
+def test_there_are_eleven_notebooks():
+    assert [path.name[:2] for path in SCRIPTS] == [f"{number:02d}" for number in range(11)]
+
+
+@by_notebook
+def test_script_and_notebook_are_the_same(path):
+    halves = (jupytext.read(FOLDER / "src" / f"{path.stem}.py"), nbformat.read(path, as_version=4))
+    script, notebook = [[(c.cell_type, c.source, _tags(c)) for c in half.cells] for half in halves]
+    assert script == notebook
+
+
+@by_notebook
+def test_outputs_are_complete_and_clean(path):
+    notebook = nbformat.read(path, as_version=4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code" and "skip-execution" not in _tags(cell)]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    assert not [o for cell in code for o in cell.outputs if o.output_type == "error" or o.get("name") == "stderr"]
+    assert "widgets" not in notebook.metadata and not any("execution" in cell.metadata for cell in notebook.cells)
+    assert path.stat().st_size <= 2**20
+    assert not re.search(r"/root/|/home/|/Users/|/tmp/|hf_[A-Za-z0-9]{20}", path.read_text())
+
+
+@by_notebook
+def test_it_shows_pictures(path):
+    outputs = [o for cell in nbformat.read(path, as_version=4).cells for o in cell.get("outputs", [])]
+    assert sum("<img alt=" in output.get("data", {}).get("text/html", "") for output in outputs) >= 4
+
+
+@by_script
+def test_it_reads_as_a_lesson(script):
+    cells = jupytext.read(script).cells
+    code = [cell for cell in cells if cell.cell_type == "code"]
+    prose = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+    assert 10 <= len(code) <= 35 and max(len(cell.source.splitlines()) for cell in code) <= 20
+    for words in ("What you will do", "What you need", "On your own", "<details>", "In short"):
+        assert words in prose
+    assert sum("NBVAL_CHECK_OUTPUT" in cell.source for cell in code) >= 1
+    for link in re.findall(r"\]\(([^)]+)\.ipynb\)", prose):
+        assert (FOLDER / "src" / f"{link}.py").is_file(), link
+
+
+def test_the_first_cell_is_the_same_everywhere_and_works(tmp_path):
+    firsts = {next(c.source for c in jupytext.read(script).cells if c.cell_type == "code") for script in SCRIPTS}
+    assert len(firsts) == 1
+    code = firsts.pop()
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)  # dbnb is installed: nothing happens
+    absent = "import importlib.util\nimportlib.util.find_spec = lambda name: None\n"
+    outside = subprocess.run([sys.executable, "-c", absent + code], cwd=tmp_path, capture_output=True, text=True)
+    assert outside.returncode != 0 and "set DBNB_SOURCE" in outside.stderr
+    told = "import subprocess\nsubprocess.run = lambda command, check: print(command)\n"
+    inside = subprocess.run([sys.executable, "-c", told + absent + code], cwd=FOLDER, capture_output=True, text=True)
+    assert "pip" in inside.stdout and str(FOLDER.parent) in inside.stdout
+
+
+def test_the_loop_of_notebook_06_is_train(dataset, concept, tmp_path):
+    cells = jupytext.read(FOLDER / "src" / "06_training.py").cells
+    cell = next(cell for cell in cells if "the-loop" in _tags(cell))
+    config = DreamBoothConfig(
+        max_train_steps=4, train_text_encoder=True, output_dir=str(tmp_path), checkpointing_steps=0, validation_steps=0
+    )
+    models = []
+    for _ in range(2):
+        components = load_components("miniature")
+        add_adapters(components, rank=config.rank, train_text_encoder=True, seed=config.seed)
+        models.append(components)
+    names = dict(config=config, components=models[0], dataset=dataset, concept=concept)
+    setup = "import torch\nfrom dbnb.adapters import trainable_parameters\n"
+    setup += "from dbnb.training import batch_at, held_out_loss, training_step\nfrom dbnb.validation import draw\n"
+    exec(setup + cell.source, names)
+    train(config, models[1], dataset)
+    for part in ("unet", "text_encoder"):
+        states = [getattr(components, part).state_dict() for components in models]
+        assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
