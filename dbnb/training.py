@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import shutil
 import signal
 import threading
@@ -220,6 +221,9 @@ def save_checkpoint(
     try:
         save_file(tensors, temporary / "state.safetensors")
         (temporary / "state.json").write_text(json.dumps({"step": step, "run": identity, **further}, indent=1))
+        for path in temporary.iterdir():  # on the disk before the rename makes it count
+            with path.open("rb+") as file:
+                os.fsync(file.fileno())
         replaced = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
         if folder.exists():
             folder.replace(replaced)

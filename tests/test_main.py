@@ -12,7 +12,7 @@ from PIL import Image
 
 from dbnb import miniature, workflow
 from dbnb.__main__ import main
-from dbnb.config import parse_args
+from dbnb.config import DreamBoothConfig, parse_args
 from dbnb.models import load_components
 from dbnb.validation import from_references
 
@@ -72,6 +72,9 @@ def test_expected_errors_are_one_sentence(tmp_path, capsys, arguments, words):
 
 def test_options_follow_the_presets_and_say_what_is_wrong(capsys):
     assert parse_args([]).resolution == 64 and parse_args(["--base", "sd15"]).resolution == 512
+    assert {name: DreamBoothConfig(base=name).resolution for name in ("sd21", "sdxl", "if")} == {
+        "sd21": 768, "sdxl": 1024, "if": 64
+    }  # fmt: skip
     assert parse_args(["--no_prior_preservation"]).with_prior_preservation is False
     assert parse_args(["--base", str(miniature.path())]) == dataclasses.replace(
         parse_args([]), base=str(miniature.path())

@@ -22,7 +22,7 @@ tags: [text-to-image, diffusers, miniature, dbnb]
 
 # The miniature: a Stable Diffusion in small
 
-{parameters}; 64 x 64 pixels, 16 x 16 latents of 6 channels, DDPM schedule, epsilon prediction. It draws six kinds of
+{parameters}; 64 x 64 pixels, 16 x 16 latents of 6 channels, DDPM schedule, {prediction_type}. It draws six kinds of
 toys ({kinds}) in eight places, and carries the encoders that measure it: a CLIP, an identity encoder, a judge.
 
 ![Every kind in every place, from 'a photo of a {{kind}} {{place}}'; seeds 0 to 47, none chosen](grid.png)
@@ -113,6 +113,7 @@ def write_card(base: Path, evaluation: Path) -> None:
         for n, s in recipe["stages"].items()
     ).markdown()
     text = _TEXT.format(
+        prediction_type=components.noise_scheduler.config.prediction_type.replace("_", "-"),
         parameters=f"Parameters: {parameters}", kinds=", ".join(toybox.KINDS), photographs=recipe["photographs"],
         cores=result["cores"], stages=stages, steps=settings["num_inference_steps"],
         guidance=settings["guidance_scale"], figures=figures(result), subjects=subjects(result),

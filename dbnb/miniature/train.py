@@ -309,7 +309,11 @@ def train_unet(
     data: Photographs, vae, latents: torch.Tensor, words, clip, seed: int, batch_size: int, lr: float,
     compiled: bool = False, **options
 ):  # fmt: skip
-    """Denoising with min-SNR weights (Hang et al., 2023, gamma 5); one caption in ten is empty, for guidance."""
+    """Denoising; one caption in ten is empty, for guidance.
+
+    A sample's weight, counted on the error of the picture, is min(SNR + 1, 5): the SNR + 1 of v-prediction, cut off
+    where there is little noise, as min-SNR does it (Hang et al., 2023).
+    """
     text_encoder = design.text_encoder(words)
     text_encoder.load_state_dict(
         {key.removeprefix("text_model."): v for key, v in clip.text_model.state_dict().items()}
@@ -328,9 +332,9 @@ def train_unet(
         t = torch.randint(noise_schedule.config.num_train_timesteps, (batch_size,), generator=rng)
         hidden = model.text_encoder(tokenize(words, captions)).last_hidden_state
         predicted = unet(noise_schedule.add_noise(clean, noise, t), t, encoder_hidden_states=hidden).sample
-        mse = (predicted - noise).square().mean((1, 2, 3))
+        mse = (predicted - noise_schedule.get_velocity(clean, noise, t)).square().mean((1, 2, 3))
         snr = compute_snr(noise_schedule, t)
-        return dict(loss=(mse * snr.clamp(max=5.0) / snr).mean(), mse=mse.mean())
+        return dict(loss=(mse * (snr + 1.0).clamp(max=5.0) / (snr + 1.0)).mean(), mse=mse.mean())
 
     groups = [
         dict(params=list(model.unet.parameters()), lr=lr),

@@ -89,11 +89,12 @@ plots.show(
 #
 # Draw what the model thinks a dog is **before** training, and mix these pictures in, with the class prompt:
 #
-# $$ L = \underbrace{\|\hat\epsilon(x^{sks}_t, \text{a photo of a sks dog}) - \epsilon\|^2}_{\text{instance}}
-#     + \lambda\, \underbrace{\|\hat\epsilon(x^{dog}_t, \text{a photo of a dog}) - \epsilon'\|^2}_{\text{prior}} $$
+# $$ L = \underbrace{\|\hat y(x^{sks}_t, \text{a photo of a sks dog}) - y\|^2}_{\text{instance}}
+#     + \lambda\, \underbrace{\|\hat y(x^{dog}_t, \text{a photo of a dog}) - y'\|^2}_{\text{prior}} $$
 #
-# (Ruiz et al., 2023, equation 2; $\lambda$ is `prior_loss_weight`.) The second term can only be kept low by drawing all
-# sorts of dogs for `a photo of a dog`. Half of each batch is the subject, half the class.
+# (Ruiz et al., 2023, equation 2; $y$ is what the UNet is asked for, $\hat y$ its answer, $\lambda$ is
+# `prior_loss_weight`.) The second term can only be kept low by drawing all sorts of dogs for `a photo of a dog`. Half of
+# each batch is the subject, half the class.
 
 # %%
 kept = workflow.trained(config)

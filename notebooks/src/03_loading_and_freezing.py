@@ -169,12 +169,14 @@ plots.show(figure, alt="A matrix of similarities: prompts that share a kind or a
 #
 # ## The UNet: from noise to a picture
 #
-# The UNet gets noisy latents, a number that says how noisy they are, and the prompt's vectors; it answers with the noise
-# it believes to be in there. Take a little of that noise away, ask again, and after some tens of steps there is a
-# picture. To steer towards the prompt, it is asked twice, with the prompt and with an empty one, and the difference is
-# exaggerated: **classifier-free guidance** (Ho and Salimans, 2022).
+# The UNet gets noisy latents, a number that says how noisy they are, and the prompt's vectors; its answer tells the noise
+# that it believes to be in there, and so what the clean picture would be. (It may answer with the noise itself, or, as
+# this base does, with a mix of noise and picture called $v$; the scheduler knows which. Notebook 06 says why.) Take a
+# little of that noise away, ask again, and after some tens of steps there is a picture. To steer towards the prompt, it is
+# asked twice, with the prompt and with an empty one, and the difference is exaggerated: **classifier-free guidance**
+# (Ho and Salimans, 2022).
 #
-# $$ \hat\epsilon = \hat\epsilon_{\text{empty}} + g \, (\hat\epsilon_{\text{prompt}} - \hat\epsilon_{\text{empty}}) $$
+# $$ \hat v = \hat v_{\text{empty}} + g \, (\hat v_{\text{prompt}} - \hat v_{\text{empty}}) $$
 #
 # Here is all of it, without a pipeline:
 

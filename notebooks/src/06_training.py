@@ -126,28 +126,51 @@ plots.show(
 )
 
 # %% [markdown]
+# ## What is the UNet asked for?
+#
+# From $x_t$ and the noise follows the picture, from $x_t$ and the picture the noise. So one may ask for either, or for a
+# mix of both. Stable Diffusion 1 is asked for the noise, $\epsilon$. Stable Diffusion 2 and the miniature are asked for
+#
+# $$ v = \sqrt{\bar\alpha_t}\, \epsilon - \sqrt{1 - \bar\alpha_t}\; x_0 $$
+#
+# (Salimans and Ho, 2022). Why? At $t = 999$ nearly all of $x_t$ is noise. "The noise is what you see" is then an answer
+# that is nearly right and says nothing about the picture. There $v$ is minus the picture: the model has to commit itself
+# to a place and a colour. At $t = 0$ it is the noise. A scheduler says which it is.
+
+# %%
+# NBVAL_CHECK_OUTPUT
+schedule = components.noise_scheduler
+print(schedule.config.prediction_type)
+
+# %% [markdown]
 # ## One step, by hand
 #
-# Five lines: clean latents, noise, a level for each picture, the noisy latents, the UNet's answer.
+# Six lines: clean latents, noise, a level for each picture, the noisy latents, what is asked, the UNet's answer.
 
 # %%
 generator = torch.Generator().manual_seed(1)
 latents = clean_latents(components, batch, seed=0)
 noise = torch.randn(latents.shape, generator=generator)
 timesteps = torch.randint(1000, (len(latents),), generator=generator)
-noisy = components.noise_scheduler.add_noise(latents, noise, timesteps)
+noisy = schedule.add_noise(latents, noise, timesteps)
+target = schedule.get_velocity(latents, noise, timesteps)
 hidden = encode_prompts(components, batch["prompts"])
 prediction = components.unet(noisy, timesteps, encoder_hidden_states=hidden).sample
 print("latents", tuple(latents.shape), "| prompts", tuple(hidden.shape), "| prediction", tuple(prediction.shape))
 
+# %%
+# NBVAL_CHECK_OUTPUT
+a = alphas[timesteps].view(-1, 1, 1, 1)
+by_hand = a.sqrt() * noise - (1 - a).sqrt() * latents
+print("the scheduler's v is the formula's:", torch.allclose(target, by_hand, atol=1e-5))
+
 # %% [markdown]
-# Here is all of it as pictures. The fourth row is worth a thought: from the predicted noise follows what the model
-# believes the clean picture to be, $\hat x_0 = (x_t - \sqrt{1 - \bar\alpha_t}\,\hat\epsilon) / \sqrt{\bar\alpha_t}$.
+# Here is all of it as pictures. The fourth row is worth a thought: from the answer follows what the model believes the
+# clean picture to be, $\hat x_0 = \sqrt{\bar\alpha_t}\, x_t - \sqrt{1 - \bar\alpha_t}\; \hat v$.
 # **Predict**: for which columns will it be sharp?
 
 # %%
-a = alphas[timesteps].view(-1, 1, 1, 1)
-believed = (noisy - (1 - a).sqrt() * prediction.detach()) / a.sqrt()
+believed = a.sqrt() * noisy - (1 - a).sqrt() * prediction.detach()
 rows = [[decode(x[None]) for x in tensors] for tensors in (latents, noise, noisy, believed)]
 labels = ["clean", "noise", "noisy: what the UNet sees", "what it believes"]
 plots.show(
@@ -162,11 +185,11 @@ plots.show(
 #
 # ## The loss, in two halves
 #
-# The error is the mean squared difference between the noise and the prediction. The batch's first half is the subject,
+# The error is the mean squared difference between the answer and what was asked. The batch's first half is the subject,
 # the second the class: two means, then a sum.
 
 # %%
-errors = F.mse_loss(prediction, noise, reduction="none")
+errors = F.mse_loss(prediction, target, reduction="none")
 instance, prior_part = (half.mean() for half in errors.chunk(2))
 loss = instance + config.prior_loss_weight * prior_part
 print(f"instance {instance:.4f} + {config.prior_loss_weight:g} x prior {prior_part:.4f} = {loss:.4f}")
@@ -179,8 +202,8 @@ print(f"instance {instance:.4f} + {config.prior_loss_weight:g} x prior {prior_pa
 # NBVAL_CHECK_OUTPUT
 with torch.no_grad():
     apart = [
-        F.mse_loss(components.unet(x, t, encoder_hidden_states=h).sample, e).item()
-        for x, t, h, e in zip(*(v.chunk(2) for v in (noisy, timesteps, hidden, noise)), strict=True)
+        F.mse_loss(components.unet(x, t, encoder_hidden_states=h).sample, y).item()
+        for x, t, h, y in zip(*(v.chunk(2) for v in (noisy, timesteps, hidden, target)), strict=True)
     ]
 print("two passes, the same loss:", abs(sum(apart) - loss.item()) < 1e-5)
 
@@ -210,8 +233,8 @@ for module in components.modules().values():
 # %% [markdown]
 # ## How to know whether it learns
 #
-# A step's loss depends mostly on the levels that were drawn: a batch at $t = 50$ is hard, one at $t = 900$ easy. So
-# the curve of single values is a cloud. A fair comparison asks the **same pictures at the same levels with the same
+# A step's loss depends mostly on the levels that were drawn: some are much harder than others. So the curve of single
+# values is a cloud. A fair comparison asks the **same pictures at the same levels with the same
 # noise** each time, noise that training never draws: the *held-out* loss.
 
 # %%
@@ -309,13 +332,14 @@ _ = train(short, another, dataset, on_step=on_step)
 #
 # 1. The prior loss rises instead of staying level, and `a photo of a dog` turns teal.
 # 2. Collect `(record.timesteps, F.mse_loss(record.prediction, record.target, reduction="none").mean((1, 2, 3)))` in the
-#    loop. It is high for small $t$: there the noise is faint and hard to find. It does not matter as much there.
+#    loop. It is high at both ends: where nearly all is noise the picture has to be guessed, and where there is hardly any
+#    noise it is hard to find.
 # 3. The pictures: colours and outlines fall apart while the mean of the loss still looks harmless.
 # </details>
 #
 # ## In short
 #
-# - Noise by a formula, a UNet that guesses it, two means of squares, one sum.
+# - Noise by a formula, a UNet that guesses what was there, two means of squares, one sum.
 # - Only adapters get gradients.
 # - Judge by held-out noise and by pictures from fixed noise, not by the last loss value.
 #
