@@ -132,6 +132,7 @@ def suggested(base: str) -> dict[str, Any]:
     A folder that draws at most 64 pixels is a miniature. A hub id without a preset is taken for a Stable Diffusion.
     """
     folder = Path(base).expanduser()
+    base = next((name for name, preset in PRESETS.items() if preset["base"] == base), base)
     if base in PRESETS or not (folder / "unet" / "config.json").is_file():
         return PRESETS.get(base, PRESETS["sd15"])
     resolution = json.loads((folder / "unet" / "config.json").read_text())["sample_size"]

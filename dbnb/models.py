@@ -196,12 +196,13 @@ def load_components(
     if has("text_encoder_2"):
         architecture_2 = text_architecture(folder, "text_encoder_2")[1]
         second = dict(
-            tokenizer_2=AutoTokenizer.from_pretrained(folder / "tokenizer_2"), architecture_2=architecture_2,
+            tokenizer_2=AutoTokenizer.from_pretrained(folder / "tokenizer_2", trust_remote_code=False),
+            architecture_2=architecture_2,
             text_encoder_2=architecture_2.text_encoder_class().from_pretrained(folder / "text_encoder_2"),
         )  # fmt: skip
     components = Components(
         base=folder,
-        tokenizer=AutoTokenizer.from_pretrained(folder / "tokenizer"),
+        tokenizer=AutoTokenizer.from_pretrained(folder / "tokenizer", trust_remote_code=False),
         text_encoder=architecture.text_encoder_class().from_pretrained(folder / "text_encoder"),
         vae=AutoencoderKL.from_pretrained(folder, subfolder="vae") if has("vae") else None,
         unet=UNet2DConditionModel.from_pretrained(folder, subfolder="unet"),

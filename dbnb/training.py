@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import threading
@@ -239,7 +240,9 @@ def checkpoints(output_dir: Path, up_to: float = math.inf) -> list[Path]:
     found = {
         int(path.name.rsplit("-", 1)[1]): path
         for path in output_dir.glob("checkpoint-*")
-        if (path / "state.json").is_file() and (path / "state.safetensors").is_file()
+        if re.fullmatch(r"checkpoint-\d+", path.name)
+        and (path / "state.json").is_file()
+        and (path / "state.safetensors").is_file()
     }
     return [found[step] for step in sorted(found) if step <= up_to]
 
@@ -280,7 +283,7 @@ def _resume(config: DreamBoothConfig, output_dir: Path, components: Components, 
     wanted, start = config.resume_from_checkpoint, {"step": 0}
     if wanted is None:
         return start
-    found = checkpoints(output_dir)[::-1] if wanted == "latest" else [Path(wanted)]
+    found = checkpoints(output_dir, config.max_train_steps)[::-1] if wanted == "latest" else [Path(wanted)]
     if not found:
         print("No checkpoint yet: starting from the beginning.")
         return start
@@ -362,7 +365,7 @@ def train(
                 components.modules()[name].gradient_checkpointing_enable()
 
     groups = []
-    for part, module in adapted_modules(components).items():
+    for part, module in sorted(adapted_modules(components).items(), key=lambda item: item[0] != "unet"):
         rate = config.learning_rate if part == "unet" else config.text_encoder_learning_rate
         groups.append({"params": [p for _, p in trainable_parameters(module)], "lr": rate, "initial_lr": rate})
     parameters = [p for group in groups for p in group["params"]]

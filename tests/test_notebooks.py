@@ -1,6 +1,6 @@
 """The course as it is committed: both halves of each pair agree, outputs are whole, clean and light.
 
-That the notebooks run is tested by nbval, which collects `notebooks/` beside these tests.
+Once executed notebooks are there, nbval collects and runs `notebooks/` beside these tests.
 """
 
 from __future__ import annotations

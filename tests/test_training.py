@@ -87,7 +87,7 @@ def test_a_learned_variance_is_left_out_of_the_loss(components, dataset):
         output.sample = torch.cat([output.sample, torch.full_like(output.sample, 99.0)], dim=1)
         return output
 
-    doubled.dtype, doubled.device = unet.dtype, unet.device
+    doubled.dtype, doubled.device, doubled.config = unet.dtype, unet.device, unet.config
     plain = training_step(components, batch, seed=0)
     components.unet = doubled
     assert torch.equal(training_step(components, batch, seed=0).loss, plain.loss)
@@ -224,7 +224,7 @@ def test_latest_passes_over_what_is_torn_or_another_runs(config, dataset, capsys
     folder = Path(config.output_dir)
     other = dataclasses.replace(config, seed=1, max_train_steps=2)
     _trained(other, dataset)  # beside the first run's checkpoints 4 and 6
-    again = dataclasses.replace(other, resume_from_checkpoint="latest", max_train_steps=3)
+    again = dataclasses.replace(other, resume_from_checkpoint="latest", max_train_steps=4, checkpointing_steps=0)
     _trained(again, dataset)
     output = capsys.readouterr().out
     assert "Resuming from" in output and "checkpoint-2, step 2" in output and "seed was 0 and is 1" in output

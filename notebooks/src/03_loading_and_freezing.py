@@ -199,6 +199,7 @@ def paint(prompt: str, guidance_scale: float = 4.0, steps: int = 24, seed: int =
     return trajectory, beliefs
 
 
+# %%
 @torch.no_grad()
 def decode(x: torch.Tensor) -> Image.Image:
     """Latents -> a picture."""

@@ -62,6 +62,11 @@ from dbnb.tables import Table
 from dbnb.training import batch_at, precompute_embeds, training_step
 
 workflow.quiet_libraries()
+
+# %% [markdown]
+# Steps 1 to 3, as the notebooks before this one did them:
+
+# %%
 config = DreamBoothConfig()
 concept = Concept.from_folder(None, config.identifier, config.class_word)
 components = load_components(config.base)

@@ -91,9 +91,15 @@ for name, values in (("identity encoder", features), ("CLIP's image half", clip)
     print(f"{name:18} same toy {same:.2f}, other dogs {other:.2f}, apart by {same - other:.2f}")
 
 # %% [markdown]
-# **What you should see**: a bright block for the eleven pictures of the toy. The gap between *same* and *other* is what
-# a measure lives on.
-#
+# **What you should see**: a dark red block for the eleven pictures of the toy. The gap between *same* and *other* is what
+# a measure lives on. Its two ends:
+
+# %%
+# NBVAL_CHECK_OUTPUT
+same = torch.nn.functional.normalize(torch.ones(3, 4), dim=1)
+print(f"a picture and itself {subject_fidelity(same, same):.2f}, the spread of three equal ones {diversity(same):.2f}")
+
+# %% [markdown]
 # ## Floor and ceiling
 #
 # A similarity of 0.6 says nothing by itself. Two references do: what the **base** reaches without training (floor), and

@@ -70,6 +70,10 @@ GIB = 2**30
 memory = training_memory(BASES["Stable Diffusion 1.5"], batch=2)
 print({part: f"{size / GIB:.2f} GiB" for part, size in memory.items()})
 
+# %%
+# NBVAL_CHECK_OUTPUT
+print(f"adapters are less than a twentieth of the weights: {memory['adapters'] < memory['weights'] / 20}")
+
 # %% [markdown]
 # The adapters are nearly nothing: that is why LoRA fits where fine-tuning does not. Fine-tuning all of the UNet would
 # hold sixteen bytes for each of its 860 million parameters.
