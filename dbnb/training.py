@@ -456,8 +456,9 @@ def train(
                 for module in modules:
                     module.eval()
                 on_validation(step + 1)
-            if interrupted():
-                save(step + 1)
+            if interrupted() and step + 1 < config.max_train_steps:
+                if not config.checkpointing_steps or (step + 1) % config.checkpointing_steps:
+                    save(step + 1)
                 print(f"\nInterrupted: step {step + 1} is saved; go on with --resume_from_checkpoint latest.")
                 break
     for module in modules:

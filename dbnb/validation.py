@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 from dbnb.concept import Concept
 from dbnb.config import DreamBoothConfig
 from dbnb.models import Components
-from dbnb.prior import build_pipeline, draw_images, image_seed
+from dbnb.prior import build_pipeline, call_options, draw_images, image_seed
 from dbnb.toybox.scenes import SCENES
 
 # Validation images come from their own series, so that they never repeat a class image.
@@ -120,6 +120,6 @@ def from_references(
         redrawn += pipeline(
             [prompt] * len(images[part]), image=images[part], strength=strength,
             num_inference_steps=config.num_inference_steps, guidance_scale=config.guidance_scale,
-            generator=[torch.Generator().manual_seed(seed) for seed in seeds[part]],
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds[part]], **call_options(pipeline),
         ).images  # fmt: skip
     return redrawn

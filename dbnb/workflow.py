@@ -93,11 +93,10 @@ def prepare(
     config: DreamBoothConfig,
     *,
     tell: Callable[[object], None] = print,
-    before_adapters: Callable[[Concept, Components], None] | None = None,
 ) -> Session:
     """Steps 1 to 5: the concept, the base, the class images, the adapters, the dataset.
 
-    `tell` gets what was found and decided; `before_adapters` gets concept and components while the base is as it was.
+    `tell` gets what was found and decided. The adapters change nothing yet.
     """  # fmt: skip
     concept = Concept.from_folder(
         config.instance_data_dir, config.identifier, config.class_word, resolution=config.resolution,
@@ -111,7 +110,7 @@ def prepare(
     tokens = token_report(components.tokenizer, config.identifier)
     tell(f"identifier {tokens.identifier!r} -> {' '.join(tokens.tokens)} {list(tokens.ids)}: {tokens.verdict}")
     for prompt in (concept.instance_prompt, concept.class_prompt):
-        if rest := cut_off(components.tokenizer, prompt, config.tokenizer_max_length):
+        if rest := cut_off(components, prompt, config.tokenizer_max_length):
             tell(f"{prompt!r} is too long: {rest!r} is not read.")
 
     prior = None
@@ -122,8 +121,6 @@ def prepare(
             batch_size=config.sample_batch_size, seed=config.seed, class_data_dir=config.class_data_dir,
         )  # fmt: skip
         tell(f"class images: {prior.decision} ({prior.reason})")
-    if before_adapters is not None:
-        before_adapters(concept, components)
     add_adapters(
         components, rank=config.rank, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout,
         train_text_encoder=config.train_text_encoder, text_encoder_rank=config.text_encoder_rank,
@@ -152,6 +149,8 @@ def trained(config: DreamBoothConfig, *, tell: Callable[[object], None] = lambda
         checkpointing_steps=config.max_train_steps,
     )  # fmt: skip
     session.log = train(session.config, session.components, session.dataset)
+    if session.log and session.log[-1]["step"] < config.max_train_steps:
+        raise KeyboardInterrupt  # train has saved a checkpoint; a half-trained model is not what was asked for
     return session
 
 
@@ -172,17 +171,12 @@ def run(config: DreamBoothConfig) -> Result:
     """All seven steps; writes the adapter, figures, log, metrics, settings and card to `config.output_dir`."""
     output_dir = Path(config.output_dir)
     count, further = config.num_validation_images, references(config)
-    before: list[ValidationImages] = []
-
-    def draw_before(concept: Concept, components: Components) -> None:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        config.save(output_dir / "config.json")
-        if count:
-            before.append(validation_images(components, concept, config, count=count, references=further))
-
-    session = prepare(config, before_adapters=draw_before)
+    session = prepare(config)
     concept, components = session.concept, session.components
     print(components)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    config.save(output_dir / "config.json")
+    before = validation_images(components, concept, config, count=count, references=further) if count else None
 
     def sample(step: int) -> None:
         now = validation_images(components, concept, config, count=8, sets=("subject", "scenes"))
@@ -197,15 +191,15 @@ def run(config: DreamBoothConfig) -> Result:
     if log and log[-1]["step"] < config.max_train_steps:  # interrupted: whoever did it does not wait for pictures
         return Result(adapter, log, None, components)
     numbers = None
-    if before:
+    if before is not None:
         after = validation_images(components, concept, config, count=count, references=further)
-        _save_figure(before_after(before[0], after, concept, further), output_dir / "before_after.png")
+        _save_figure(before_after(before, after, concept, further), output_dir / "before_after.png")
         try:
             encoders = metrics.load_encoders(components.base)
         except OSError as error:
             print(f"No metrics: the encoders cannot be loaded ({error}).")
         else:
-            numbers = measured(session, before[0], after, encoders, further)
+            numbers = measured(session, before, after, encoders, further)
             (output_dir / "metrics.json").write_text(json.dumps(numbers, indent=2) + "\n")
     _save_figure(plots.loss_curves(log), output_dir / "loss.png")
     has_text_encoder = "text_encoder" in adapted_modules(components)

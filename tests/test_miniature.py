@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from PIL import Image
 
 from dbnb import miniature
 from dbnb.miniature import evaluate, train
@@ -86,7 +87,7 @@ def test_a_training_that_was_stopped_ends_where_an_uninterrupted_one_does(tmp_pa
             return {"loss": (model(x) - x).square().mean()}
 
         def draw():
-            return np.zeros((2, 2, 3), np.uint8)
+            return Image.new("RGB", (2, 2))
 
         train.fit(
             "toy", model, loss_of_step, steps=9, lr=1e-2, folder=folder, made_from={"seed": 0}, draw=draw,

@@ -77,7 +77,7 @@ def test_each_distinct_prompt_is_encoded_once(components, monkeypatch):
 
 
 def test_what_is_cut_off_a_long_prompt_is_named(components):
-    assert cut_off(components.tokenizer, "a photo of a sks dog") == ""
+    assert cut_off(components, "a photo of a sks dog") == ""
     words = ["dog"] * 20 + ["beach"] * 4
-    assert cut_off(components.tokenizer, " ".join(words)).split() == ["beach"] * 2
-    assert cut_off(components.tokenizer, "a photo of a dog", max_length=5).split() == ["a", "dog"]
+    assert cut_off(components, " ".join(words)).split() == ["beach"] * 2
+    assert cut_off(components, "a photo of a dog", max_length=5).split() == ["a", "dog"]

@@ -21,7 +21,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+from diffusers.image_processor import VaeImageProcessor
 from diffusers.training_utils import EMAModel, compute_snr
+from diffusers.utils import make_image_grid
 from PIL import Image
 from torch import nn
 from torch.optim.swa_utils import update_bn
@@ -38,11 +40,6 @@ _LATENT_SAMPLE = 2000  # photographs that tell the latents' mean and deviation
 def to_tensor(images: np.ndarray) -> torch.Tensor:
     """(B, 64, 64, 3) uint8 -> (B, 3, 64, 64) float32 in [-1, 1]."""
     return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1.0
-
-
-def to_pictures(pixels: torch.Tensor) -> np.ndarray:
-    """(B, 3, 64, 64) in [-1, 1] -> (B, 64, 64, 3) uint8."""
-    return ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
 
 
 def generator(seed: int, step: int) -> torch.Generator:
@@ -65,7 +62,7 @@ def fit(
     decay_share: float = 0.3,
     minutes: float = 1e9,
     minutes_between_checkpoints: float = 3.0,
-    draw: Callable[[], np.ndarray] | None = None,
+    draw: Callable[[], Image.Image] | None = None,
     steps_between_drawings: int = 1000,
 ) -> bool:
     """Run one stage to `steps` or until `minutes` are over; True when it is complete.
@@ -104,7 +101,7 @@ def fit(
         ema.copy_to(parameters)
         models.eval()
         (folder / "samples").mkdir(exist_ok=True)
-        Image.fromarray(draw()).save(folder / "samples" / f"{name}-{step:06d}.png")
+        draw().save(folder / "samples" / f"{name}-{step:06d}.png")
         ema.restore(parameters)
         models.train()
 
@@ -169,11 +166,6 @@ class Photographs:
         return [caption_of(self.labels[i], draw) for i in indices]
 
 
-def contact_sheet(rows: list[np.ndarray]) -> np.ndarray:
-    """Rows of (n, 64, 64, 3) uint8 pictures -> one picture."""
-    return np.concatenate([np.concatenate(list(row), axis=1) for row in rows], axis=0)
-
-
 def tokenize(words, captions: list[str]) -> torch.Tensor:
     """Captions -> (B, 24) ids."""
     return words(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
@@ -194,9 +186,10 @@ def train_vae(data: Photographs, seed: int, batch_size: int, **options):
         return dict(loss=F.l1_loss(decoded, pictures) + 2.0 * mse + 3e-4 * kl, mse=mse, kl=kl)
 
     @torch.no_grad()
-    def draw() -> np.ndarray:
+    def draw() -> Image.Image:
+        originals = [Image.fromarray(image) for image in data.images[:16]]
         decoded = vae.decode(vae.encode(to_tensor(data.images[:16])).latent_dist.mode()).sample
-        return contact_sheet([data.images[:16], to_pictures(decoded)])
+        return make_image_grid(originals + VaeImageProcessor().postprocess(decoded), rows=2, cols=16)
 
     return vae, fit("vae", vae, loss_of_step, weight_decay=0.0, draw=draw, **options)
 
@@ -342,21 +335,18 @@ def train_unet(
     ]
 
     @torch.no_grad()
-    def draw() -> np.ndarray:
+    def draw() -> Image.Image:
         pipeline = StableDiffusionPipeline(
             vae=vae, text_encoder=model.text_encoder, tokenizer=words, unet=model.unet, safety_checker=None,
             scheduler=DPMSolverMultistepScheduler.from_config(noise_schedule.config), feature_extractor=None,
             requires_safety_checker=False,
         )  # fmt: skip
         pipeline.set_progress_bar_config(disable=True)
-        rows = []
+        images: list[Image.Image] = []
         for kind in toybox.KINDS:
             prompts = [f"a photo of a {kind} {place}" for place in toybox.SCENES.values()]
-            pictures = pipeline(
-                prompts, num_inference_steps=20, guidance_scale=4.0, output_type="np", generator=generator(seed, 0)
-            ).images
-            rows.append((255 * pictures).round().astype(np.uint8))
-        return contact_sheet(rows)
+            images += pipeline(prompts, num_inference_steps=20, guidance_scale=4.0, generator=generator(seed, 0)).images
+        return make_image_grid(images, rows=len(toybox.KINDS), cols=len(toybox.SCENES))
 
     done = fit("unet", model, loss_of_step, groups=groups, lr=lr, ema_decay=0.9998, draw=draw, **options)
     return model, done

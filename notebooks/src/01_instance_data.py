@@ -47,6 +47,8 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+import torch
+from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
 from dbnb import plots, workflow
@@ -129,7 +131,7 @@ seen = [dataset.pixels("instance", index, flip=False) for index in range(len(con
 print(tuple(seen[0].shape), f"from {seen[0].min():.2f} to {seen[0].max():.2f}")
 
 # %%
-squares = [Image.fromarray(((pixels + 1) * 127.5).byte().permute(1, 2, 0).numpy()) for pixels in seen]
+squares = VaeImageProcessor().postprocess(torch.stack(seen))
 plots.show(
     plots.image_rows([photographs, squares], labels=["photograph", "what training sees"], inches=1.4),
     alt="Upper row the photographs, lower row the same at 64 by 64 pixels: coarse, but the dog is whole in each",
@@ -148,7 +150,7 @@ cropped = {
     "random, step 1": DreamBoothDataset([folder / "wide.png"], "", size=64, center_crop=False),
 }
 pieces = [data[index]["instance_pixels"] for data, index in zip(cropped.values(), (0, 0, 1), strict=True)]
-pictures = [Image.fromarray(((p + 1) * 127.5).byte().permute(1, 2, 0).numpy()) for p in pieces]
+pictures = VaeImageProcessor().postprocess(torch.stack(pieces))
 plots.show(
     plots.show_images(pictures, titles=list(cropped), inches=1.6),
     alt="Three crops of one wide picture: the middle one shows the dog whole, random ones may cut it",

@@ -44,11 +44,12 @@ if importlib.util.find_spec("dbnb") is None:
 
 # %%
 import dataclasses
-import hashlib
+import io
 import json
 import os
 import tempfile
 
+import numpy as np
 from PIL import Image
 
 from dbnb import metrics, plots, workflow
@@ -168,6 +169,7 @@ def ask(prompt: str, count: int, **changed):
 # %%
 # NBVAL_CHECK_OUTPUT
 eight = ask("a photo of a dog", 8)
+drawn = [path.read_bytes() for path in eight.paths]
 again = ask("a photo of a dog", 8)
 
 # %%
@@ -183,11 +185,7 @@ cats = ask("a photo of a cat", 4)
 
 # %%
 # NBVAL_CHECK_OUTPUT
-def digest(paths):
-    return [hashlib.sha256(path.read_bytes()).hexdigest()[:8] for path in paths]
-
-
-print("the first eight unchanged:", digest(twelve.paths)[:8] == digest(eight.paths))
+print("the first eight unchanged:", [path.read_bytes() for path in twelve.paths[:8]] == drawn)
 
 # %% [markdown]
 # This is what the manifest holds. The *fingerprint* of the base is a hash over its files: train the base further, and
@@ -204,7 +202,8 @@ Table({"field": name, "value": str(value)} for name, value in manifest["recipe"]
 # NBVAL_CHECK_OUTPUT
 Image.new("RGB", (64, 64), "red").save(twelve.paths[3])
 mended = ask("a photo of a dog", 12)
-print("the same picture as before:", digest(mended.paths)[3] == digest(eight.paths)[3])
+was, now = (np.asarray(Image.open(file), dtype=int) for file in (io.BytesIO(drawn[3]), mended.paths[3]))
+print("the same picture as before, but for rounding:", np.abs(was - now).max() <= 2)
 
 # %% [markdown]
 # Back to the usual cache:

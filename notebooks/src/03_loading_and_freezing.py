@@ -48,6 +48,7 @@ import json
 import numpy as np
 import torch
 from diffusers import DDIMScheduler
+from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
 from dbnb import plots, toybox, workflow
@@ -203,8 +204,8 @@ def paint(prompt: str, guidance_scale: float = 4.0, steps: int = 24, seed: int =
 @torch.no_grad()
 def decode(x: torch.Tensor) -> Image.Image:
     """Latents -> a picture."""
-    pixels = components.vae.decode(x).sample[0].clamp(-1, 1)
-    return Image.fromarray(((pixels + 1) * 127.5).round().byte().permute(1, 2, 0).numpy())
+    latents = x / components.vae.config.scaling_factor
+    return VaeImageProcessor().postprocess(components.vae.decode(latents).sample)[0]
 
 
 # %% [markdown]

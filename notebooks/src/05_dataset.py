@@ -49,6 +49,7 @@ import statistics
 import time
 
 import torch
+from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
 from dbnb import plots, workflow
@@ -110,7 +111,7 @@ print("class, how many different:", len(set(drawn["class"])))
 # %%
 def picture(pixels: torch.Tensor) -> Image.Image:
     """(3, H, W) in [-1, 1] -> a picture."""
-    return Image.fromarray(((pixels + 1) * 127.5).round().byte().permute(1, 2, 0).numpy())
+    return VaeImageProcessor().postprocess(pixels[None])[0]
 
 
 batch = batch_at(dataset, number=0, batch_size=4)

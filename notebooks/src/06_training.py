@@ -48,6 +48,7 @@ if importlib.util.find_spec("dbnb") is None:
 import numpy as np
 import torch
 import torch.nn.functional as F
+from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
 from dbnb import plots, workflow
@@ -95,8 +96,8 @@ print(f"a batch of {len(batch['prompts'])}: {config.train_batch_size} of the sub
 @torch.no_grad()
 def decode(x: torch.Tensor) -> Image.Image:
     """Latents (1, C, h, w) -> a picture."""
-    pixels = components.vae.decode(x).sample[0].clamp(-1, 1)
-    return Image.fromarray(((pixels + 1) * 127.5).round().byte().permute(1, 2, 0).numpy())
+    latents = x / components.vae.config.scaling_factor
+    return VaeImageProcessor().postprocess(components.vae.decode(latents).sample)[0]
 
 
 x0 = clean_latents(components, batch, seed=0)[:1]
