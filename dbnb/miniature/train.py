@@ -30,7 +30,8 @@ from torch.optim.swa_utils import update_bn
 
 from dbnb import toybox
 from dbnb.miniature import design
-from dbnb.miniature.data import ATTRIBUTES, SHOTS, caption_of, photographs
+from dbnb.miniature.data import ATTRIBUTES, COLOR_NAMES, SHOTS, caption_of, photographs
+from dbnb.toybox.captions import article_for
 
 STAGES = ("vae", "clip", "identity", "judge", "unet")
 _CHUNK = 6000  # photographs a file
@@ -322,7 +323,9 @@ def train_unet(
         mean, log_variance = latents[torch.from_numpy(indices)].float().chunk(2, dim=1)
         clean = mean + torch.exp(0.5 * log_variance) * torch.randn(mean.shape, generator=rng)
         noise = torch.randn(clean.shape, generator=rng)
-        t = torch.randint(noise_schedule.config.num_train_timesteps, (batch_size,), generator=rng)
+        # One timestep from each of B equal ranges: the batch's loss varies less (Kingma et al., 2021, appendix I).
+        strata = (torch.arange(batch_size) + torch.rand(batch_size, generator=rng)) / batch_size
+        t = (strata * noise_schedule.config.num_train_timesteps).long()
         hidden = model.text_encoder(tokenize(words, captions)).last_hidden_state
         predicted = unet(noise_schedule.add_noise(clean, noise, t), t, encoder_hidden_states=hidden).sample
         mse = (predicted - noise_schedule.get_velocity(clean, noise, t)).square().mean((1, 2, 3))
@@ -343,8 +346,12 @@ def train_unet(
         )  # fmt: skip
         pipeline.set_progress_bar_config(disable=True)
         images: list[Image.Image] = []
-        for kind in toybox.KINDS:
-            prompts = [f"a photo of a {kind} {place}" for place in toybox.SCENES.values()]
+        for row, kind in enumerate(toybox.KINDS):
+            colors = [COLOR_NAMES[(row + column) % len(COLOR_NAMES)] for column in range(len(toybox.SCENES))]
+            prompts = [
+                f"a photo of {article_for(color)} {color} {kind} {place}"
+                for color, place in zip(colors, toybox.SCENES.values(), strict=True)
+            ]
             images += pipeline(prompts, num_inference_steps=20, guidance_scale=4.0, generator=generator(seed, 0)).images
         return make_image_grid(images, rows=len(toybox.KINDS), cols=len(toybox.SCENES))
 
