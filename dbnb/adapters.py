@@ -28,30 +28,33 @@ def add_adapters(
     text_encoder_rank: int | None = None,
     text_encoder_lora_alpha: float | None = None,
     text_encoder_lora_dropout: float = 0.0,
+    use_dora: bool = False,
+    use_rslora: bool = False,
     seed: int = 0,
 ) -> None:
     """Put adapters on the UNet and, if asked, on the text encoder; trainable weights are float32 whatever the base's.
 
     A is drawn from a normal of deviation 1/rank and B is zero (peft's "gaussian"). The same seed gives the same A.
+    `use_dora` is Liu et al., 2024; `use_rslora` Kalajdzievski, 2023.
     """
-    text_encoder_rank = text_encoder_rank or rank
+    text_encoder_rank, kind = text_encoder_rank or rank, {"use_dora": use_dora, "use_rslora": use_rslora}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        components.unet.add_adapter(_lora_config(rank, lora_alpha, lora_dropout, UNET_TARGETS))
+        components.unet.add_adapter(_lora_config(rank, lora_alpha, lora_dropout, UNET_TARGETS, **kind))
         if train_text_encoder:
             for _, encoder, architecture in components.text_encoders().values():
                 targets = architecture.lora_targets
                 encoder.add_adapter(
-                    _lora_config(text_encoder_rank, text_encoder_lora_alpha, text_encoder_lora_dropout, targets)
+                    _lora_config(text_encoder_rank, text_encoder_lora_alpha, text_encoder_lora_dropout, targets, **kind)
                 )
     # peft creates adapters in the base layer's dtype: half-precision updates would be rounded away.
     cast_training_params([module for module in components.modules().values()], dtype=torch.float32)
 
 
-def _lora_config(rank: int, alpha: float | None, dropout: float, targets: tuple[str, ...]) -> LoraConfig:
+def _lora_config(rank: int, alpha: float | None, dropout: float, targets: tuple[str, ...], **kind: bool) -> LoraConfig:
     return LoraConfig(
         r=rank, lora_alpha=rank if alpha is None else alpha, lora_dropout=dropout, init_lora_weights="gaussian",
-        target_modules=list(targets),
+        target_modules=list(targets), **kind,
     )  # fmt: skip
 
 
@@ -62,6 +65,15 @@ def adapted_modules(components: Components) -> dict[str, torch.nn.Module]:
         for name, module in components.modules().items()
         if name != "vae" and getattr(module, "peft_config", None)
     }
+
+
+def train_mode(module: torch.nn.Module) -> None:
+    """Dropout in the adapters alone: a frozen T5 or Roberta has dropout of its own, which training should not meet."""
+    module.eval()
+    for name, part in module.named_modules():
+        # transformers recomputes activations only in layers that think they are training.
+        if ".lora_dropout" in name or getattr(part, "gradient_checkpointing", False):
+            part.training = True
 
 
 def trainable_parameters(module: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:

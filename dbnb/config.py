@@ -53,6 +53,9 @@ class DreamBoothConfig:
     text_encoder_lora_alpha: float | None = _option(None, "default: the text encoder's rank")
     text_encoder_lora_dropout: float = _option(0.0, "dropout in the text encoder's adapters")
 
+    use_dora: bool = _option(False, "train each adapted layer's magnitude apart from its direction (DoRA)")
+    use_rslora: bool = _option(False, "scale adapters by alpha / sqrt(rank) instead of alpha / rank")
+
     train_batch_size: int = _option(4, "instance images a step; as many class images come on top")
     gradient_accumulation_steps: int = _option(1, "batches whose gradients make one step")
     max_train_steps: int | None = _option(None, "optimizer steps")
@@ -65,6 +68,8 @@ class DreamBoothConfig:
     adam_weight_decay: float = _option(1e-2, "AdamW")
     adam_epsilon: float = _option(1e-8, "AdamW")
     max_grad_norm: float = _option(1.0, "gradients are scaled down to this norm")
+    snr_gamma: float | None = _option(None, "min-SNR weighting of the loss, both halves; 5.0 is usual")
+    noise_offset: float = _option(0.0, "share of a constant shift in the noise, for darker and lighter pictures; 0.1")
     gradient_checkpointing: bool = _option(False, "recompute activations: less memory, a third more time")
     mixed_precision: str = _option("no", "no, fp16 or bf16; adapters stay in float32 whatever this says")
     seed: int = _option(0, "every draw is a function of this and the step")
@@ -76,6 +81,7 @@ class DreamBoothConfig:
     num_validation_images: int = _option(32, "images a prompt set at the end; 0 switches images and metrics off")
     reference_data_dir: str | None = _option(None, "further photographs of the subject: the ceiling of the metrics")
     report_to: str = _option("none", "tensorboard, or none")
+    export: str = _option("diffusers", "diffusers, or kohya: a second file for ComfyUI and A1111")
     push_to_hub: bool = _option(False, "upload adapter, card, images and metrics when done")
     hub_model_id: str | None = _option(None, "owner/name on the hub")
 
@@ -95,6 +101,12 @@ class DreamBoothConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative.")
         if self.mixed_precision not in ("no", "fp16", "bf16"):
             raise ValueError(f"mixed_precision={self.mixed_precision!r} is none of no, fp16, bf16.")
+        if self.export not in ("diffusers", "kohya"):
+            raise ValueError(f"export={self.export!r} is none of diffusers, kohya.")
+        if self.export == "kohya" and self.use_dora:
+            raise ValueError("export='kohya' has no place for DoRA's magnitudes: leave out one of them.")
+        if self.snr_gamma is not None and self.snr_gamma <= 0:
+            raise ValueError(f"snr_gamma={self.snr_gamma} must be above 0.")
 
     def save(self, path: Path) -> None:
         """Write the settings as JSON."""
@@ -129,18 +141,23 @@ PRESETS: dict[str, dict[str, Any]] = {
 def suggested(base: str) -> dict[str, Any]:
     """The settings that a base suggests: its preset, or for a pipeline's folder what its own configs tell.
 
-    A folder that draws at most 64 pixels is a miniature. A hub id without a preset is taken for a Stable Diffusion.
+    Without a VAE it is an IF, with a second text encoder an SDXL, and one that draws at most 64 pixels a miniature. A
+    hub id without a preset is taken for a Stable Diffusion.
     """
     folder = Path(base).expanduser()
     base = next((name for name, preset in PRESETS.items() if preset["base"] == base), base)
     if base in PRESETS or not (folder / "unet" / "config.json").is_file():
         return PRESETS.get(base, PRESETS["sd15"])
-    resolution = json.loads((folder / "unet" / "config.json").read_text())["sample_size"]
-    if (folder / "vae" / "config.json").is_file():
-        levels = json.loads((folder / "vae" / "config.json").read_text())["block_out_channels"]
+    resolution = json.loads((folder / "unet" / "config.json").read_text()).get("sample_size")
+    family = "sdxl" if (folder / "text_encoder_2").is_dir() else "sd15"
+    if not (folder / "vae" / "config.json").is_file():
+        family = "if"
+    elif resolution is not None:
+        levels = json.loads((folder / "vae" / "config.json").read_text()).get("block_out_channels", [0] * 4)
         resolution *= 2 ** (len(levels) - 1)
-    small = resolution <= PRESETS["miniature"]["resolution"] and (folder / "vae").is_dir()
-    return PRESETS["miniature" if small else "sd15"] | {"resolution": resolution}
+        if resolution <= PRESETS["miniature"]["resolution"]:
+            family = "miniature"
+    return PRESETS[family] | ({} if resolution is None else {"resolution": resolution})
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -15,9 +15,10 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from dbnb.concept import load_image
+from dbnb.models import upcast
 
 # The roles that random draws play; each has its own generator, so that one draw more in one never shifts another.
-ORDER, CROP, FLIP, NOISE, TIMESTEP, POSTERIOR, SMALL_NOISE = range(7)
+ORDER, CROP, FLIP, NOISE, TIMESTEP, POSTERIOR, SMALL_NOISE, OFFSET = range(8)
 
 
 def seeded(seed: int, role: int, *numbers: int) -> torch.Generator:
@@ -125,6 +126,15 @@ def collate_fn(examples: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 @torch.no_grad()
+def posterior_parameters(vae, pixels: torch.Tensor) -> torch.Tensor:
+    """(3, H, W) in [-1, 1] -> (2C, h, w): mean and log variance of the latent, one picture at a time.
+
+    In a batch it would round differently.
+    """
+    with upcast(vae):
+        return vae.encode(pixels[None].to(vae.device, vae.dtype)).latent_dist.parameters[0]
+
+
 def cache_latents(dataset: DreamBoothDataset, vae) -> int:
     """Encode every image once (and its mirror image, if flips are on); returns how many were encoded.
 
@@ -136,6 +146,5 @@ def cache_latents(dataset: DreamBoothDataset, vae) -> int:
     for half in dataset.halves:
         for index in range(len(dataset.images[half])):
             for flip in (False, True) if dataset.random_flip else (False,):
-                pixels = dataset.pixels(half, index, flip)[None].to(vae.device, vae.dtype)
-                dataset.latents[half, index, flip] = vae.encode(pixels).latent_dist.parameters[0]
+                dataset.latents[half, index, flip] = posterior_parameters(vae, dataset.pixels(half, index, flip))
     return len(dataset.latents)

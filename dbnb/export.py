@@ -10,14 +10,15 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.training_utils import _collate_lora_metadata
-from diffusers.utils import convert_state_dict_to_diffusers
+from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_kohya
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 from peft import get_peft_model_state_dict
+from safetensors.torch import save_file
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from dbnb.adapters import adapted_modules
 from dbnb.concept import Concept
-from dbnb.config import DreamBoothConfig
+from dbnb.config import PRESETS, DreamBoothConfig
 from dbnb.metrics import metrics_table
 from dbnb.models import Components
 from dbnb.prior import build_pipeline
@@ -25,8 +26,9 @@ from dbnb.tables import Table
 from dbnb.validation import draw
 
 WEIGHT_NAME = "pytorch_lora_weights.safetensors"
+KOHYA_NAME = "kohya_lora_weights.safetensors"
 # All that an upload may contain; checkpoints, logs and settings of this machine stay here.
-PUBLISHED = (WEIGHT_NAME, "README.md", "before_after.png", "loss.png", "metrics.json")
+PUBLISHED = (WEIGHT_NAME, KOHYA_NAME, "README.md", "before_after.png", "loss.png", "metrics.json")
 
 
 def adapter_state_dicts(components: Components) -> dict[str, dict[str, torch.Tensor]]:
@@ -69,9 +71,27 @@ def save_adapters(components: Components, output_dir: Path) -> Path:
     return path
 
 
+def save_kohya(components: Components, output_dir: Path) -> Path:
+    """Write the adapters under the names, and with the alphas, that ComfyUI and A1111 read; returns the path."""
+    tensors: dict[str, torch.Tensor] = {}
+    for part, module in adapted_modules(components).items():
+        prefix = part if part == "unet" else f"{part}.text_model"
+        names = {f"{prefix}.{key.removeprefix('text_model.')}": value
+                 for key, value in get_peft_model_state_dict(module).items()}  # fmt: skip
+        state = convert_state_dict_to_kohya(names)
+        # diffusers writes the rank for alpha, whatever the adapter's alpha is.
+        alpha = torch.tensor(float(module.peft_config["default"].lora_alpha))
+        tensors |= {key: alpha.clone() if key.endswith(".alpha") else v.float().cpu() for key, v in state.items()}
+    path = Path(output_dir) / KOHYA_NAME
+    temporary = path.with_name(f".{uuid.uuid4().hex}.safetensors")
+    save_file({key: value.contiguous() for key, value in tensors.items()}, temporary)
+    temporary.replace(path)
+    return path
+
+
 def reload_pipeline(components: Components, adapter: Path) -> DiffusionPipeline:
     """A fresh pipeline of plain diffusers with the saved adapter: what whoever downloads it will have."""
-    pipeline = DiffusionPipeline.from_pretrained(components.base)
+    pipeline = DiffusionPipeline.from_pretrained(components.base, use_safetensors=True)
     if pipeline.unet.dtype != components.unet.dtype:
         pipeline.to(dtype=components.unet.dtype)
     pipeline.to(components.device)
@@ -106,8 +126,9 @@ def model_card(
     concept: Concept, config: DreamBoothConfig, metrics: dict[str, dict[str, float]] | None, *, has_text_encoder: bool
 ) -> ModelCard:
     """The card: what it is, how to load it, every hyper-parameter, the metrics, the pictures, a word on consent."""
+    hub_id = PRESETS.get(config.base, {}).get("base", config.base)
     data = ModelCardData(
-        base_model=config.base if "/" in config.base and not Path(config.base).exists() else None,
+        base_model=hub_id if "/" in hub_id and not Path(hub_id).exists() else None,
         library_name="diffusers",
         pipeline_tag="text-to-image",
         tags=["text-to-image", "diffusers", "lora", "dreambooth", "dbnb"],
@@ -120,7 +141,7 @@ def model_card(
         for name, value in dataclasses.asdict(config).items()
         if name not in private and value is not None
     )
-    base = config.base if not Path(config.base).exists() else Path(config.base).name
+    base = hub_id if not Path(hub_id).exists() else Path(hub_id).name
     lines = [
         f"---\n{data.to_yaml()}\n---",
         f"# {concept.identifier} {concept.class_word}: a DreamBooth LoRA",
@@ -131,10 +152,11 @@ def model_card(
         f'pipeline.load_lora_weights("<this folder>", weight_name="{WEIGHT_NAME}")\n'
         f'pipeline("{concept.instance_prompt} on the beach").images[0]\n```',
     ]
+    pictures = {"before_after.png": "before and after", "loss.png": "loss"}
+    lines += [f"![{text}]({name})" for name, text in pictures.items() if (Path(config.output_dir) / name).is_file()]
     if metrics is not None:
-        lines += ["![before and after](before_after.png)", "## Measured", metrics_table(metrics).markdown()]
+        lines += ["## Measured", metrics_table(metrics).markdown()]
     lines += [
-        "![loss](loss.png)",
         "## Settings",
         settings.markdown(),
         "## Use",

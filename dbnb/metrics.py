@@ -19,7 +19,7 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import Image, ImageOps
 from transformers import AutoModel, CLIPModel, CLIPTokenizer
 
-from dbnb.models import Components
+from dbnb.models import Components, upcast
 from dbnb.tables import Table
 from dbnb.toybox.scenes import SCENES
 from dbnb.validation import ValidationImages
@@ -96,12 +96,11 @@ def through_vae(components: Components, images: Sequence[Image.Image], size: int
     """Pictures as the base's autoencoder gives them back, so that its blur is not counted as lost identity."""
     if components.vae is None:
         return [ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS) for image in images]
-    decoded = []
-    for image in images:
-        pixels = _pixels([image], size, _HALF).to(components.vae.device, components.vae.dtype)
-        decoded += VaeImageProcessor().postprocess(
-            components.vae.decode(components.vae.encode(pixels).latent_dist.mode()).sample
-        )
+    vae, decoded = components.vae, []
+    with upcast(vae):
+        for image in images:
+            pixels = _pixels([image], size, _HALF).to(vae.device, vae.dtype)
+            decoded += VaeImageProcessor().postprocess(vae.decode(vae.encode(pixels).latent_dist.mode()).sample)
     return decoded
 
 
@@ -130,24 +129,25 @@ def evaluate(
     subject_fidelity, clip_i: subject images (alone and in scenes) against instance images. clip_t: scene images
     against their prompts. scene_recognised: share of scene images whose own scene CLIP finds likeliest among all.
     class_diversity: mean pairwise distance of class images. class_subject_similarity: class images against instance
-    images (lower is better: the paper's PRES).
+    images (lower is better: the paper's PRES). What a prompt set is too small for is left out.
     """
-    real = encoders.identity_features(instances)
-    subject = encoders.identity_features([*images.subject, *images.scenes])
-    classes = encoders.identity_features(images.classes)
-    scene_features = encoders.clip_features(images.scenes)
-    guesses = (scene_features @ encoders.text_features([f"{class_prompt} {p}" for p in scenes.values()]).T).argmax(1)
-    right = [list(scenes)[int(guess)] == name for guess, name in zip(guesses, images.scene_names, strict=True)]
-    return {
-        "subject_fidelity": subject_fidelity(subject, real),
-        "clip_i": subject_fidelity(
-            encoders.clip_features([*images.subject, *images.scenes]), encoders.clip_features(instances)
-        ),
-        "clip_t": float((scene_features * encoders.text_features(images.scene_prompts)).sum(1).mean()),
-        "scene_recognised": sum(right) / len(right),
-        "class_diversity": diversity(classes),
-        "class_subject_similarity": subject_fidelity(classes, real),
+    real, subject = encoders.identity_features(instances), [*images.subject, *images.scenes]
+    numbers = {
+        "subject_fidelity": subject_fidelity(encoders.identity_features(subject), real),
+        "clip_i": subject_fidelity(encoders.clip_features(subject), encoders.clip_features(instances)),
     }
+    if images.scenes:
+        found = encoders.clip_features(images.scenes)
+        guesses = (found @ encoders.text_features([f"{class_prompt} {p}" for p in scenes.values()]).T).argmax(1)
+        right = [list(scenes)[int(guess)] == name for guess, name in zip(guesses, images.scene_names, strict=True)]
+        numbers["clip_t"] = float((found * encoders.text_features(images.scene_prompts)).sum(1).mean())
+        numbers["scene_recognised"] = sum(right) / len(right)
+    if images.classes:
+        classes = encoders.identity_features(images.classes)
+        if len(classes) > 1:
+            numbers["class_diversity"] = diversity(classes)
+        numbers["class_subject_similarity"] = subject_fidelity(classes, real)
+    return numbers
 
 
 def ceiling(
@@ -177,7 +177,7 @@ def report(before: dict, after: dict, top: dict) -> dict[str, dict[str, float]]:
     span = top.get("subject_fidelity", 0.0) - floor["subject_fidelity"]
     if span > 0:
         after["normalized_subject_fidelity"] = (after["subject_fidelity"] - floor["subject_fidelity"]) / span
-    if before["class_diversity"] > 0:
+    if before.get("class_diversity", 0.0) > 0:
         after["class_diversity_ratio"] = after["class_diversity"] / before["class_diversity"]
     return {"before": before, "after": after, "floor": floor, "ceiling": top}
 

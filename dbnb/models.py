@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ ARCHITECTURES = {
 }
 
 
-@dataclass
+@dataclass(repr=False)
 class Components:
     """The parts of a base, frozen. `vae` is None for pixel-space models. Shows itself as a table."""
 
@@ -67,6 +68,8 @@ class Components:
     tokenizer_2: Any = None
     text_encoder_2: torch.nn.Module | None = None
     architecture_2: Architecture | None = None
+    # What only the base's pipeline needs (a safety checker): read once, by `build_pipeline`.
+    further: dict[str, Any] = field(default_factory=dict)
 
     def modules(self) -> dict[str, torch.nn.Module]:
         """The parts that hold parameters."""
@@ -84,6 +87,10 @@ class Components:
     def tokenizers(self) -> dict[str, Any]:
         """The tokenizers, by the names that a pipeline gives them."""
         return {"tokenizer": self.tokenizer} | ({"tokenizer_2": self.tokenizer_2} if self.tokenizer_2 else {})
+
+    def parts(self) -> dict[str, Any]:
+        """All that a pipeline of this base shares with training."""
+        return self.modules() | self.tokenizers()
 
     def text_encoders(self) -> dict[str, tuple[Any, torch.nn.Module, Architecture]]:
         """Name -> tokenizer, text encoder, architecture."""
@@ -125,6 +132,8 @@ class Components:
 
     def __str__(self) -> str:
         return str(self.table())
+
+    __repr__ = __str__
 
     def _repr_html_(self) -> str:
         return self.table()._repr_html_()
@@ -184,7 +193,10 @@ def load_components(
     """Load tokenizer, text encoder, VAE (if `model_index.json` names one), UNet and noise schedule; freeze; cast.
 
     `weight_dtype` is one dtype for all, or one for each of "text_encoder", "vae", "unet" (float32 if not named). The
-    scheduler is the base's own schedule as DDPM, whatever solver it ships.
+    scheduler is the base's own schedule as DDPM, whatever solver it ships. Weights are read from safetensors only.
+
+    Raises ValueError that names a pipeline without a UNet, or a UNet of another task, and FileNotFoundError where the
+    weights are missing.
     """
     folder = resolve_base(str(base))
     index = json.loads((folder / "model_index.json").read_text())
@@ -192,30 +204,54 @@ def load_components(
     def has(part: str) -> bool:
         return (index.get(part) or [None, None])[1] is not None
 
+    if not has("unet") or not has("text_encoder"):
+        raise ValueError(f"{folder} is a {index.get('_class_name')}: known are bases of one UNet and a text encoder.")
+
+    def load(part: str, model_class: Any) -> Any:
+        dtype = weight_dtype if isinstance(weight_dtype, torch.dtype) else weight_dtype.get(part, torch.float32)
+        try:  # the library is told the dtype, since it keeps what would overflow (T5's `wo`) in float32
+            module = model_class.from_pretrained(folder / part, use_safetensors=True, torch_dtype=dtype)
+        except OSError as error:
+            raise FileNotFoundError(f"{folder / part} has no weights as safetensors: {error}") from error
+        return module.requires_grad_(False).eval()
+
+    def read_words(part: str) -> Any:
+        return AutoTokenizer.from_pretrained(folder / part, trust_remote_code=False)
+
     architecture, second = text_architecture(folder)[1], {}
     if has("text_encoder_2"):
         architecture_2 = text_architecture(folder, "text_encoder_2")[1]
         second = dict(
-            tokenizer_2=AutoTokenizer.from_pretrained(folder / "tokenizer_2", trust_remote_code=False),
-            architecture_2=architecture_2,
-            text_encoder_2=architecture_2.text_encoder_class().from_pretrained(folder / "text_encoder_2"),
+            tokenizer_2=read_words("tokenizer_2"), architecture_2=architecture_2,
+            text_encoder_2=load("text_encoder_2", architecture_2.text_encoder_class()),
         )  # fmt: skip
     components = Components(
         base=folder,
-        tokenizer=AutoTokenizer.from_pretrained(folder / "tokenizer", trust_remote_code=False),
-        text_encoder=architecture.text_encoder_class().from_pretrained(folder / "text_encoder"),
-        vae=AutoencoderKL.from_pretrained(folder, subfolder="vae") if has("vae") else None,
-        unet=UNet2DConditionModel.from_pretrained(folder, subfolder="unet"),
+        tokenizer=read_words("tokenizer"),
+        text_encoder=load("text_encoder", architecture.text_encoder_class()),
+        vae=load("vae", AutoencoderKL) if has("vae") else None,
+        unet=load("unet", UNet2DConditionModel),
         noise_scheduler=DDPMScheduler.from_pretrained(folder, subfolder="scheduler"),
         architecture=architecture,
         **second,
     )
-    for name, module in components.modules().items():
-        module.requires_grad_(False).eval()
-        dtype = weight_dtype if isinstance(weight_dtype, torch.dtype) else weight_dtype.get(name, torch.float32)
-        if module.dtype != dtype:
-            module.to(dtype=dtype)
+    channels = components.unet.config.in_channels
+    if channels != (components.vae.config.latent_channels if components.vae else 3) and not components.upscales:
+        raise ValueError(
+            f"The UNet of {folder} takes {channels} channels (inpainting?): known are text-to-image bases."
+        )
     return components
+
+
+@contextmanager
+def upcast(vae: AutoencoderKL) -> Iterator[None]:
+    """An autoencoder that overflows in float16 (SDXL's: `force_upcast`) is float32 meanwhile, as in its pipelines."""
+    overflows = vae.dtype == torch.float16 and vae.config.force_upcast
+    if overflows:
+        vae.to(dtype=torch.float32)
+    yield
+    if overflows:
+        vae.to(dtype=torch.float16)
 
 
 def _token_length(tokenizer: Any, architecture: Architecture, max_length: int | None) -> int:

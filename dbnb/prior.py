@@ -17,6 +17,7 @@ import diffusers
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
+from filelock import FileLock
 from PIL import Image
 
 from dbnb.adapters import adapted_modules
@@ -32,8 +33,10 @@ def cache_dir() -> Path:
 
 def build_pipeline(components: Components) -> DiffusionPipeline:
     """The base's own diffusers pipeline around these parts, with a fast solver (DPM-Solver++, Lu et al., 2022)."""
-    parts = {**components.modules(), **components.tokenizers()}
-    pipeline = DiffusionPipeline.from_pretrained(components.base, **parts)
+    parts = components.parts() | components.further
+    pipeline = DiffusionPipeline.from_pretrained(components.base, use_safetensors=True, **parts)
+    others = {name: part for name, part in pipeline.components.items() if part is not None and name != "scheduler"}
+    components.further = {name: part for name, part in others.items() if name not in components.parts()}
     # A learned variance is split off by the pipeline only if the scheduler does not expect it.
     learned = str(components.noise_scheduler.config.get("variance_type", "")).startswith("learned")
     pipeline.scheduler = DPMSolverMultistepScheduler.from_config(
@@ -208,25 +211,39 @@ def class_images(
         return ClassImages(paths, "reuse", f"{count} images with this recipe are cached")
     decision = "top up" if valid else "generate"
     reason = f"{len(valid)} of {count} are cached" if valid else _why_not_another(recipe)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / ".lock"):  # a second run waits, and finds what the first has drawn
+            _draw_missing(components, recipe, wanted, batch_size)
+    except OSError as error:
+        raise OSError(
+            f"Class images cannot be kept in {folder} ({error}): set DBNB_CACHE to another folder."
+        ) from error
+    return ClassImages(paths, decision, reason)
+
+
+def _draw_missing(components: Components, recipe: ClassImageRecipe, wanted: Sequence[str], batch_size: int) -> None:
+    """Draw those of the `wanted` files that the recipe's folder lacks, and note each batch in its manifest."""
+    folder = recipe.folder
+    valid = _valid_images(folder)
+    missing = [index for index, name in enumerate(wanted) if name not in valid]
     pipeline = build_pipeline(components)
     for start in range(0, len(missing), batch_size):
         chunk = missing[start : start + batch_size]
         images = draw_images(
             pipeline,
-            [prompt] * len(chunk),
-            [image_seed(seed, index) for index in chunk],
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            resolution=resolution,
+            [recipe.prompt] * len(chunk),
+            [image_seed(recipe.seed, index) for index in chunk],
+            num_inference_steps=recipe.num_inference_steps,
+            guidance_scale=recipe.guidance_scale,
+            resolution=recipe.resolution,
             batch_size=batch_size,
         )
         for index, image in zip(chunk, images, strict=True):
             path = folder / wanted[index]
             _write_atomically(path, lambda temporary, image=image: image.save(temporary, format="PNG"))
             digest = hashlib.sha256(path.read_bytes()).hexdigest()
-            valid[path.name] = {"seed": image_seed(seed, index), "sha256": digest}
+            valid[path.name] = {"seed": image_seed(recipe.seed, index), "sha256": digest}
         manifest = {"recipe": dataclasses.asdict(recipe), "images": dict(sorted(valid.items()))}
         text = json.dumps(manifest, indent=1)
         _write_atomically(folder / "manifest.json", lambda temporary, text=text: temporary.write_text(text))
-    return ClassImages(paths, decision, reason)

@@ -18,19 +18,37 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import diffusers
+import peft
 import torch
 import torch.nn.functional as F
+import transformers
 from accelerate import Accelerator
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-from diffusers.optimization import get_scheduler
+from diffusers.optimization import SchedulerType, get_scheduler
+from diffusers.training_utils import compute_snr
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
-from dbnb.adapters import adapted_modules, trainable_parameters
+from dbnb.adapters import adapted_modules, train_mode, trainable_parameters
 from dbnb.config import DreamBoothConfig
-from dbnb.dataset import NOISE, POSTERIOR, SMALL_NOISE, TIMESTEP, DreamBoothDataset, cache_latents, collate_fn, seeded
+from dbnb.dataset import (
+    NOISE,
+    OFFSET,
+    POSTERIOR,
+    SMALL_NOISE,
+    TIMESTEP,
+    DreamBoothDataset,
+    cache_latents,
+    collate_fn,
+    posterior_parameters,
+    seeded,
+)
 from dbnb.models import Components, embed_prompts, fingerprint
+
+_ADAPTER_FIELDS = ("r", "lora_alpha", "lora_dropout", "use_dora", "use_rslora")
 
 
 @dataclass
@@ -63,9 +81,7 @@ def clean_latents(components: Components, batch: dict[str, Any], seed: int) -> t
         pixels = batch["pixel_values"].to(device)
         if components.vae is None:
             return pixels
-        # One picture at a time, as the cache does it: a batch would round differently.
-        encoded = [components.vae.encode(p[None].to(components.vae.dtype)) for p in pixels]
-        parameters = torch.cat([output.latent_dist.parameters for output in encoded])
+        parameters = torch.stack([posterior_parameters(components.vae, picture) for picture in pixels])
     posterior = DiagonalGaussianDistribution(parameters.float())
     shape = posterior.mean.shape[1:]
     noise = _per_sample(batch, seed, POSTERIOR, lambda g: torch.randn(shape, generator=g)).to(device)
@@ -120,6 +136,8 @@ def training_step(
     *,
     seed: int,
     prior_loss_weight: float = 1.0,
+    snr_gamma: float | None = None,
+    noise_offset: float = 0.0,
     prompt_embeds: dict[str, tuple[torch.Tensor, torch.Tensor | None]] | None = None,
     tokenizer_max_length: int | None = None,
 ) -> StepRecord:
@@ -127,12 +145,17 @@ def training_step(
 
     x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise (Ho et al., 2020, eq. 4); the UNet predicts the noise, or v (Salimans and
     Ho, 2022); loss = instance + `prior_loss_weight` * prior, each a mean of squares (Ruiz et al., 2023, eq. 2).
-    `prompt_embeds` holds embeddings by prompt, as `precompute_embeds` makes them, where text encoders are frozen.
+    With `snr_gamma` a sample's error counts min(SNR, gamma) / SNR, for v / (SNR + 1) (Hang et al., 2023);
+    `noise_offset` adds so much of one number a channel to the noise. `prompt_embeds` holds embeddings by prompt, as
+    `precompute_embeds` makes them, where text encoders are frozen.
     """
     device, scheduler = components.device, components.noise_scheduler
     latents = clean_latents(components, batch, seed)
     shape = latents.shape[1:]
     noise = _per_sample(batch, seed, NOISE, lambda g: torch.randn(shape, generator=g)).to(device)
+    if noise_offset:
+        shift = _per_sample(batch, seed, OFFSET, lambda g: torch.randn((shape[0], 1, 1), generator=g)).to(device)
+        noise = noise + noise_offset * shift
     top = scheduler.config.num_train_timesteps
     timesteps = _per_sample(batch, seed, TIMESTEP, lambda g: torch.randint(top, (), generator=g)).to(device)
     noisy = scheduler.add_noise(latents, noise, timesteps)
@@ -159,6 +182,10 @@ def training_step(
         raise ValueError(f"The base's scheduler predicts {kind!r}; known are epsilon and v_prediction.")
 
     errors = F.mse_loss(prediction.float(), target.float(), reduction="none")
+    if snr_gamma is not None:
+        snr = compute_snr(scheduler, timesteps)
+        weights = snr.clamp(max=snr_gamma) / (snr if kind == "epsilon" else snr + 1.0)
+        errors = errors * weights.view(-1, 1, 1, 1)
     halves = errors.chunk(batch["halves"])
     instance_loss = halves[0].mean()
     prior_loss = halves[1].mean() if batch["halves"] == 2 else None
@@ -172,11 +199,17 @@ def batch_at(dataset: DreamBoothDataset, number: int, batch_size: int) -> dict[s
 
 
 @torch.no_grad()
-def held_out_loss(components: Components, dataset: DreamBoothDataset, *, batches: int = 8, batch_size: int = 4) -> dict:
+def held_out_loss(
+    components: Components, dataset: DreamBoothDataset, *, batches: int = 8, batch_size: int = 4,
+    tokenizer_max_length: int | None = None,
+) -> dict[str, float]:  # fmt: skip
     """Instance and prior loss at noise and timesteps that training never draws: the same ones at every call."""
     instance, prior = [], []
     for number in range(batches):
-        record = training_step(components, batch_at(dataset, number, batch_size), seed=dataset.seed + 2**31)
+        record = training_step(
+            components, batch_at(dataset, number, batch_size), seed=dataset.seed + 2**31,
+            tokenizer_max_length=tokenizer_max_length,
+        )  # fmt: skip
         instance.append(record.instance_loss.item())
         prior.append(math.nan if record.prior_loss is None else record.prior_loss.item())
     return {"instance_loss": sum(instance) / batches, "prior_loss": sum(prior) / batches}
@@ -189,10 +222,10 @@ def run_identity(config: DreamBoothConfig, components: Components, dataset: Drea
         for image in dataset.images[half]:
             digest.update(image.tobytes())
     names = (
-        "resolution center_crop random_flip rank lora_alpha lora_dropout train_text_encoder text_encoder_rank "
-        "text_encoder_lora_alpha text_encoder_lora_dropout train_batch_size gradient_accumulation_steps learning_rate "
+        "resolution center_crop random_flip train_batch_size gradient_accumulation_steps learning_rate "
         "adam_beta1 adam_beta2 adam_weight_decay adam_epsilon max_grad_norm tokenizer_max_length "
-        "text_encoder_learning_rate lr_scheduler lr_warmup_steps prior_loss_weight mixed_precision seed"
+        "text_encoder_learning_rate lr_scheduler lr_warmup_steps prior_loss_weight snr_gamma noise_offset "
+        "mixed_precision seed"
     ).split()
     if config.lr_scheduler not in ("constant", "constant_with_warmup"):
         names.append("max_train_steps")  # the other schedules end there
@@ -200,8 +233,17 @@ def run_identity(config: DreamBoothConfig, components: Components, dataset: Drea
         "base": fingerprint(components.base),
         "prompts": list(dataset.prompts.values()),
         "images": digest.hexdigest()[:16],
+        "adapters": {
+            part: {name: getattr(module.peft_config["default"], name) for name in _ADAPTER_FIELDS}
+            for part, module in adapted_modules(components).items()
+        },
         **{name: getattr(config, name) for name in names},
     }
+
+
+def versions() -> dict[str, str]:
+    """The libraries that compute: another version may round differently."""
+    return {library.__name__: library.__version__ for library in (torch, diffusers, transformers, peft)}
 
 
 def save_checkpoint(
@@ -219,20 +261,23 @@ def save_checkpoint(
             tensors[f"{part}.{name}"] = parameter.detach().contiguous()
             for key, value in optimizer.state.get(parameter, {}).items():
                 tensors[f"optimizer.{key}.{part}.{name}"] = value.detach().contiguous()
+    state = {"step": step, "run": identity, "versions": versions(), **further}
     try:
         save_file(tensors, temporary / "state.safetensors")
-        (temporary / "state.json").write_text(json.dumps({"step": step, "run": identity, **further}, indent=1))
+        (temporary / "state.json").write_text(json.dumps(state, indent=1))
         for path in temporary.iterdir():  # on the disk before the rename makes it count
             with path.open("rb+") as file:
                 os.fsync(file.fileno())
         replaced = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
-        if folder.exists():
+        if folder.exists():  # of a run that was resumed from an earlier step: that one is still there
             folder.replace(replaced)
         temporary.replace(folder)
         shutil.rmtree(replaced, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise OSError(f"Checkpoint {folder} could not be written ({error}): free some disk space.") from error
+        raise OSError(
+            f"Checkpoint {folder} could not be written ({error}): make room, or choose another --output_dir."
+        ) from error
 
 
 def checkpoints(output_dir: Path, up_to: float = math.inf) -> list[Path]:
@@ -264,6 +309,17 @@ def load_checkpoint(folder: Path, components: Components, optimizer, identity: d
     ]
     if different:
         raise ValueError(f"Checkpoint {folder} belongs to another run: {'; '.join(different)}.")
+    parameters = {
+        f"{part}.{name}": parameter
+        for part, module in adapted_modules(components).items()
+        for name, parameter in trainable_parameters(module)
+    }
+    if wrong := [n for n, p in parameters.items() if n not in tensors or tensors[n].shape != p.shape]:
+        raise ValueError(f"Checkpoint {folder} lacks {wrong[0]} and {len(wrong) - 1} more: resume from another one.")
+    was = state.get("versions", {})
+    for name, version in versions().items():
+        if was.get(name) not in (None, version):
+            print(f"{name} was {was[name]} and is {version}: results may differ in the last digits.")
     for part, module in adapted_modules(components).items():
         for name, parameter in trainable_parameters(module):
             with torch.no_grad():
@@ -287,8 +343,6 @@ def _resume(config: DreamBoothConfig, output_dir: Path, components: Components, 
     if not found:
         print("No checkpoint yet: starting from the beginning.")
         return start
-    if not found[0].is_dir():
-        raise FileNotFoundError(f"Checkpoint {wanted} does not exist: give its folder, or 'latest'.")
     problems = []
     for folder in found:
         try:
@@ -311,6 +365,7 @@ def _interrupts() -> Iterator[Callable[[], bool]]:
     def ask(*_) -> None:
         nonlocal asked
         asked = True
+        tqdm.write("Stopping when this step is done and saved; once more stops at once.")
         signal.signal(signal.SIGINT, before)
 
     if threading.current_thread() is not threading.main_thread():  # signals reach only the main thread
@@ -327,10 +382,50 @@ def _cut_log(path: Path, step: int) -> list[dict[str, Any]]:
     """Keep the lines of the first `step` steps."""
     if not path.exists():
         return []
-    lines = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+    lines = []
+    for text in path.read_text().splitlines():
+        try:
+            lines.append(json.loads(text))
+        except ValueError:  # the line that a killed run was writing
+            break
     lines = [line for line in lines if line["step"] <= step]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    temporary = path.with_name(f".{path.name}")
+    temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    temporary.replace(path)
     return lines
+
+
+def check_start(config: DreamBoothConfig) -> None:
+    """Raise the ValueError, FileNotFoundError or OSError now that training would meet after all else is done."""
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    if processes > 1:
+        raise ValueError(f"Training runs in one process, and {processes} were launched: start one.")
+    known = [kind.value for kind in SchedulerType]
+    if config.lr_scheduler not in known:
+        raise ValueError(f"lr_scheduler={config.lr_scheduler!r} is none of {', '.join(known)}.")
+    wanted = config.resume_from_checkpoint
+    if wanted not in (None, "latest") and not Path(wanted).is_dir():
+        raise FileNotFoundError(f"Checkpoint {wanted} does not exist: give its folder, or 'latest'.")
+    output_dir = Path(config.output_dir)
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        (output_dir / ".writable").touch()
+        (output_dir / ".writable").unlink()
+    except OSError as error:
+        raise OSError(f"Nothing can be written to {output_dir} ({error}): choose another --output_dir.") from error
+
+
+@contextmanager
+def alone(output_dir: Path) -> Iterator[None]:
+    """Hold an output folder; raises ValueError where another process holds it."""
+    output_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(output_dir / ".lock", timeout=0, is_singleton=True):  # one that `run` holds, `train` may take
+            for leftover in output_dir.glob(".checkpoint-*"):  # of a run that was killed while it wrote
+                shutil.rmtree(leftover)
+            yield
+    except Timeout as error:
+        raise ValueError(f"Another run writes to {output_dir}: wait for it, or choose another --output_dir.") from error
 
 
 def train(
@@ -344,17 +439,21 @@ def train(
     """Train the adapters for `max_train_steps` and return the log, one dict a step (also in `log.jsonl`).
 
     Resumes where `config.resume_from_checkpoint` says, bit for bit. Ctrl-C saves a checkpoint and returns. Raises
-    FloatingPointError before the step in which a loss or gradient is not finite.
+    FloatingPointError before the step in which a loss or gradient is not finite, and ValueError where another process
+    trains into the same folder.
     """
+    check_start(config)
+    with alone(Path(config.output_dir)):
+        return _train(config, components, dataset, on_step, on_validation)
+
+
+def _train(config, components, dataset, on_step, on_validation) -> list[dict[str, Any]]:
     output_dir = Path(config.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
         log_with=None if config.report_to == "none" else config.report_to,
         project_dir=output_dir / "logs",
     )
-    if accelerator.num_processes > 1:
-        raise ValueError(f"Training runs in one process, and {accelerator.num_processes} were launched: start one.")
     components.to(accelerator.device)
     if config.report_to != "none":
         accelerator.init_trackers("dreambooth")
@@ -405,7 +504,7 @@ def train(
     with _interrupts() as interrupted:
         for step in bar:
             for module in modules:
-                module.train()  # dropout in the adapters, where asked for
+                train_mode(module)
             # Dropout is the one draw that torch makes itself: seeding it by the step keeps steps independent.
             torch.manual_seed(config.seed * 1_000_003 + step)
             started, sums = time.perf_counter(), {"loss": 0.0, "instance_loss": 0.0, "prior_loss": 0.0}
@@ -414,6 +513,7 @@ def train(
                 with accelerator.autocast():
                     record = training_step(
                         components, batch, seed=config.seed, prior_loss_weight=config.prior_loss_weight,
+                        snr_gamma=config.snr_gamma, noise_offset=config.noise_offset,
                         prompt_embeds=prompt_embeds, tokenizer_max_length=config.tokenizer_max_length,
                     )  # fmt: skip
                 if not torch.isfinite(record.loss):
@@ -430,19 +530,19 @@ def train(
             # With fp16 the scaler meets infinite gradients by design: it skips the step and scales down.
             if not torch.isfinite(norm) and accelerator.scaler is None:
                 raise FloatingPointError(f"A gradient is not finite at step {step + 1}: lower the learning rate.")
-            rate = schedule.get_last_lr()[0]
+            rates = {name: rate for name, rate in zip(("lr", "text_encoder_lr"), schedule.get_last_lr(), strict=False)}
             stepper.step()
             if not stepper.step_was_skipped:
                 schedule.step()
             stepper.zero_grad(set_to_none=True)
             if batch["halves"] == 1:
                 del sums["prior_loss"]
-            line = {"step": step + 1, **sums, "lr": rate, "seconds": round(time.perf_counter() - started, 4)}
+            line = {"step": step + 1, **sums, **rates, "seconds": round(time.perf_counter() - started, 4)}
             log.append(line)
             with log_path.open("a") as file:
                 file.write(json.dumps(line) + "\n")
             if config.report_to != "none":
-                accelerator.log(sums | {"lr": rate}, step=step + 1)
+                accelerator.log(sums | rates, step=step + 1)
             bar.set_postfix({key: f"{value:.3f}" for key, value in sums.items() if key != "loss"})
             if on_step is not None:
                 on_step(step, record)

@@ -74,13 +74,17 @@ def validation_images(
 ) -> ValidationImages:
     """`count` images of each of the prompt `sets`, and each of `references` redrawn under the instance prompt.
 
-    Image i of every set starts from the same noise, before and after training.
+    Image i of every set starts from the same noise, before and after training. A base that enlarges pictures draws what
+    it is given, whatever a prompt says of places: of the prompt sets it gets the subject's alone.
     """
     names = [list(scenes)[index % len(scenes)] for index in range(count)]
     scene_prompts = concept.prompts_in([scenes[name] for name in names])
 
     def drawn(name: str, prompts: Sequence[str]) -> list[Image.Image]:
         return draw(components, prompts, config, references=concept.images()) if name in sets else []
+
+    if components.upscales:
+        sets = ("subject",) if "subject" in sets else ()
 
     return ValidationImages(
         subject=drawn("subject", [concept.instance_prompt] * count),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import diffusers
 import torch
 import transformers
+from filelock import FileLock
 from PIL import Image, ImageOps
 
 from dbnb import export, metrics, plots
@@ -22,7 +24,7 @@ from dbnb.config import DreamBoothConfig
 from dbnb.dataset import DreamBoothDataset
 from dbnb.models import Components, cut_off, load_components
 from dbnb.prior import ClassImages, cache_dir, class_images
-from dbnb.training import run_identity, train
+from dbnb.training import alone, check_start, run_identity, train, versions
 from dbnb.validation import ValidationImages, validation_images
 
 
@@ -96,8 +98,10 @@ def prepare(
 ) -> Session:
     """Steps 1 to 5: the concept, the base, the class images, the adapters, the dataset.
 
-    `tell` gets what was found and decided. The adapters change nothing yet.
+    `tell` gets what was found and decided. The adapters change nothing yet. What would stop the run hours later is
+    looked at first.
     """  # fmt: skip
+    check_start(config)
     concept = Concept.from_folder(
         config.instance_data_dir, config.identifier, config.class_word, resolution=config.resolution,
         instance_prompt=config.instance_prompt, class_prompt=config.class_prompt,
@@ -105,8 +109,8 @@ def prepare(
     tell(concept.report())
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(config.mixed_precision, torch.float32)
     components = load_components(config.base, weight_dtype=dtype)
-    if torch.cuda.is_available():
-        components.to("cuda")
+    if torch.accelerator.is_available():  # CUDA, or Apple's MPS
+        components.to(torch.accelerator.current_accelerator())
     tokens = token_report(components.tokenizer, config.identifier)
     tell(f"identifier {tokens.identifier!r} -> {' '.join(tokens.tokens)} {list(tokens.ids)}: {tokens.verdict}")
     for prompt in (concept.instance_prompt, concept.class_prompt):
@@ -125,7 +129,8 @@ def prepare(
         components, rank=config.rank, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout,
         train_text_encoder=config.train_text_encoder, text_encoder_rank=config.text_encoder_rank,
         text_encoder_lora_alpha=config.text_encoder_lora_alpha,
-        text_encoder_lora_dropout=config.text_encoder_lora_dropout, seed=config.seed,
+        text_encoder_lora_dropout=config.text_encoder_lora_dropout, use_dora=config.use_dora,
+        use_rslora=config.use_rslora, seed=config.seed,
     )  # fmt: skip
     dataset = DreamBoothDataset(
         concept.paths, concept.instance_prompt, class_paths=prior.paths if prior else (),
@@ -142,13 +147,21 @@ def trained(config: DreamBoothConfig, *, tell: Callable[[object], None] = lambda
     the prompts, the settings.
     """
     session = prepare(config, tell=tell)
-    decides = run_identity(config, session.components, session.dataset) | {"max_train_steps": config.max_train_steps}
+    (cache_dir() / "runs").mkdir(parents=True, exist_ok=True)
+    decides = run_identity(config, session.components, session.dataset) | versions()
+    decides["max_train_steps"] = config.max_train_steps
     key = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
     session.config = dataclasses.replace(
         config, output_dir=str(cache_dir() / "runs" / key), resume_from_checkpoint="latest",
         checkpointing_steps=config.max_train_steps,
     )  # fmt: skip
-    session.log = train(session.config, session.components, session.dataset)
+    with FileLock(cache_dir() / "runs" / f"{key}.lock"):  # a second notebook waits for the first one's run
+        try:
+            session.log = train(session.config, session.components, session.dataset)
+        except ValueError as error:  # what is kept there cannot be read
+            tell(f"Trained again: {error}")
+            shutil.rmtree(session.config.output_dir)
+            session.log = train(session.config, session.components, session.dataset)
     if session.log and session.log[-1]["step"] < config.max_train_steps:
         raise KeyboardInterrupt  # train has saved a checkpoint; a half-trained model is not what was asked for
     return session
@@ -169,12 +182,16 @@ def measured(
 
 def run(config: DreamBoothConfig) -> Result:
     """All seven steps; writes the adapter, figures, log, metrics, settings and card to `config.output_dir`."""
+    with alone(Path(config.output_dir)):
+        return _run(config)
+
+
+def _run(config: DreamBoothConfig) -> Result:
     output_dir = Path(config.output_dir)
     count, further = config.num_validation_images, references(config)
     session = prepare(config)
     concept, components = session.concept, session.components
     print(components)
-    output_dir.mkdir(parents=True, exist_ok=True)
     config.save(output_dir / "config.json")
     before = validation_images(components, concept, config, count=count, references=further) if count else None
 
@@ -188,6 +205,8 @@ def run(config: DreamBoothConfig) -> Result:
 
     log = train(config, components, session.dataset, on_validation=sample if count else None)
     adapter = export.save_adapters(components, output_dir)
+    if config.export == "kohya":
+        export.save_kohya(components, output_dir)
     if log and log[-1]["step"] < config.max_train_steps:  # interrupted: whoever did it does not wait for pictures
         return Result(adapter, log, None, components)
     numbers = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dbnb.adapters import adapted_modules, adapter_table, add_adapters, trainable_parameters
+from dbnb.adapters import adapted_modules, adapter_table, add_adapters, train_mode, trainable_parameters
 from dbnb.models import encode_prompts, load_components
 
 
@@ -41,6 +41,38 @@ def test_rank_and_alpha_are_separate_and_counted(components):
     assert sum(row["part"] == "text_encoder" for row in rows) == 12
     total = sum(int(row["parameters"].replace(",", "")) for row in rows)
     assert total == sum(p.numel() for m in adapted_modules(components).values() for _, p in trainable_parameters(m))
+
+
+def test_rslora_scales_by_the_root_of_the_rank(components):
+    add_adapters(components, rank=16, lora_alpha=8, use_rslora=True)
+    scales = {m.scaling["default"] for m in components.unet.modules() if hasattr(m, "lora_A")}
+    assert scales == {8 / 16**0.5}
+
+
+def test_dora_keeps_magnitude_and_direction_apart(components):
+    add_adapters(components, rank=4, use_dora=True)
+    layer = next(m for m in components.unet.modules() if hasattr(m, "lora_A"))
+    magnitude = layer.lora_magnitude_vector["default"].weight
+    weight = layer.base_layer.weight.detach()
+    assert magnitude.requires_grad and torch.allclose(magnitude, weight.norm(dim=1), rtol=1e-5)
+    torch.manual_seed(0)
+    layer.lora_B["default"].weight.data.normal_()
+    moved = weight + layer.scaling["default"] * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+    x = torch.randn(2, weight.shape[1])
+    # Liu et al., 2024, eq. 5: the magnitude stays what it was while the direction turns.
+    expected = x @ (magnitude[:, None] * moved / moved.norm(dim=1, keepdim=True)).T
+    bias = layer.base_layer.bias
+    assert torch.allclose(layer(x), expected if bias is None else expected + bias, atol=1e-4)
+
+
+def test_in_training_only_the_adapters_drop_out():
+    components = load_components("miniature")
+    add_adapters(components, rank=2, lora_dropout=0.5, train_text_encoder=True, text_encoder_lora_dropout=0.5)
+    own = torch.nn.Dropout(0.9)  # as T5 and Roberta have them
+    components.text_encoder.add_module("own", own)
+    train_mode(components.text_encoder)
+    training = [name for name, part in components.text_encoder.named_modules() if part.training]
+    assert training and all("lora_dropout" in name for name in training)
 
 
 def test_the_same_seed_gives_the_same_adapters_and_leaves_global_randomness_alone():

@@ -12,6 +12,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from dbnb import export, miniature
 from dbnb.adapters import adapted_modules, add_adapters, trainable_parameters
@@ -41,8 +42,10 @@ def _draw(pipeline):
         dict(rank=4),
         dict(rank=4, train_text_encoder=True),
         dict(rank=4, lora_alpha=8, train_text_encoder=True, text_encoder_rank=2, text_encoder_lora_alpha=1),
+        dict(rank=4, train_text_encoder=True, use_rslora=True),
+        dict(rank=4, train_text_encoder=True, use_dora=True),
     ],
-    ids=["unet only", "both", "alpha is not rank"],
+    ids=["unet only", "both", "alpha is not rank", "rslora", "dora"],
 )
 def test_saved_adapters_draw_the_same_picture_in_plain_diffusers(components, tmp_path, options):
     base = _draw(build_pipeline(components))
@@ -56,6 +59,33 @@ def test_saved_adapters_draw_the_same_picture_in_plain_diffusers(components, tmp
     assert np.abs(_draw(plain) - trained).max() <= 1
     assert np.abs(base - trained).max() > 10
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_the_kohya_file_draws_the_same_picture_through_diffusers_own_reader(components, tmp_path):
+    add_adapters(
+        components, rank=4, lora_alpha=8, train_text_encoder=True, text_encoder_rank=2, text_encoder_lora_alpha=1
+    )
+    _shake(components)
+    path = export.save_kohya(components, tmp_path)
+    with safe_open(path, "pt") as file:
+        alphas = {key.split("_")[1]: file.get_tensor(key).item() for key in file.keys() if key.endswith(".alpha")}
+    assert alphas == {"unet": 8.0, "te1": 1.0}
+    plain = StableDiffusionPipeline.from_pretrained(miniature.path())
+    plain.scheduler = build_pipeline(components).scheduler
+    plain.load_lora_weights(tmp_path, weight_name=path.name)
+    assert np.abs(_draw(plain) - _draw(build_pipeline(components))).max() <= 1
+
+
+@pytest.mark.parametrize("part", ["unet", "text_encoder"])
+def test_each_half_of_the_file_matters(components, tmp_path, part):
+    add_adapters(components, rank=4, train_text_encoder=True)
+    _shake(components)
+    whole = _draw(export.reload_pipeline(components, export.save_adapters(components, tmp_path)))
+    tensors = load_file(tmp_path / export.WEIGHT_NAME)
+    (tmp_path / "half").mkdir()
+    half = tmp_path / "half" / export.WEIGHT_NAME
+    save_file({key: value for key, value in tensors.items() if not key.startswith(f"{part}.")}, half)
+    assert np.abs(_draw(export.reload_pipeline(components, half)) - whole).max() > 10
 
 
 def test_keys_are_canonical_and_metadata_is_there(components, tmp_path):

@@ -54,6 +54,14 @@ def test_real_photographs_score_as_the_measures_mean(encoders):
     assert perfect["class_subject_similarity"] < drifted["class_subject_similarity"]
 
 
+def test_what_too_few_images_cannot_tell_is_left_out(encoders):
+    toy = toybox.random_toy("dog", 1)
+    [image] = _shots(toy, ["beach"])
+    numbers = metrics.evaluate(encoders, ValidationImages([image], [], [], [], [image]), [image], "a photo of a dog")
+    assert set(numbers) == {"subject_fidelity", "clip_i", "class_subject_similarity"}
+    assert "class_diversity_ratio" not in metrics.report(numbers, numbers, {})["after"]
+
+
 def test_report_normalises_between_floor_and_ceiling():
     before = {"subject_fidelity": 0.2, "clip_i": 0.5, "class_diversity": 0.8}
     after = {"subject_fidelity": 0.5, "clip_i": 0.6, "class_diversity": 0.6}

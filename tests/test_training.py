@@ -7,6 +7,8 @@ import hashlib
 import json
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ from dbnb.dataset import DreamBoothDataset
 from dbnb.models import encode_prompts, load_components
 from dbnb.training import (
     batch_at,
+    check_start,
     checkpoints,
     clean_latents,
     held_out_loss,
@@ -50,7 +53,7 @@ def test_prior_preservation_loss_equals_two_separate_forward_passes(components, 
             prediction = components.unet(
                 record.noisy_latents[part], record.timesteps[part], encoder_hidden_states=hidden
             ).sample
-            losses.append((prediction - record.noise[part]).square().mean())
+            losses.append((prediction - record.target[part]).square().mean())
     assert torch.allclose(record.instance_loss, losses[0], rtol=1e-5)
     assert torch.allclose(record.prior_loss, losses[1], rtol=1e-5)
     assert torch.allclose(record.loss, losses[0] + 0.7 * losses[1], rtol=1e-5)
@@ -76,6 +79,33 @@ def test_v_prediction_and_an_unknown_target(components, dataset):
     components.noise_scheduler = DDPMScheduler.from_config(components.noise_scheduler.config, prediction_type="sample")
     with pytest.raises(ValueError, match="sample"):
         training_step(components, batch, seed=0)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_min_snr_weighs_both_halves_by_the_error_of_the_picture(components, dataset, kind):
+    batch = batch_at(dataset, 0, 4)
+    components.noise_scheduler = DDPMScheduler.from_config(components.noise_scheduler.config, prediction_type=kind)
+    record = training_step(components, batch, seed=0, snr_gamma=5.0, prior_loss_weight=0.5)
+    a = components.noise_scheduler.alphas_cumprod[record.timesteps].view(-1, 1, 1, 1)
+    if kind == "epsilon":
+        clean = (record.noisy_latents - (1 - a).sqrt() * record.prediction) / a.sqrt()
+    else:
+        clean = a.sqrt() * record.noisy_latents - (1 - a).sqrt() * record.prediction
+    # Hang et al., 2023: the squared error of the picture, weighted by min(SNR, gamma).
+    errors = ((clean - record.latents).square() * (a / (1 - a)).clamp(max=5.0)).mean((1, 2, 3))
+    assert torch.allclose(record.instance_loss, errors[:4].mean(), rtol=1e-3)
+    assert torch.allclose(record.prior_loss, errors[4:].mean(), rtol=1e-3)
+    assert torch.allclose(record.loss, record.instance_loss + 0.5 * record.prior_loss)
+
+
+def test_noise_offset_shifts_each_channel_of_the_noise_as_one(components, dataset):
+    batch = batch_at(dataset, 0, 4)
+    plain, shifted = (training_step(components, batch, seed=0, noise_offset=amount) for amount in (0.0, 0.1))
+    shift = (shifted.noise - plain.noise) / 0.1
+    assert shift.std((2, 3)).max() < 1e-4 < shift.mean((2, 3)).abs().min()
+    assert 0.5 < shift.mean((2, 3)).std() < 1.5
+    again = components.noise_scheduler.add_noise(shifted.latents, shifted.noise, shifted.timesteps)
+    assert torch.equal(shifted.noisy_latents, again)
 
 
 def test_a_learned_variance_is_left_out_of_the_loss(components, dataset):
@@ -233,6 +263,53 @@ def test_latest_passes_over_what_is_torn_or_another_runs(config, dataset, capsys
     _trained(dataclasses.replace(config, resume_from_checkpoint="latest"), dataset)
     output = capsys.readouterr().out
     assert "checkpoint-6 cannot be read" in output and "checkpoint-4, step 4" in output
+
+
+def test_a_checkpoint_of_other_shapes_is_refused_before_anything_is_copied(config, dataset, tmp_path):
+    _trained(config, dataset)
+    folder = Path(config.output_dir) / "checkpoint-6"
+    components = load_components("miniature")
+    add_adapters(components, rank=2)
+    before, optimizer = _weights(components), torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
+    with pytest.raises(ValueError, match="lacks unet"):
+        load_checkpoint(folder, components, optimizer, {})
+    assert all(torch.equal(a, b) for a, b in zip(before, _weights(components), strict=True))
+
+
+def test_another_version_of_a_library_is_named(config, dataset, capsys):
+    _trained(config, dataset)
+    path = Path(config.output_dir) / "checkpoint-6" / "state.json"
+    state = json.loads(path.read_text())
+    state["versions"]["peft"] = "0.1"
+    path.write_text(json.dumps(state))
+    _trained(dataclasses.replace(config, resume_from_checkpoint="latest", max_train_steps=7), dataset)
+    assert "peft was 0.1 and is" in capsys.readouterr().out
+
+
+def test_what_would_stop_the_run_later_stops_it_now(config, tmp_path):
+    for change, words in (
+        (dict(lr_scheduler="cosin"), "is none of linear"),
+        (dict(resume_from_checkpoint=str(tmp_path / "nowhere")), "does not exist"),
+    ):
+        with pytest.raises((ValueError, OSError), match=words):
+            check_start(dataclasses.replace(config, **change))
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="choose another"):
+        check_start(dataclasses.replace(config, output_dir=str(tmp_path / "file" / "run")))
+
+
+def test_two_runs_cannot_write_into_one_folder(config, dataset):
+    holder = "import sys; from pathlib import Path; from dbnb.training import alone\n"
+    holder += "with alone(Path(sys.argv[1])):\n    print('held', flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", holder, config.output_dir]
+    other = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(ValueError, match="Another run writes"):
+            _trained(config, dataset)
+    finally:
+        other.communicate()
+    _trained(config, dataset)  # the lock went with its holder
 
 
 def test_gradient_checkpointing_changes_no_loss(config, dataset, tmp_path):
