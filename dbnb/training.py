@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import signal
+import tempfile
 import threading
 import time
 import uuid
@@ -418,9 +419,10 @@ def check_start(config: DreamBoothConfig) -> None:
 @contextmanager
 def alone(output_dir: Path) -> Iterator[None]:
     """Hold an output folder; raises ValueError where another process holds it."""
-    output_dir.mkdir(parents=True, exist_ok=True)
+    name = hashlib.sha256(str(output_dir.resolve()).encode()).hexdigest()[:16]
+    lock = Path(tempfile.gettempdir()) / f"dbnb-{name}.lock"  # not in the folder, which is the user's
     try:
-        with FileLock(output_dir / ".lock", timeout=0, is_singleton=True):  # one that `run` holds, `train` may take
+        with FileLock(lock, timeout=0, is_singleton=True):  # what `run` holds, `train` may take
             for leftover in output_dir.glob(".checkpoint-*"):  # of a run that was killed while it wrote
                 shutil.rmtree(leftover)
             yield

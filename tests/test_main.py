@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -55,6 +56,23 @@ def test_a_cached_training_is_loaded_and_not_run_again(config, capsys):
     assert other.config.output_dir != first.config.output_dir
 
 
+def test_a_torn_cached_training_is_run_again(config):
+    first = workflow.trained(config)
+    for path in Path(first.config.output_dir).glob("checkpoint-*/state.safetensors"):
+        path.write_bytes(path.read_bytes()[:1000])
+    lines = []
+    again = workflow.trained(config, tell=lines.append)
+    assert any("Trained again" in str(line) for line in lines)
+    assert [line["loss"] for line in again.log] == [line["loss"] for line in first.log]
+
+
+def test_one_validation_image_and_a_kohya_file(tmp_path):
+    arguments = [*_SHORT, "--output_dir", str(tmp_path), "--num_validation_images", "1", "--export", "kohya"]
+    assert main([*arguments, "--no_prior_preservation"]) == 0
+    assert "class_diversity" not in json.loads((tmp_path / "metrics.json").read_text())["after"]
+    assert (tmp_path / "kohya_lora_weights.safetensors").is_file()
+
+
 @pytest.mark.parametrize(
     "arguments, words",
     [
@@ -62,6 +80,7 @@ def test_a_cached_training_is_loaded_and_not_run_again(config, capsys):
         (["--instance_data_dir", "nowhere"], "nowhere"),
         (["--instance_prompt", "a dog"], "identifier"),
         (["--resume_from_checkpoint", "gone"], "gone"),
+        (["--lr_scheduler", "cosin"], "cosine"),
     ],
 )
 def test_expected_errors_are_one_sentence(tmp_path, capsys, arguments, words):

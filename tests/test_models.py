@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
+import uuid
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
+from safetensors.torch import load_file
 
 from dbnb import miniature
+from dbnb.config import PRESETS, suggested
 from dbnb.models import cut_off, encode_prompts, fingerprint, load_components, text_architecture
 
 
@@ -46,6 +50,44 @@ def test_unknown_text_encoder_is_named(copy):
     (copy / "text_encoder" / "config.json").write_text(json.dumps(config | {"architectures": ["Mystery"]}))
     with pytest.raises(ValueError, match="Mystery.*CLIPTextModel"):
         text_architecture(copy)
+
+
+def test_a_base_of_another_kind_is_named(copy):
+    path = copy / "model_index.json"
+    index = json.loads(path.read_text())
+    path.write_text(json.dumps(index | {"_class_name": "FluxPipeline", "unet": [None, None]}))
+    with pytest.raises(ValueError, match="FluxPipeline"):
+        load_components(copy)
+    path.write_text(json.dumps(index))
+    settings = json.loads((copy / "unet" / "config.json").read_text())
+    UNet2DConditionModel.from_config(settings | {"in_channels": 9}).save_pretrained(copy / "unet")
+    with pytest.raises(ValueError, match="9 channels"):
+        load_components(copy)
+
+
+def test_weights_that_could_run_code_are_not_read(copy):
+    path = copy / "unet" / "diffusion_pytorch_model.safetensors"
+    torch.save(load_file(path), path.with_suffix(".bin"))
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match="safetensors"):
+        load_components(copy)
+
+
+def test_a_folder_without_preset_gets_its_familys(tmp_path):
+    def suggestion(**configs):
+        folder = tmp_path / uuid.uuid4().hex
+        for part, settings in configs.items():
+            (folder / part).mkdir(parents=True)
+            (folder / part / "config.json").write_text(json.dumps(settings))
+        return suggested(str(folder))
+
+    vae = {"block_out_channels": [1, 2, 3, 4]}
+    assert suggestion(unet={"sample_size": 64}, vae=vae) == PRESETS["sd15"]
+    assert suggestion(unet={"sample_size": 96}, vae=vae) == PRESETS["sd15"] | {"resolution": 768}
+    assert suggestion(unet={"sample_size": 128}, vae=vae, text_encoder_2={}) == PRESETS["sdxl"]
+    assert suggestion(unet={"sample_size": 64}) == PRESETS["if"]
+    assert suggestion(unet={}, vae=vae) == PRESETS["sd15"]
+    assert suggested(str(miniature.path())) == PRESETS["miniature"]
 
 
 def test_a_mistyped_base_is_said_to_be_that(tmp_path):

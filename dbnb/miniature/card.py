@@ -37,6 +37,8 @@ captions of a hundred, without meaning. Reproduce it with
 
 {stages}
 
+{pilots}
+
 ## Measured
 
 By `python -m dbnb.miniature.evaluate`, on toys that training never saw, at {steps} solver steps and guidance
@@ -92,6 +94,20 @@ def subjects(result: dict) -> str:
     ).markdown()
 
 
+def pilots(base: Path) -> str:
+    """The comparison that chose the design, as a table; "" where none was made."""
+    if not (base / "pilots.json").exists():
+        return ""
+    result = json.loads((base / "pilots.json").read_text())
+    rows = Table(
+        {"the UNet predicts": design["predicts"], "steps": f"{design['steps']:,}"}
+        | {name: f"{100 * design[name]:.0f} %" for name in ("kind", "body", "scene")}
+        for design in result["designs"]
+    )
+    text = f"Chosen by pilots of {result['minutes']:g} minutes each (`dbnb.miniature.pilots`); drawn as asked:"
+    return f"{text}\n\n{rows.markdown()}"
+
+
 def write_card(base: Path, evaluation: Path) -> None:
     """Write README.md and grid.png into the base's folder."""
     result = json.loads(evaluation.read_text())
@@ -115,7 +131,7 @@ def write_card(base: Path, evaluation: Path) -> None:
     text = _TEXT.format(
         prediction_type=components.noise_scheduler.config.prediction_type.replace("_", "-"),
         parameters=f"Parameters: {parameters}", kinds=", ".join(toybox.KINDS), photographs=recipe["photographs"],
-        cores=result["cores"], stages=stages, steps=settings["num_inference_steps"],
+        cores=result["cores"], stages=stages, pilots=pilots(base), steps=settings["num_inference_steps"],
         guidance=settings["guidance_scale"], figures=figures(result), subjects=subjects(result),
     )  # fmt: skip
     (base / "README.md").write_text(text)

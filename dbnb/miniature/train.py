@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.training_utils import EMAModel, compute_snr
 from diffusers.utils import make_image_grid
@@ -34,6 +34,7 @@ from dbnb.miniature.data import ATTRIBUTES, COLOR_NAMES, SHOTS, caption_of, phot
 from dbnb.toybox.captions import article_for
 
 STAGES = ("vae", "clip", "identity", "judge", "unet")
+PHOTOGRAPHS = 48000
 _CHUNK = 6000  # photographs a file
 _LATENT_SAMPLE = 2000  # photographs that tell the latents' mean and deviation
 
@@ -291,6 +292,13 @@ def encode_all(vae, images: np.ndarray, path: Path) -> torch.Tensor:
     return latents
 
 
+def latents_of(data: Photographs, vae, folder: Path) -> tuple[nn.Module, torch.Tensor]:
+    """The autoencoder with its latents normalised, and those of all photographs."""
+    vae = copy.deepcopy(vae)
+    normalize_latents(vae, to_tensor(data.images[:_LATENT_SAMPLE]))
+    return vae, encode_all(vae, data.images, folder / "latents.pt")
+
+
 class Denoiser(nn.Module):
     """UNet and text encoder, trained together."""
 
@@ -299,20 +307,38 @@ class Denoiser(nn.Module):
         self.unet, self.text_encoder = unet, text_encoder
 
 
+def v_weights(snr: torch.Tensor) -> torch.Tensor:
+    """(B,) signal-to-noise ratios -> weights of the errors of v.
+
+    Counted on the error of the picture they are min(SNR + 1, 5): the SNR + 1 of v-prediction, cut off where there is
+    little noise, as min-SNR does it (Hang et al., 2023).
+    """
+    return (snr + 1.0).clamp(max=5.0) / (snr + 1.0)
+
+
+def as_pipeline(vae, words, model: Denoiser, noise_schedule) -> StableDiffusionPipeline:
+    """The parts as they are now, to draw with."""
+    pipeline = StableDiffusionPipeline(
+        vae=vae, text_encoder=model.text_encoder, tokenizer=words, unet=model.unet, safety_checker=None,
+        scheduler=DPMSolverMultistepScheduler.from_config(noise_schedule.config), feature_extractor=None,
+        requires_safety_checker=False,
+    )  # fmt: skip
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
 def train_unet(
     data: Photographs, vae, latents: torch.Tensor, words, clip, seed: int, batch_size: int, lr: float,
-    compiled: bool = False, **options
+    compiled: bool = False, noise_schedule: DDPMScheduler | None = None,
+    weigh: Callable[[torch.Tensor], torch.Tensor] = v_weights, **options
 ):  # fmt: skip
-    """Denoising; one caption in ten is empty, for guidance.
-
-    A sample's weight, counted on the error of the picture, is min(SNR + 1, 5): the SNR + 1 of v-prediction, cut off
-    where there is little noise, as min-SNR does it (Hang et al., 2023).
-    """
+    """Denoising; one caption in ten is empty, for guidance. `weigh` gives the errors' weights by their SNR."""
+    noise_schedule = noise_schedule or design.scheduler()
     text_encoder = design.text_encoder(words)
     text_encoder.load_state_dict(
         {key.removeprefix("text_model."): v for key, v in clip.text_model.state_dict().items()}
     )
-    model, noise_schedule = Denoiser(design.unet(), text_encoder), design.scheduler()
+    model = Denoiser(design.unet(), text_encoder)
     unet = torch.compile(model.unet) if compiled else model.unet
 
     def loss_of_step(step: int) -> dict[str, torch.Tensor]:
@@ -328,9 +354,10 @@ def train_unet(
         t = (strata * noise_schedule.config.num_train_timesteps).long()
         hidden = model.text_encoder(tokenize(words, captions)).last_hidden_state
         predicted = unet(noise_schedule.add_noise(clean, noise, t), t, encoder_hidden_states=hidden).sample
-        mse = (predicted - noise_schedule.get_velocity(clean, noise, t)).square().mean((1, 2, 3))
-        snr = compute_snr(noise_schedule, t)
-        return dict(loss=(mse * (snr + 1.0).clamp(max=5.0) / (snr + 1.0)).mean(), mse=mse.mean())
+        of_noise = noise_schedule.config.prediction_type == "epsilon"
+        target = noise if of_noise else noise_schedule.get_velocity(clean, noise, t)
+        mse = (predicted - target).square().mean((1, 2, 3))
+        return dict(loss=(mse * weigh(compute_snr(noise_schedule, t))).mean(), mse=mse.mean())
 
     groups = [
         dict(params=list(model.unet.parameters()), lr=lr),
@@ -339,12 +366,7 @@ def train_unet(
 
     @torch.no_grad()
     def draw() -> Image.Image:
-        pipeline = StableDiffusionPipeline(
-            vae=vae, text_encoder=model.text_encoder, tokenizer=words, unet=model.unet, safety_checker=None,
-            scheduler=DPMSolverMultistepScheduler.from_config(noise_schedule.config), feature_extractor=None,
-            requires_safety_checker=False,
-        )  # fmt: skip
-        pipeline.set_progress_bar_config(disable=True)
+        pipeline = as_pipeline(vae, words, model, noise_schedule)
         images: list[Image.Image] = []
         for row, kind in enumerate(toybox.KINDS):
             colors = [COLOR_NAMES[(row + column) % len(COLOR_NAMES)] for column in range(len(toybox.SCENES))]
@@ -402,6 +424,8 @@ def assemble(folder: Path, data: Photographs, target: Path, recipe: dict) -> Non
     restore("clip", design.clip(words), folder).half().save_pretrained(temporary / "clip")
     for name, model in (("identity", design.identity()), ("judge", design.judge())):
         settle(restore(name, model, folder), data, recipe["seed"]).half().save_pretrained(temporary / name)
+    if (folder / "pilots.json").exists():
+        shutil.copy(folder / "pilots.json", temporary)
     (temporary / "training.json").write_text(json.dumps(recipe, indent=1) + "\n")
     shutil.rmtree(target, ignore_errors=True)
     temporary.replace(target)
@@ -411,8 +435,8 @@ def main(argv: list[str] | None = None) -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("runs/miniature"))
-    parser.add_argument("--photographs", type=int, default=42000)
-    parser.add_argument("--steps", type=int, nargs=5, default=(5600, 1200, 1200, 1200, 60000), metavar=STAGES)
+    parser.add_argument("--photographs", type=int, default=PHOTOGRAPHS)
+    parser.add_argument("--steps", type=int, nargs=5, default=(6800, 800, 1200, 2400, 60000), metavar=STAGES)
     parser.add_argument("--batch_sizes", type=int, nargs=5, default=(8, 128, 96, 64, 24), metavar=STAGES)
     parser.add_argument("--minutes", type=float, default=1e9, help="stop this run's UNet stage after so many minutes")
     parser.add_argument("--seed", type=int, default=0)
@@ -443,9 +467,7 @@ def main(argv: list[str] | None = None) -> None:
     if last >= 3:
         train_judge(data, **options("judge"))
     if last >= 4:
-        vae = copy.deepcopy(vae)
-        normalize_latents(vae, to_tensor(data.images[:_LATENT_SAMPLE]))
-        latents = encode_all(vae, data.images, folder / "latents.pt")
+        vae, latents = latents_of(data, vae, folder)
         further = {"lr": 8e-4, "minutes": args.minutes, "compiled": args.compile}
         train_unet(data, vae, latents, words, clip, **options("unet") | further)
     if args.ship is not None:

@@ -1,0 +1,62 @@
+"""Short trainings of several designs, which chose the miniature's: `python -m dbnb.miniature.pilots`.
+
+Each trains the UNet from the same first weights, on the same latents and captions in the same order, for the same time;
+the judge reads what it then draws. The result, `pilots.json`, is shipped with the base and stands in its card.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dbnb.miniature import design, path, train
+from dbnb.miniature.data import draw, held_out, labels_of
+from dbnb.miniature.evaluate import Judge, accuracy, drawings, full_caption
+
+# Name -> what the UNet predicts, and the weight of its squared error by the signal-to-noise ratio.
+DESIGNS = {
+    "the noise, min-SNR 5": ("epsilon", lambda snr: snr.clamp(max=5.0) / snr),
+    "the noise, weighted as v": ("epsilon", lambda snr: (snr + 1.0).clamp(max=5.0) / snr),
+    "v, all errors alike": ("v_prediction", torch.ones_like),
+    "v, min(SNR + 1, 5)": ("v_prediction", train.v_weights),
+}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/miniature"), help="where train.py has trained")
+    parser.add_argument("--photographs", type=int, default=train.PHOTOGRAPHS)
+    parser.add_argument("--minutes", type=float, default=7.0, help="for each design")
+    parser.add_argument("--count", type=int, default=100, help="drawings that the judge reads")
+    args = parser.parse_args(argv)
+    folder, words, judge = args.output_dir, design.tokenizer(), Judge(path())
+    data = train.Photographs(args.photographs, folder / "data")
+    vae, latents = train.latents_of(data, train.restore("vae", design.vae(), folder), folder)
+    names = (draw("test", index)[1] for index in range(8 * args.count))
+    names = [n for n in names if not held_out(n["kind"], n["body"], n["scene"])][: args.count]
+    results = []
+    for name, (prediction_type, weigh) in DESIGNS.items():
+        torch.manual_seed(0)
+        clip = train.restore("clip", design.clip(words), folder)
+        schedule = design.scheduler()
+        schedule.register_to_config(prediction_type=prediction_type)
+        made_from = {"prediction_type": prediction_type}
+        pilot = folder / "pilots" / name.replace(" ", "-").replace(",", "")
+        model, _ = train.train_unet(
+            data, vae, latents, words, clip, seed=0, batch_size=24, lr=8e-4, steps=10**6, minutes=args.minutes,
+            folder=pilot, made_from=made_from, noise_schedule=schedule, weigh=weigh,
+        )  # fmt: skip
+        pictures = drawings(train.as_pipeline(vae, words, model, schedule), [full_caption(n) for n in names])
+        right = accuracy(judge(pictures), np.stack([labels_of(n) for n in names]))
+        results.append({"predicts": name, "steps": train.stage_record("unet", 24, pilot)["step"], **right})
+        (folder / "pilots.json").write_text(json.dumps({"minutes": args.minutes, "designs": results}, indent=1) + "\n")
+        print(json.dumps(results[-1]), flush=True)
+
+
+if __name__ == "__main__":
+    main()
