@@ -190,6 +190,9 @@ class Concept:
         """
         if not identifier.strip() or not class_word.strip():
             raise ValueError("identifier and class_word must each be a word, such as 'sks' and 'dog'.")
+        for text in (identifier, class_word, instance_prompt or "", class_prompt or ""):
+            if not text.isprintable() or set(text) & set("<>`[]|"):
+                raise ValueError(f"{text!r} holds a line break, or one of < > ` [ ] |: write it in plain words.")
         paths, notes = inspect_images(Path(folder) if folder else SAMPLE_DIR / "photos", resolution)
         instance_prompt = instance_prompt or f"a photo of {article_for(identifier)} {identifier} {class_word}"
         if not re.search(rf"(?<!\w){re.escape(identifier)}(?!\w)", instance_prompt):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -89,7 +90,7 @@ class DreamBoothConfig:
         for name, value in suggested(self.base).items():
             if name != "base" and getattr(self, name) is None:
                 setattr(self, name, value)
-        self.output_dir = self.output_dir or f"runs/{self.class_word.replace(' ', '-')}"
+        self.output_dir = self.output_dir or "runs/" + re.sub(r"[^\w-]+", "-", self.class_word)
         for name in ("rank", "train_batch_size", "gradient_accumulation_steps", "max_train_steps",
                      "resolution", "num_class_images", "sample_batch_size", "num_inference_steps"):  # fmt: skip
             if getattr(self, name) < 1:

@@ -24,6 +24,8 @@ from dbnb.adapters import adapted_modules
 from dbnb.concept import inspect_images
 from dbnb.models import Components, fingerprint
 
+_ATTEMPTS = 5  # drawings of one class image, where the base's safety checker objects
+
 
 def cache_dir() -> Path:
     """Where caches are shared between runs: $DBNB_CACHE, else $XDG_CACHE_HOME/dbnb, else ~/.cache/dbnb."""
@@ -72,7 +74,8 @@ def draw_images(
 ) -> list[Image.Image]:
     """One image for each (prompt, seed), whatever the batch size.
 
-    `small` are the pictures that an upscaling base is to enlarge, one for each prompt.
+    `small` are the pictures that an upscaling base is to enlarge, one for each prompt. Where the base's safety checker
+    has blackened an image, its `info["blackened"]` is True.
     """
     images: list[Image.Image] = []
     further = call_options(pipeline)
@@ -80,7 +83,7 @@ def draw_images(
         stop = start + batch_size
         if small is not None:
             further["image"] = list(small[start:stop])
-        images += pipeline(
+        output = pipeline(
             list(prompts[start:stop]),
             generator=[torch.Generator().manual_seed(seed) for seed in seeds[start:stop]],
             num_inference_steps=num_inference_steps,
@@ -88,7 +91,11 @@ def draw_images(
             height=resolution,
             width=resolution,
             **further,
-        ).images
+        )
+        flags = getattr(output, "nsfw_content_detected", None) or [False] * len(output.images)
+        for image, flag in zip(output.images, flags, strict=True):
+            image.info["blackened"] = bool(flag)
+        images += output.images
     return images
 
 
@@ -124,14 +131,16 @@ def _write_atomically(path: Path, write) -> None:
 def _valid_images(folder: Path) -> dict[str, dict[str, int | str]]:
     """File name -> seed and hash of the cached images whose content is what the manifest says."""
     try:
-        known = json.loads((folder / "manifest.json").read_text())["images"]
-    except (OSError, ValueError, KeyError):
+        known = json.loads((folder / "manifest.json").read_text())["images"].items()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # torn, or not ours
         return {}
-    return {
-        name: entry
-        for name, entry in known.items()
-        if (folder / name).is_file() and hashlib.sha256((folder / name).read_bytes()).hexdigest() == entry["sha256"]
-    }
+
+    def is_whole(name: str, entry: Any) -> bool:
+        if not isinstance(entry, dict) or not (folder / name).is_file():
+            return False
+        return entry.get("sha256") == hashlib.sha256((folder / name).read_bytes()).hexdigest()
+
+    return {name: entry for name, entry in known if is_whole(name, entry)}
 
 
 def _why_not_another(recipe: ClassImageRecipe) -> str:
@@ -140,9 +149,9 @@ def _why_not_another(recipe: ClassImageRecipe) -> str:
     for path in recipe.folder.parent.glob("*/manifest.json"):
         try:
             other = json.loads(path.read_text())["recipe"]
-        except (OSError, ValueError, KeyError):
+            different = [key for key in mine if mine[key] != other.get(key)]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue
-        different = [key for key in mine if mine[key] != other.get(key)]
         if different and (closest is None or len(different) < len(closest[0])):
             closest = (different, other)
     if closest is None:
@@ -230,20 +239,32 @@ def _draw_missing(components: Components, recipe: ClassImageRecipe, wanted: Sequ
     pipeline = build_pipeline(components)
     for start in range(0, len(missing), batch_size):
         chunk = missing[start : start + batch_size]
-        images = draw_images(
-            pipeline,
-            [recipe.prompt] * len(chunk),
-            [image_seed(recipe.seed, index) for index in chunk],
-            num_inference_steps=recipe.num_inference_steps,
-            guidance_scale=recipe.guidance_scale,
-            resolution=recipe.resolution,
-            batch_size=batch_size,
-        )
-        for index, image in zip(chunk, images, strict=True):
-            path = folder / wanted[index]
-            _write_atomically(path, lambda temporary, image=image: image.save(temporary, format="PNG"))
-            digest = hashlib.sha256(path.read_bytes()).hexdigest()
-            valid[path.name] = {"seed": image_seed(recipe.seed, index), "sha256": digest}
+        wanting = [(index, image_seed(recipe.seed, index)) for index in chunk]
+        for attempt in range(_ATTEMPTS):
+            images = draw_images(
+                pipeline,
+                [recipe.prompt] * len(wanting),
+                [seed for _, seed in wanting],
+                num_inference_steps=recipe.num_inference_steps,
+                guidance_scale=recipe.guidance_scale,
+                resolution=recipe.resolution,
+                batch_size=batch_size,
+            )
+            refused = []
+            for (index, seed), image in zip(wanting, images, strict=True):
+                if image.info["blackened"]:  # never trained on: drawn anew, from another noise
+                    refused.append((index, image_seed(seed, attempt)))
+                    continue
+                path = folder / wanted[index]
+                _write_atomically(path, lambda temporary, image=image: image.save(temporary, format="PNG"))
+                valid[path.name] = {"seed": seed, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+            wanting = refused
+            if not wanting:
+                break
+        else:
+            raise ValueError(
+                f"The base's safety checker refused {recipe.prompt!r} {_ATTEMPTS} times: choose another class word."
+            )
         manifest = {"recipe": dataclasses.asdict(recipe), "images": dict(sorted(valid.items()))}
         text = json.dumps(manifest, indent=1)
         _write_atomically(folder / "manifest.json", lambda temporary, text=text: temporary.write_text(text))

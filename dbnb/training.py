@@ -30,7 +30,7 @@ from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import compute_snr
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 from tqdm.auto import tqdm
 
 from dbnb.adapters import adapted_modules, train_mode, trainable_parameters
@@ -194,6 +194,15 @@ def training_step(
     return StepRecord(loss, instance_loss, prior_loss, timesteps, latents, noise, noisy, prediction, target)
 
 
+def _where(record: StepRecord) -> str:
+    """Where a step stopped being finite, and what to change."""
+    if not torch.isfinite(record.latents).all():
+        return "The latents are not finite (an autoencoder in float16 overflows): use --mixed_precision bf16 or no,"
+    if not torch.isfinite(record.prediction).all():
+        return "The UNet's prediction is not finite: lower the learning rate, or use --mixed_precision no,"
+    return f"The loss is {record.loss.item()}: lower the learning rate or --prior_loss_weight,"
+
+
 def batch_at(dataset: DreamBoothDataset, number: int, batch_size: int) -> dict[str, Any]:
     """Batch number `number` of a run, rebuilt from nothing but its number."""
     return collate_fn([dataset[n] for n in range(number * batch_size, (number + 1) * batch_size)])
@@ -247,6 +256,11 @@ def versions() -> dict[str, str]:
     return {library.__name__: library.__version__ for library in (torch, diffusers, transformers, peft)}
 
 
+def _seal(state: dict[str, Any]) -> str:
+    """A hash of all that a checkpoint says, so that a flipped bit does not go unseen."""
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+
+
 def save_checkpoint(
     folder: Path, components: Components, optimizer, step: int, identity: dict[str, Any], **further: Any
 ) -> None:
@@ -262,10 +276,11 @@ def save_checkpoint(
             tensors[f"{part}.{name}"] = parameter.detach().contiguous()
             for key, value in optimizer.state.get(parameter, {}).items():
                 tensors[f"optimizer.{key}.{part}.{name}"] = value.detach().contiguous()
-    state = {"step": step, "run": identity, "versions": versions(), **further}
     try:
         save_file(tensors, temporary / "state.safetensors")
-        (temporary / "state.json").write_text(json.dumps(state, indent=1))
+        digest = hashlib.sha256((temporary / "state.safetensors").read_bytes()).hexdigest()
+        state = {"step": step, "run": identity, "versions": versions(), "tensors": digest, **further}
+        (temporary / "state.json").write_text(json.dumps(state | {"sha256": _seal(state)}, indent=1))
         for path in temporary.iterdir():  # on the disk before the rename makes it count
             with path.open("rb+") as file:
                 os.fsync(file.fileno())
@@ -300,8 +315,11 @@ def load_checkpoint(folder: Path, components: Components, optimizer, identity: d
     """
     try:
         state = json.loads((folder / "state.json").read_text())
-        tensors = load_file(folder / "state.safetensors")
-    except (OSError, ValueError, SafetensorError) as error:
+        data = (folder / "state.safetensors").read_bytes()
+        if state.pop("sha256") != _seal(state) or state["tensors"] != hashlib.sha256(data).hexdigest():
+            raise ValueError("it is not what was written")
+        tensors = load(data)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, SafetensorError) as error:
         raise ValueError(f"Checkpoint {folder} cannot be read ({error}): resume from another one.") from error
     different = [
         f"{key} was {state['run'].get(key)!r} and is {value!r}"
@@ -317,10 +335,9 @@ def load_checkpoint(folder: Path, components: Components, optimizer, identity: d
     }
     if wrong := [n for n, p in parameters.items() if n not in tensors or tensors[n].shape != p.shape]:
         raise ValueError(f"Checkpoint {folder} lacks {wrong[0]} and {len(wrong) - 1} more: resume from another one.")
-    was = state.get("versions", {})
     for name, version in versions().items():
-        if was.get(name) not in (None, version):
-            print(f"{name} was {was[name]} and is {version}: results may differ in the last digits.")
+        if (was := state["versions"].get(name)) != version:
+            print(f"{name} was {was} and is {version}: results may differ in the last digits.")
     for part, module in adapted_modules(components).items():
         for name, parameter in trainable_parameters(module):
             with torch.no_grad():
@@ -520,8 +537,7 @@ def _train(config, components, dataset, on_step, on_validation) -> list[dict[str
                     )  # fmt: skip
                 if not torch.isfinite(record.loss):
                     raise FloatingPointError(
-                        f"The loss is {record.loss.item()} at step {step + 1}: lower the learning rate, or use "
-                        "--mixed_precision no. The adapters are as they were before this step."
+                        f"{_where(record)} at step {step + 1}; the adapters are as they were before it."
                     )
                 accelerator.backward(record.loss / accumulate)
                 sums["loss"] += record.loss.item() / accumulate

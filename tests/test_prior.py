@@ -7,6 +7,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from dbnb import prior
@@ -51,6 +52,24 @@ def test_whatever_makes_another_image_makes_another_cache_and_is_named(component
     first = class_images(components, **arguments)
     other = class_images(components, **(arguments | change))
     assert other.decision == "generate" and name in other.reason and other.paths != first.paths
+
+
+def test_what_the_safety_checker_blackens_is_drawn_anew_and_never_kept(components, monkeypatch):
+    from diffusers import StableDiffusionPipeline
+
+    refusals = iter([True, False, True] + [False] * 5)
+
+    def check(self, image, device, dtype):
+        flags = [next(refusals) for _ in image]
+        return torch.stack([i * (not flag) for i, flag in zip(image, flags, strict=True)]), flags
+
+    monkeypatch.setattr(StableDiffusionPipeline, "run_safety_checker", check)
+    found = class_images(components, "a photo of a dog", 3, **OPTIONS)
+    assert len(set(_hashes(found.paths))) == 3
+    assert all(np.asarray(Image.open(path)).std() > 5 for path in found.paths)
+    monkeypatch.setattr(StableDiffusionPipeline, "run_safety_checker", lambda self, i, d, t: (i, [True] * len(i)))
+    with pytest.raises(ValueError, match="safety checker refused"):
+        class_images(components, "a photo of a cat", 1, **OPTIONS)
 
 
 def test_a_torn_image_is_drawn_again(components):
