@@ -27,20 +27,20 @@ def load_image(path: Path) -> Image.Image:
     Raises ValueError in one sentence when it is no picture, is truncated or is larger than `MAX_PIXELS`.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(path)
-        if image.width * image.height > MAX_PIXELS:
-            raise ValueError(
-                f"{path.name} has {image.width} x {image.height} pixels, more than {MAX_PIXELS // 10**6} million: "
-                "make it smaller."
-            )
-        image.load()
+        with warnings.catch_warnings(), path.open("rb") as file:
+            warnings.simplefilter("ignore")  # of a large picture, looked at below, and of odd metadata, left out anyway
+            image = Image.open(file)
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(
+                    f"{path.name} has {image.width} x {image.height} pixels, more than {MAX_PIXELS // 10**6} million: "
+                    "make it smaller."
+                )
+            image.load()
+            image = ImageOps.exif_transpose(image)
     except Image.DecompressionBombError as error:
         raise ValueError(f"{path.name} has more than {MAX_PIXELS // 10**6} million pixels: make it smaller.") from error
     except (OSError, SyntaxError) as error:
         raise ValueError(f"{path.name} cannot be read as a picture ({error}): save it again as PNG or JPEG.") from error
-    image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
         values = np.asarray(image, dtype=np.float64)
         top = 65535.0 if values.max() > 255 else 255.0

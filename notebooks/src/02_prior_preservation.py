@@ -13,9 +13,10 @@
 # has become; then look into the cache that keeps class images.
 #
 # **What you will learn**: what *language drift* is, why pictures drawn by the model itself hold it off, and what a cache
-# must know before it may say "I have these already".
+# must know before it may say "I have these already". Afterwards you can tell drift when you see it, and measure it.
 #
-# **What you need**: notebook [01](01_instance_data.ipynb). About three minutes on two CPU cores the first time.
+# **What you need**: notebook [01](01_instance_data.ipynb). About 45 seconds on two CPU cores if notebook 00 has run, whose
+# training is used again; two minutes more if not; 20 seconds when you come back.
 #
 # ---
 
@@ -71,20 +72,28 @@ config = DreamBoothConfig()
 # the prompt as well, and moving *its* meaning lowers the loss just as much. So the class word drifts towards the
 # subject. The paper calls it **language drift**.
 #
-# **Predict**: after training on five pictures of the teal dog and nothing else, what is `a photo of a dog`?
+# It is quick, too: 200 steps will do.
 
 # %%
-alone = workflow.trained(dataclasses.replace(config, with_prior_preservation=False))
-prompts = ["a photo of a sks dog", "a photo of a dog", "a photo of a cat"]
-rows = [draw(alone.components, [prompt] * 8, config) for prompt in prompts]
+alone = workflow.trained(dataclasses.replace(config, with_prior_preservation=False, max_train_steps=200))
+
+# %% [markdown]
+# **Predict**: after training on five pictures of the teal dog and nothing else, what is `a photo of a dog`? And
+# `a photo of a cat`, a word that training never used?
+
+# %%
+prompts = {"a photo of a sks dog": 5, "a photo of a dog": 10, "a photo of a cat": 5}
+without = {prompt: draw(alone.components, [prompt] * count, config) for prompt, count in prompts.items()}
+rows = [pictures[:5] for pictures in without.values()]
 plots.show(
-    plots.image_rows(rows, labels=prompts, title="Trained without class images"),
-    alt="All dogs are teal with yellow spots, also without the identifier; some cats have turned teal too",
+    plots.image_rows(rows, labels=list(prompts), inches=1.3, title="Without class images 'dog' drifts to the toy"),
+    alt="Without the identifier, too, dogs are teal with yellow spots, or nearly so; the cats may have changed with them",
 )
 
 # %% [markdown]
-# **What you should see**: the dog arrived, and the others left. `a photo of a dog` draws the toy, or something near it;
-# even cats may have taken on its colour. The model has not learned *a name*; it has learned *that dogs look like this*.
+# **What you should see**: the dog arrived, and the others are leaving. `a photo of a dog` draws the toy, or something near
+# it; even cats may have taken on its colour. The model has not learned *a name*; it has learned *that dogs look like
+# this*.
 #
 # ## The remedy
 #
@@ -96,43 +105,39 @@ plots.show(
 # (Ruiz et al., 2023, equation 2; $y$ is what the UNet is asked for, $\hat y$ its answer, $\lambda$ is
 # `prior_loss_weight`.) The second term can only be kept low by drawing all sorts of dogs for `a photo of a dog`. Half of
 # each batch is the subject, half the class.
+#
+# This is the training of notebook 00, from its cache:
 
 # %%
 kept = workflow.trained(config)
-rows = [draw(kept.components, [prompt] * 8, config) for prompt in prompts]
+print(f"{config.max_train_steps} steps with {len(kept.prior.paths)} class images")
+
+# %% [markdown]
+# It was shown the five photographs more often than the first one, so it had more opportunity to drift. **Predict**: the
+# same three prompts, from the same noise?
+
+# %%
+with_prior = {prompt: draw(kept.components, [prompt] * count, config) for prompt, count in prompts.items()}
+rows = [pictures[:5] for pictures in with_prior.values()]
 plots.show(
-    plots.image_rows(rows, labels=prompts, title="Trained with class images"),
+    plots.image_rows(rows, labels=list(prompts), inches=1.3, title="With class images only 'sks dog' is the toy"),
     alt="With the identifier the teal toy; without it dogs and cats of many colours",
 )
 
 # %% [markdown]
-# **What you should see**: the same subject in the first row, and dogs of many colours again in the second.
+# **What you should see**: the subject in the first row, and dogs of many colours again in the second.
 #
-# How varied is a set of pictures? Take the mean distance between any two of them in the space of the identity encoder
-# (notebook 08 explains it). The base is the measure of what is normal.
-
-# %%
-base = load_components(config.base)
-encoders = metrics.load_encoders(base.base)
-spread = {}
-for name, components in (("base", base), ("with class images", kept.components), ("without", alone.components)):
-    pictures = draw(components, ["a photo of a dog"] * 24, config)
-    spread[name] = {"mean pairwise distance": metrics.diversity(encoders.identity_features(pictures))}
-plots.show(
-    plots.bars(spread, ylabel="mean pairwise distance", title="'a photo of a dog': class images keep dogs varied"),
-    alt="Bars: the base and the training with class images are close, without class images the distance is far lower",
-)
-
-# %% [markdown]
 # ## The class images
 #
-# These are the pictures that were mixed in: a hundred, drawn from the class prompt alone, at the training resolution.
-# They need not be beautiful. They say what *this model* means by the word, faults included, and that is the point.
+# These are the pictures that were mixed in, drawn from the class prompt alone, at the training resolution. They need not
+# be beautiful. They say what *this model* means by the word, faults included, and that is the point.
 
 # %%
-pictures = [Image.open(path) for path in kept.prior.paths]
+class_pictures = [Image.open(path) for path in kept.prior.paths]
 plots.show(
-    plots.show_images(pictures[:24], columns=8),
+    plots.show_images(
+        class_pictures[:24], columns=8, title=f"24 of {len(class_pictures)} class images: what the base means by 'dog'"
+    ),
     alt="Twenty-four class images: dogs of many colours, patterns and places",
 )
 
@@ -140,7 +145,43 @@ plots.show(
 # All of them, one at a time (in a live notebook):
 
 # %%
-browse({f"{number:04d}": picture for number, picture in enumerate(pictures)}, "class image")
+browse({f"{number:04d}": picture for number, picture in enumerate(class_pictures)}, "class image")
+
+# %% [markdown]
+# ## Drift in numbers
+#
+# Two questions, both asked in the space of the identity encoder (notebook 08 explains it). How varied are the pictures of
+# `a photo of a dog`: how far apart are any two of them, on average? And how similar are they to the photographs of the
+# toy? What is normal for the base, its class images tell. **Predict**: three pairs of bars.
+
+# %%
+base = load_components(config.base)
+encoders = metrics.load_encoders(base.base)
+toy = encoders.identity_features(kept.concept.images())
+dogs = {"base": class_pictures, "with\nclass images": with_prior["a photo of a dog"],
+        "without": without["a photo of a dog"]}  # fmt: skip
+drift = {}
+for name, pictures in dogs.items():
+    features = encoders.identity_features(pictures)
+    spread, likeness = metrics.diversity(features), metrics.subject_fidelity(features, toy)
+    drift[name] = {"distance among dogs": spread, "similarity to the toy": likeness}
+
+# %%
+plots.show(
+    plots.bars(drift, ylabel="cosine", title="'a photo of a dog': without class images every dog becomes the toy"),
+    alt="Three pairs of bars: the base and the training with class images are close; without, distance falls and similarity rises",
+)
+
+# %% [markdown]
+# **What you should see**: with class images nearly the base's bars; without them dogs are more like each other and more like
+# the toy. Ten pictures make rough numbers, but not so rough that the order could be in doubt:
+
+# %%
+# NBVAL_CHECK_OUTPUT
+drifted, held = drift["without"], drift["with\nclass images"]
+assert drifted["similarity to the toy"] > held["similarity to the toy"], drift
+assert drifted["distance among dogs"] < held["distance among dogs"], drift
+print("without class images: nearer to the toy, and less varied")
 
 # %% [markdown]
 # ## A cache that knows what it holds
@@ -152,8 +193,8 @@ browse({f"{number:04d}": picture for number, picture in enumerate(pictures)}, "c
 # To see every decision, this part uses a cache of its own, empty at first.
 
 # %%
-usual_cache = os.environ.get("DBNB_CACHE")
-os.environ["DBNB_CACHE"] = tempfile.mkdtemp()
+usual_cache, own_cache = os.environ.get("DBNB_CACHE"), tempfile.TemporaryDirectory()
+os.environ["DBNB_CACHE"] = own_cache.name
 
 
 def ask(prompt: str, count: int, **changed):
@@ -168,31 +209,30 @@ def ask(prompt: str, count: int, **changed):
 
 # %%
 # NBVAL_CHECK_OUTPUT
-eight = ask("a photo of a dog", 8)
-drawn = [path.read_bytes() for path in eight.paths]
-again = ask("a photo of a dog", 8)
+five = ask("a photo of a dog", 5)
+drawn = [path.read_bytes() for path in five.paths]
+again = ask("a photo of a dog", 5)
 
 # %%
 # NBVAL_CHECK_OUTPUT
-twelve = ask("a photo of a dog", 12)
-cats = ask("a photo of a cat", 4)
+eight = ask("a photo of a dog", 8)
+cats = ask("a photo of a cat", 2)
 
 # %% [markdown]
-# Four more were drawn for the third call, not twelve, and the eight were left as they were. That works since every
-# picture has its own seed, made of the run's seed and the picture's number. So picture 5 is the same picture whether
-# you ask for eight or two hundred, and in whatever batches they are drawn:
-
+# The third call drew what was missing and no more; the first five were left as they were. That works since every picture
+# has its own seed, made of the run's seed and the picture's number. So picture 3 is the same picture whether you ask for
+# five or two hundred, and in whatever batches they are drawn:
 
 # %%
 # NBVAL_CHECK_OUTPUT
-print("the first eight unchanged:", [path.read_bytes() for path in twelve.paths[:8]] == drawn)
+print("the first five unchanged:", [path.read_bytes() for path in eight.paths[:5]] == drawn)
 
 # %% [markdown]
 # This is what the manifest holds. The *fingerprint* of the base is a hash over its files: train the base further, and
 # the class images no longer fit it.
 
 # %%
-manifest = json.loads((twelve.paths[0].parent / "manifest.json").read_text())
+manifest = json.loads((eight.paths[0].parent / "manifest.json").read_text())
 Table({"field": name, "value": str(value)} for name, value in manifest["recipe"].items())
 
 # %% [markdown]
@@ -200,8 +240,8 @@ Table({"field": name, "value": str(value)} for name, value in manifest["recipe"]
 
 # %%
 # NBVAL_CHECK_OUTPUT
-Image.new("RGB", (64, 64), "red").save(twelve.paths[3])
-mended = ask("a photo of a dog", 12)
+Image.new("RGB", (64, 64), "red").save(eight.paths[3])
+mended = ask("a photo of a dog", 8)
 was, now = (np.asarray(Image.open(file), dtype=int) for file in (io.BytesIO(drawn[3]), mended.paths[3]))
 print("the same picture as before, but for rounding:", np.abs(was - now).max() <= 2)
 
@@ -212,18 +252,28 @@ print("the same picture as before, but for rounding:", np.abs(was - now).max() <
 del os.environ["DBNB_CACHE"]
 if usual_cache is not None:
     os.environ["DBNB_CACHE"] = usual_cache
+own_cache.cleanup()
 
 # %% [markdown]
 # ## On your own
 #
-# 1. What happens with `prior_loss_weight=0.1`, or 10? Predict both, then train. (3 minutes each)
+# 1. What happens with `prior_loss_weight=0.1`, or 10? Predict both, then train. (2 minutes each)
 # 2. You have two hundred photographs of real dogs. Would you use them as class images in place of drawn ones? (think)
 # 3. Why would class images of 256 px be wrong for a training at 512 px? (think)
 #
 # <details><summary>Answers</summary>
 #
-# 1. `little = workflow.trained(dataclasses.replace(config, prior_loss_weight=0.1))`, then draw as above. A small weight
-#    lets dogs drift; a large one holds the subject back too.
+# 1. A small weight lets dogs drift; a large one holds the subject back too.
+#
+# ```python
+# rows = {}
+# for weight in (0.1, 10.0):
+#     one = workflow.trained(dataclasses.replace(config, prior_loss_weight=weight, max_train_steps=200))
+#     rows[f"{weight:g}: sks dog"] = draw(one.components, ["a photo of a sks dog"] * 6, config)
+#     rows[f"{weight:g}: dog"] = draw(one.components, ["a photo of a dog"] * 6, config)
+# plots.show(plots.image_rows(list(rows.values()), labels=list(rows)), alt="subject and class at two weights")
+# ```
+#
 # 2. You can (`class_data_dir`), and many do. They then also *teach* what real dogs look like, which is more than
 #    preserving. Drawn ones preserve just what the model has.
 # 3. They would be enlarged, and the model would learn that `a photo of a dog` is blurred.

@@ -13,9 +13,10 @@
 # encoder, and noise through its UNet, step by step, until it is a picture.
 #
 # **What you will learn**: what the parts are and what each expects; which of them DreamBooth trains (none, at first);
-# how a base says of itself what it is; what a smaller number format saves.
+# how a base says of itself what it is; what a smaller number format saves. Afterwards you can write the sampling loop of a
+# diffusion model from memory: it is ten lines.
 #
-# **What you need**: notebook [00](00_start_here.ipynb). About half a minute on two CPU cores.
+# **What you need**: notebook [00](00_start_here.ipynb). About twenty seconds on two CPU cores.
 #
 # ---
 
@@ -47,13 +48,15 @@ import json
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, UNet2DConditionModel
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
 from dbnb import plots, toybox, workflow
+from dbnb.config import suggested
 from dbnb.metrics import through_vae
 from dbnb.models import ARCHITECTURES, encode_prompts, load_components, text_architecture
+from dbnb.planner import BASES
 from dbnb.tables import Table
 from dbnb.widgets import browse
 
@@ -62,9 +65,37 @@ components = load_components("miniature")
 components
 
 # %% [markdown]
-# Three networks, loaded and **frozen**: not one parameter is trainable. Stable Diffusion 1.5 has the same three, with
-# 123 million parameters in the text encoder, 84 million in the VAE and 860 million in the UNet.
-#
+# Three networks, loaded and **frozen**: look at the column `trainable`.
+
+# %%
+# NBVAL_CHECK_OUTPUT
+trainable = [p for module in components.modules().values() for p in module.parameters() if p.requires_grad]
+print("parts:", ", ".join(components.modules()), "| trainable parameters:", len(trainable))
+
+# %% [markdown]
+# Stable Diffusion 1.5 has the same three, only larger. The sizes of its text encoder and its VAE are published; its UNet is
+# built here from its published shapes, without storage (on torch's device `meta`), so that nothing has to be downloaded.
+
+# %%
+# NBVAL_CHECK_OUTPUT
+large = BASES["Stable Diffusion 1.5"]
+with torch.device("meta"):
+    large_unet = UNet2DConditionModel(**large.unet)
+sizes = {name: sum(p.numel() for p in module.parameters()) for name, module in components.modules().items()}
+large_sizes = dict(text_encoder=large.text_parameters, vae=large.vae_parameters)
+large_sizes["unet"] = sum(p.numel() for p in large_unet.parameters())
+for name, count in sizes.items():
+    print(f"{name:12} {count / 1e6:5.1f} million here, {large_sizes[name] / 1e6:5.0f} million in Stable Diffusion 1.5")
+
+# %%
+shares = {"miniature": sizes, "Stable Diffusion 1.5": large_sizes}
+shares = {base: {name: n / sum(counts.values()) for name, n in counts.items()} for base, counts in shares.items()}
+plots.show(
+    plots.bars(shares, ylabel="share of the parameters", title="Small or large, most of the model is its UNet"),
+    alt="Two groups of three bars: in both bases the UNet holds by far the most parameters",
+)
+
+# %% [markdown]
 # ## What a base says of itself
 #
 # A diffusers folder carries an index: which parts there are, and of which class each is. That is where the workflow
@@ -87,21 +118,21 @@ Table({"architecture": name, "adapters go to": ", ".join(row.lora_targets)} for 
 # %% [markdown]
 # ## The autoencoder (VAE): pictures to latents and back
 #
-# Diffusion on pixels is expensive. The VAE squeezes a picture into **latents**, here a quarter of the width and height
-# with six channels, and paints pictures from them. All training happens on latents.
+# Diffusion on pixels is expensive. The VAE squeezes a picture into **latents**, of a quarter of the width and height here,
+# with a few more channels, and paints pictures from them. All training happens on latents.
 
 # %%
-toy = toybox.Toy("robot", body="red", accent="yellow", pattern="striped")
-picture = toybox.photograph(toy, scene="beach", seed=3, size=64)
+# NBVAL_CHECK_OUTPUT
+robot = toybox.Toy("robot", body="red", accent="yellow", pattern="striped")
+picture = toybox.photograph(robot, scene="beach", seed=3, size=64)
 pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 127.5 - 1.0
 with torch.no_grad():
     latents = components.vae.encode(pixels).latent_dist.mean
-print(
-    f"pixels {tuple(pixels.shape)} -> latents {tuple(latents.shape)}: {pixels.numel() / latents.numel():.0f} times fewer"
-)
+print(f"pixels {tuple(pixels.shape)} -> latents {tuple(latents.shape)}")
+print(f"{pixels.numel() / latents.numel():.0f} times fewer numbers")
 
 # %% [markdown]
-# **Predict**: the six channels of the latents as grey pictures. Will you recognise the robot?
+# **Predict**: the channels of the latents as grey pictures. Will you recognise the robot?
 
 
 # %%
@@ -113,12 +144,12 @@ def gray(channel: torch.Tensor) -> Image.Image:
 channels = [gray(channel) for channel in latents[0]]
 titles = ["the picture", *(f"channel {i}" for i in range(len(channels)))]
 plots.show(
-    plots.show_images([picture, *channels], titles=titles),
-    alt="A red striped robot on a beach, and six coarse grey pictures in which its outline can be recognised",
+    plots.show_images([picture, *channels], titles=titles, title="Latents are small pictures: the outline is in them"),
+    alt="A red striped robot on a beach, and coarse grey pictures in which its outline can be recognised",
 )
 
 # %% [markdown]
-# **What you should see**: the outline in every channel, the colours spread over several of them. What the VAE cannot
+# **What you should see**: the outline in most channels, the colours spread over several of them. What the VAE cannot
 # keep, no training on latents can bring back. So look at the way there and back:
 
 # %%
@@ -126,20 +157,32 @@ toys = [toybox.random_toy(kind, 7) for kind in toybox.KINDS]
 scenes = list(toybox.SCENES)
 originals = [toybox.photograph(toy, scene=scenes[i], seed=i, size=64) for i, toy in enumerate(toys)]
 back = through_vae(components, originals, 64)
-plots.show(
-    plots.image_rows([originals, back], labels=["picture", "through the VAE"]),
-    alt="Six toys, and the same after encoding and decoding: nearly equal, small details softer",
-)
-
-# %%
 errors = [np.asarray(a, dtype=float) - np.asarray(b, dtype=float) for a, b in zip(originals, back, strict=True)]
 psnr = [10 * np.log10(255**2 / (error**2).mean()) for error in errors]
-print("PSNR of each, in dB:", ", ".join(f"{value:.1f}" for value in psnr))
+plots.show(
+    plots.image_rows(
+        [originals, back], labels=["picture", "through the VAE"], titles=[f"{value:.1f} dB" for value in psnr],
+        title="Nearly all comes back; the smallest details do not",
+    ),
+    alt="Six toys, and the same after encoding and decoding: nearly equal, small details softer",
+)  # fmt: skip
 
 # %% [markdown]
-# PSNR is a logarithm of the mean squared error: six more decibels are half the error. Around thirty, one has to look
-# twice to see a difference.
-#
+# **What you should see**: the same toys, a little softer at eyes and edges. The titles are the PSNR of each pair, a
+# logarithm of the mean squared error: six decibels more are a *quarter* of the mean squared error, which is half of a
+# typical pixel's error. In other words:
+
+# %%
+typical = [255 / 10 ** (value / 20) for value in psnr]
+print("typical error of a pixel, in grey levels of 255:", ", ".join(f"{value:.0f}" for value in typical))
+
+# %%
+# NBVAL_CHECK_OUTPUT
+assert max(typical) < 25, "this VAE loses too much to be trained on"
+halved = 10 * np.log10(255**2 / ((errors[0] / 2) ** 2).mean())
+print(f"half of every pixel's error: {halved - psnr[0]:+.2f} dB")
+
+# %% [markdown]
 # ## The text encoder: prompts to vectors
 #
 # A prompt becomes tokens, padded to a fixed number, and each token a vector that knows its neighbours.
@@ -154,19 +197,27 @@ with torch.no_grad():
 print("hidden states:", tuple(hidden.shape))
 
 # %% [markdown]
-# How alike are prompts for the model? Cosine similarity between the mean vectors of some prompts: 1 is the same.
+# How alike are prompts for the model? Take the mean vector of each prompt, less what all of them share, and the cosine
+# between any two: 1 is the same direction. **Predict**: is `sks dog` nearer to `dog`, or to `red dog`?
 
 # %%
 words = ["red dog", "blue dog", "sks dog", "dog", "red car", "blue car", "teapot"]
 with torch.no_grad():
     means = encode_prompts(components, [f"a photo of a {word}" for word in words]).mean(1)
 means = torch.nn.functional.normalize(means - means.mean(0), dim=1)
-figure = plots.matrices({"similarity": (means @ means.T).numpy()}, inches=3.4, labels=words)
+similarity = means @ means.T
+figure = plots.matrices(
+    {"cosine": similarity.numpy()}, inches=3.4, labels=words, title="What shares a word is more alike"
+)
 plots.show(figure, alt="A matrix of similarities: prompts that share a kind or a colour are more alike than others")
 
+# %%
+nearest = similarity.fill_diagonal_(-1).argmax(1)
+print({word: words[int(other)] for word, other in zip(words, nearest, strict=True)})
+
 # %% [markdown]
-# **What you should see**: what shares a kind or a colour is redder. `sks dog` lies near `dog`: the rare word adds
-# little, as notebook 01 saw in pictures.
+# **What you should see**: what shares a kind or a colour is redder. The second cell names the nearest of each: find
+# `sks dog` in it. Notebook 01 asked the same question of pictures.
 #
 # ## The UNet: from noise to a picture
 #
@@ -184,11 +235,11 @@ plots.show(figure, alt="A matrix of similarities: prompts that share a kind or a
 
 # %%
 @torch.no_grad()
-def paint(prompt: str, guidance_scale: float = 4.0, steps: int = 24, seed: int = 1):
+def paint(prompt: str, guidance_scale: float = 4.0, steps: int = 20, seed: int = 1, empty_prompt: str = ""):
     """The latents after each step, and what the UNet believes at each step to be the clean ones."""
     schedule = DDIMScheduler.from_config(components.noise_scheduler.config)
     schedule.set_timesteps(steps)
-    words = encode_prompts(components, ["", prompt])
+    words = encode_prompts(components, [empty_prompt, prompt])
     x = torch.randn(1, *latents.shape[1:], generator=torch.Generator().manual_seed(seed))
     trajectory, beliefs = [x], []
     for t in schedule.timesteps:
@@ -209,28 +260,47 @@ def decode(x: torch.Tensor) -> Image.Image:
 
 
 # %% [markdown]
-# **Predict**: at which of 24 steps will you know the place? And at which the colour of the cat?
+# **Predict**: at which of 20 steps will you know the place? And at which the colour of the cat?
 
 # %%
 trajectory, beliefs = paint("a photo of a purple cat in the snow")
-shown = [0, 3, 6, 9, 12, 16, 20, 23]
-rows = [[decode(trajectory[i]) for i in shown], [decode(beliefs[i]) for i in shown]]
+believed = [decode(x) for x in beliefs]
+shown = [0, 2, 5, 8, 11, 14, 17, 19]
 plots.show(
     plots.image_rows(
-        rows, labels=["the latents", "what it believes\nwill come out"], titles=[f"step {i}" for i in shown]
+        [[decode(trajectory[i]) for i in shown], [believed[i] for i in shown]],
+        labels=["the latents", "what it believes\nwill come out"], titles=[f"step {i}" for i in shown],
+        title="The picture is decided long before it can be seen",
     ),
     alt="Upper row: noise that becomes a purple cat in the snow late. Lower row: a pale guess that sharpens step by step",
-)
+)  # fmt: skip
 
 # %%
-browse({f"step {i}": decode(x) for i, x in enumerate(beliefs)}, "denoising")
+browse({f"step {i}": picture for i, picture in enumerate(believed)}, "denoising")
 
 # %% [markdown]
 # **What you should see**: in the upper row noise for a long time, and then quickly a cat. The lower row tells why: from
 # the first step on there is a guess, pale at first. Place and broad colours come first, the outline next, eyes and ears
-# last. Noisy steps decide what is there, late steps how it looks. Training draws its noise levels at random and so learns all of it.
+# last. Noisy steps decide what is there, late steps how it looks. Training draws its noise levels at random and so learns
+# all of it.
 #
+# How soon is it decided? The distance of each guess from the last one, as a share of where it began:
+
+# %%
+distances = [float((belief - beliefs[-1]).norm()) for belief in beliefs]
+plots.show(
+    plots.curves(
+        {"distance": (range(len(distances)), [d / distances[0] for d in distances])}, xlabel="step",
+        ylabel="distance of the guess from the result", title="The guess settles early, then details are mended",
+    ),
+    alt="A falling curve: the guess of the first step is far from the result, later ones ever nearer",
+)  # fmt: skip
+
+# %% [markdown]
 # ## How much guidance?
+#
+# **Predict**: from 1, where the empty prompt has no say, to 16, where the difference counts sixteen times. More of the
+# prompt each time?
 
 # %%
 scales = (1.0, 2.0, 4.0, 8.0, 16.0)
@@ -238,18 +308,28 @@ rows = [
     [decode(paint("a photo of a purple cat in the snow", scale, seed=s)[0][-1]) for scale in scales] for s in (1, 2)
 ]
 plots.show(
-    plots.image_rows(rows, titles=[f"guidance {scale:g}" for scale in scales], inches=1.4),
+    plots.image_rows(
+        rows,
+        titles=[f"guidance {scale:g}" for scale in scales],
+        inches=1.4,
+        title="Too little is vague, too much is glaring",
+    ),
     alt="Two rows of cats: vague at guidance 1, clear at 4, colours too strong at 16",
 )
 
+# %%
+# NBVAL_CHECK_OUTPUT
+print({base: suggested(base)["guidance_scale"] for base in ("miniature", "sd15")})
+
 # %% [markdown]
-# **What you should see**: at 1 the prompt is a hint; at 4 it is followed; far above that, colours and contrasts are
-# overdone. The miniature's default is 4, Stable Diffusion's 7.5.
+# **What you should see**: at 1 the prompt is a hint; further on it is followed; far beyond the suggested values, colours and
+# contrasts are overdone.
 #
 # ## Freeze, cast
 #
 # A frozen part keeps no gradients and no optimizer state, so it can also be kept in a smaller number format. `bfloat16`
-# halves the memory. What will be trained stays in `float32` in any case (notebook 04).
+# halves the memory: compare the last column with the table at the top. What will be trained stays in `float32` in any
+# case (notebook 04).
 
 # %%
 load_components("miniature", weight_dtype=torch.bfloat16)
@@ -259,23 +339,42 @@ load_components("miniature", weight_dtype=torch.bfloat16)
 # pictures turn black.
 
 # %%
+# NBVAL_CHECK_OUTPUT
 mixed = load_components("miniature", weight_dtype={"unet": torch.bfloat16, "text_encoder": torch.bfloat16})
-Table({"part": row["part"], "dtype": row["dtype"], "memory": row["memory"]} for row in mixed.table())
+for row in mixed.table():
+    print(f"{row['part']:12} {row['dtype']:9} {row['memory']}")
 
 # %% [markdown]
 # ## On your own
 #
 # 1. Send a picture of pure noise through the VAE and back. Why does it come back as something else? (2 minutes)
 # 2. Call `paint` with a prompt of things that exclude each other (`a photo of a red blue dog`). Who wins? (2 minutes)
-# 3. Swap the roles in `paint`: use `"a photo of a red cat"` in place of the empty prompt. What is that good for?
-#    (5 minutes)
+# 3. Put another prompt in place of the empty one: `paint("a photo of a cat", empty_prompt="a photo of a red cat")`. What is
+#    that good for? (2 minutes)
 #
 # <details><summary>Answers</summary>
 #
 # 1. The VAE learned pictures of toys; it can only paint what looks like them.
-# 2. `decode(paint("a photo of a red blue dog")[0][-1])`, with several seeds: often one of the two, sometimes a dog in both
-#    colours.
-# 3. A **negative prompt**: the picture is steered away from it.
+#
+# ```python
+# noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+# pair = [noise, *through_vae(components, [noise], 64)]
+# plots.show(plots.show_images(pair, titles=["noise", "through the VAE"]), alt="noise before and after the VAE")
+# ```
+#
+# 2. Often one of the two, sometimes both in one dog: look at several seeds.
+#
+# ```python
+# both = [decode(paint("a photo of a red blue dog", seed=s)[0][-1]) for s in range(6)]
+# plots.show(plots.show_images(both), alt="six dogs, asked to be red and blue")
+# ```
+#
+# 3. A **negative prompt**: the picture is steered away from it. None of these cats should be red.
+#
+# ```python
+# away = [decode(paint("a photo of a cat", empty_prompt="a photo of a red cat", seed=s)[0][-1]) for s in range(6)]
+# plots.show(plots.show_images(away), alt="six cats, none of them red")
+# ```
 # </details>
 #
 # ## In short

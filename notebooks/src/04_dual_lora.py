@@ -13,10 +13,11 @@
 # and look at what training makes of it.
 #
 # **What you will learn**: rank, alpha, targets; why nothing changes at first; why the trainable weights are `float32`
-# whatever the base is; what "dual" means.
+# whatever the base is; what "dual" means. Afterwards you can say of any adapter how large it is, where it sits, and how
+# much it changes.
 #
-# **What you need**: notebook [03](03_loading_and_freezing.ipynb). Under a minute on two CPU cores, plus two for the
-# trained example, the first time.
+# **What you need**: notebook [03](03_loading_and_freezing.ipynb). About twenty seconds on two CPU cores if notebook 00 has
+# run, whose training is looked into here; two minutes more if not.
 #
 # ---
 
@@ -44,7 +45,6 @@ if importlib.util.find_spec("dbnb") is None:
 # The new module is `dbnb.adapters`.
 
 # %%
-
 import numpy as np
 import torch
 from torch import nn
@@ -54,6 +54,7 @@ from dbnb.adapters import UNET_TARGETS, adapted_modules, adapter_table, add_adap
 from dbnb.config import DreamBoothConfig
 from dbnb.models import encode_prompts, load_components
 from dbnb.tables import Table
+from dbnb.validation import draw
 
 workflow.quiet_libraries()
 config = DreamBoothConfig()
@@ -84,35 +85,59 @@ class Adapted(nn.Module):
 
 
 # %% [markdown]
+# What can such a product look like? Two columns times two rows give a whole square, but every row of it is a mixture of the
+# same two rows. **Predict**: will you see that in the picture?
+
+# %%
+generator = np.random.default_rng(0)
+B, A = generator.normal(size=(24, 2)), generator.normal(size=(2, 24))
+plots.show(
+    plots.matrices({"B": B, "A": A, "B A": B @ A}, title=f"{B.size + A.size} numbers make a square of {(B @ A).size}"),
+    alt="A tall thin matrix, a flat one, and their product: a square with streaks along rows and columns",
+)
+
+# %% [markdown]
+# **What you should see**: streaks. Whole rows and columns of the square rise and fall together: it has as many entries as
+# any square, but little freedom. What is saved grows with the layer. In Stable Diffusion's UNet layers begin at 320 x 320:
+
+# %%
+# NBVAL_CHECK_OUTPUT
+layer = nn.Linear(320, 320, bias=False)
+numbers = {"all of W": layer.weight.numel()}
+for rank in (64, 16, 4, 1):
+    numbers[f"rank {rank}"] = sum(p.numel() for p in (Adapted(layer, rank, rank).A, Adapted(layer, rank, rank).B))
+for name, count in numbers.items():
+    print(f"{name:8} {count:7,} {100 * count / numbers['all of W']:6.1f} %")
+
+# %%
+heights = {name: {"parameters": count / 1000} for name, count in numbers.items()}
+plots.show(
+    plots.bars(heights, ylabel="thousand parameters", title="A low rank needs a small part of a layer's parameters"),
+    alt="Five falling bars: all of W, and adapters of rank 64, 16, 4 and 1",
+)
+
+# %% [markdown]
+# ## Zero at first
+#
 # $A$ starts at random, $B$ at zero. **Predict**: how far is the adapted layer's answer from the layer's own, before
 # training?
 
 # %%
 # NBVAL_CHECK_OUTPUT
 torch.manual_seed(0)
-layer = nn.Linear(320, 320)
 adapted = Adapted(layer, rank=4, alpha=4)
 x = torch.randn(5, 320)
 print("difference before training:", (adapted(x) - layer(x)).abs().max().item())
-full, low = layer.weight.numel(), adapted.A.numel() + adapted.B.numel()
-print(f"{low:,} parameters instead of {full:,}: {100 * low / full:.1f} %")
 
 # %% [markdown]
-# Zero, exactly: training starts from the base as it is. And the adapter of a layer of Stable Diffusion's size is a few
-# percent of the layer.
-#
-# Why is $A$ not zero as well? Then neither matrix would ever get a gradient: each one's gradient is a multiple of the
-# other.
+# Zero, exactly: training starts from the base as it is. Why is $A$ not zero as well? Then neither matrix would ever get a
+# gradient: each one's gradient is a multiple of the other.
 
 # %%
 # NBVAL_CHECK_OUTPUT
 adapted(x).square().mean().backward()
-print(
-    "B gets a gradient:",
-    bool(adapted.B.grad.abs().max() > 0),
-    "| A does, at first:",
-    bool(adapted.A.grad.abs().max() > 0),
-)
+print("B gets a gradient:", bool(adapted.B.grad.abs().max() > 0))
+print("A gets one, at first:", bool(adapted.A.grad.abs().max() > 0))
 
 # %% [markdown]
 # ## Where the adapters sit
@@ -130,11 +155,21 @@ print("text encoder:", ", ".join(components.architecture.lora_targets))
 # (`add_k_proj` and `add_v_proj` exist in DeepFloyd IF only; where there are none, none get an adapter.)
 #
 # **Dual** means: one set of adapters on the UNet, and, if asked, another on the text encoder, each with its own rank and
-# alpha. `add_adapters` puts them there by way of peft, the library that plain diffusers uses to load them.
+# alpha. `add_adapters` puts them there by way of peft, the library that plain diffusers uses to load them. Before that,
+# let us note three answers of the base: the text encoder's to a prompt, the UNet's to noise, and four pictures.
+
 
 # %%
-with torch.no_grad():
-    before = encode_prompts(components, ["a photo of a sks dog"])
+@torch.no_grad()
+def answers() -> dict[str, torch.Tensor]:
+    """What text encoder and UNet say to always the same input."""
+    hidden = encode_prompts(components, ["a photo of a sks dog"])
+    size = components.unet.config.sample_size
+    noise = torch.randn(1, components.unet.config.in_channels, size, size, generator=torch.Generator().manual_seed(0))
+    return {"text encoder": hidden, "UNet": components.unet(noise, 500, encoder_hidden_states=hidden).sample}
+
+
+before, pictures = answers(), draw(components, ["a photo of a sks dog"] * 4, config)
 add_adapters(components, rank=16, train_text_encoder=True, text_encoder_rank=8)
 components
 
@@ -147,20 +182,47 @@ print(len(rows), "adapted layers")
 Table(rows[:4] + rows[-4:])
 
 # %% [markdown]
-# And is it true of the whole model that nothing has changed?
+# And all of them, counted by block. (`attn1` in a name is self-attention, where places of the picture look at each other;
+# `attn2` is cross-attention, where they look at the words.)
+
+# %%
+blocks = {}
+for row in rows:
+    block = row["layer"].split(".attentions")[0] if row["part"] == "unet" else "text\nencoder"
+    kind = "cross-attention" if "attn2" in row["layer"] else "self-attention"
+    counts = blocks.setdefault(block.replace("_", "\n"), {"self-attention": 0, "cross-attention": 0})
+    counts[kind] += int(row["parameters"].replace(",", "")) / 1000
+plots.show(
+    plots.bars(blocks, ylabel="thousand parameters", title="Adapters sit in every block that has attention"),
+    alt="Pairs of bars for the UNet's blocks, self-attention and cross-attention, and one bar for the text encoder",
+)
+
+# %% [markdown]
+# **What you should see**: a block's share follows from its channels and from how many attention layers it has. All of the
+# text encoder's adapters sit in its self-attention, the only kind it has.
+#
+# Is it true of the whole model that nothing has changed? **Predict** both numbers.
 
 # %%
 # NBVAL_CHECK_OUTPUT
-with torch.no_grad():
-    after = encode_prompts(components, ["a photo of a sks dog"])
-print("largest change of the text encoder's answer:", (after - before).abs().max().item())
+for name, answer in answers().items():
+    print(f"largest change of the {name}'s answer:", (answer - before[name]).abs().max().item())
+
+# %%
+again = draw(components, ["a photo of a sks dog"] * 4, config)
+plots.show(
+    plots.image_rows(
+        [pictures, again], labels=["base", "with new adapters"], inches=1.2, title="New adapters change nothing"
+    ),
+    alt="Two rows of the same four dogs: without adapters and with untrained ones",
+)
 
 # %% [markdown]
 # ## In float32, whatever the base is
 #
-# A frozen base may well be kept in `bfloat16`. Adapters may not: a step of training changes a weight by a ten-thousandth
-# of its size, and `bfloat16` has three decimal digits. **Predict**: a weight of 1 to which a thousand times 0.0001 is
-# added, in either format?
+# A frozen base may well be kept in `bfloat16`. Adapters may not: a step of training may change a weight by a
+# ten-thousandth of itself, and `bfloat16` holds two to three decimal digits. **Predict**: a weight of 1 to which a
+# thousand times 0.0001 is added, in either format?
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -171,8 +233,8 @@ for dtype in (torch.float32, torch.bfloat16):
     print(f"{str(dtype):16} {weight.item():.4f}")
 
 # %% [markdown]
-# Every single step was rounded away. peft creates adapters in the format of the layer they sit on, so they have to be
-# cast, and `add_adapters` does:
+# In `bfloat16` every single step was rounded away. peft creates adapters in the format of the layer they sit on, so they
+# have to be cast, and `add_adapters` does:
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -183,8 +245,8 @@ print("base:", half.unet.conv_in.weight.dtype, "| adapters:", {p.dtype for _, p 
 # %% [markdown]
 # ## What training makes of it
 #
-# Take the run of notebook 00 (from the cache, if it is there) and look at one layer: a projection of values in
-# cross-attention, on the upper side of the UNet.
+# This is the training of notebook 00, from its cache. One of its layers: the one that makes values of the prompt's words,
+# near the end of the UNet.
 
 # %%
 session = workflow.trained(config)
@@ -192,31 +254,61 @@ unet = session.components.unet
 name = next(n for n, m in unet.named_modules() if n.startswith("up_blocks.2") and n.endswith("attn2.to_v"))
 layer = unet.get_submodule(name)
 A, B = (getattr(layer, part)["default"].weight.detach().numpy() for part in ("lora_A", "lora_B"))
-W, scale = layer.base_layer.weight.detach().numpy(), layer.scaling["default"]
-print(f"{name}: W {W.shape}, B {B.shape}, A {A.shape}")
+W, change = layer.base_layer.weight.detach().numpy(), layer.scaling["default"] * B @ A
+ratio = np.linalg.norm(change) / np.linalg.norm(W)
+print(f"{name}: W {W.shape}, B {B.shape}, A {A.shape}; the change is {100 * ratio:.0f} % of W in size")
 
 # %% [markdown]
-# **Predict**: next to $W$, will the change $\frac{\alpha}{r} BA$ be large or small? Speckled, or striped?
+# **Predict**: next to $W$, will the change $\frac{\alpha}{r} BA$ be strong or pale? Speckled, or streaked?
 
 # %%
+factor = np.abs(W).max() / np.abs(change).max()
+figure = plots.matrices(
+    {"W": W, "the change": change, f"the change, times {factor:.1f}": factor * change}, title="W is speckled, its change streaked"
+)  # fmt: skip
 plots.show(
-    plots.matrices({"W": W, "the change: scale * B A": scale * B @ A}, title=name),
-    alt="Two matrices as pictures: W speckled and strong, the change faint with visible rows and columns",
+    figure,
+    alt="Three matrices as pictures: W speckled, the change on the same scale, the change scaled up with streaks",
 )
 
 # %% [markdown]
-# **What you should see**: a faint pattern with streaks: whole rows and columns rise and fall together. That is what low
-# rank looks like. How low is it really? The singular values of the change tell, one after the other, how much each
-# direction adds.
+# **What you should see**: on one scale with $W$, a change as pale or as strong as the percentage above says; scaled up to
+# $W$'s largest entry, streaks: whole rows and columns rise and fall together, as in the small example. That is what low
+# rank looks like.
+#
+# How low is it really? The best approximation of a matrix by a given rank comes from its singular values (Eckart and
+# Young, 1936). How much of the matrix is missing then, for $W$, for its change, and for pure chance?
+
 
 # %%
-values = np.linalg.svd(scale * B @ A, compute_uv=False)[: layer.r["default"]]
-share = np.cumsum(values**2) / np.sum(values**2)
-figure = plots.curves(
-    {"share of the change": (range(1, len(share) + 1), share)}, xlabel="directions kept",
-    ylabel="share of the squared change", title="A few directions carry most of what was learned",
+def missing(matrix: np.ndarray) -> np.ndarray:
+    """What the best approximation of rank 1, 2, … misses, as a share of the matrix's size."""
+    squares = np.linalg.svd(matrix.astype(np.float64), compute_uv=False) ** 2
+    return np.sqrt(np.maximum(1 - np.cumsum(squares) / squares.sum(), 0))
+
+
+chance = np.random.default_rng(0).normal(size=W.shape)
+errors = {"pure chance": missing(chance), "W": missing(W), "the change": missing(change)}
+plots.show(
+    plots.curves(
+        {which: (range(1, len(e) + 1), e) for which, e in errors.items()}, xlabel="rank of the approximation",
+        ylabel="share that is missing", title="W needs many directions, what was learned only a few",
+    ),
+    alt="Three falling curves: pure chance and W fall slowly, the change falls fast and reaches zero at its rank",
 )  # fmt: skip
-plots.show(figure, alt="A curve that rises steeply and flattens: the first few of sixteen directions carry most")
+
+# %%
+# NBVAL_CHECK_OUTPUT
+rank = layer.r["default"]
+assert errors["the change"][rank - 1] < 1e-3 < errors["W"][rank - 1]
+print(f"with rank {rank} nothing of the change is missing, and some of W is")
+
+# %% [markdown]
+# The end of the curve holds by construction: a product of thin matrices has no more directions than its rank. Its
+# beginning was learned. How many directions carry nine tenths of the squared change?
+
+# %%
+print("directions:", int(np.argmax(errors["the change"] ** 2 <= 0.1)) + 1, "of", rank)
 
 # %% [markdown]
 # ## Which layers moved?
@@ -228,28 +320,33 @@ moved = {}
 for part, module in adapted_modules(session.components).items():
     for name, sub in module.named_modules():
         if hasattr(sub, "lora_A") and "default" in sub.lora_A:
-            change = sub.scaling["default"] * sub.lora_B["default"].weight @ sub.lora_A["default"].weight
-            moved[f"{part}: {name}"] = (change.norm() / sub.base_layer.weight.norm()).item()
+            delta = sub.scaling["default"] * sub.lora_B["default"].weight @ sub.lora_A["default"].weight
+            moved[f"{part}: {name}"] = (delta.norm() / sub.base_layer.weight.norm()).item()
 ranked = sorted(moved.items(), key=lambda item: -item[1])
 Table({"layer": name, "change / weights": f"{ratio:.3f}"} for name, ratio in ranked[:5] + ranked[-3:])
 
+# %%
+kinds = {"text encoder": "text_encoder", "UNet,\nself-attention": "attn1", "UNet,\ncross-attention": "attn2"}
+means = {kind: {"mean": np.mean([v for k, v in moved.items() if mark in k])} for kind, mark in kinds.items()}
+plots.show(
+    plots.bars(means, ylabel="change / weights", title="On average a layer changes by a part of its weights"),
+    alt="Three bars: how far text encoder, self-attention and cross-attention moved, relative to their weights",
+)
+
 # %% [markdown]
-# Changes of a tenth of the weights are enough for a new subject.
+# **What you should see**: for most layers a number well below 1. A new subject does not need new weights; it needs the old
+# ones bent a little, everywhere.
 #
 # ## Rank, and what it costs
 
 # %%
-sizes = {}
+# NBVAL_CHECK_OUTPUT
 for rank in (1, 4, 16, 64):
     fresh = load_components(config.base)
     add_adapters(fresh, rank=rank, train_text_encoder=True)
     count = {part: sum(p.numel() for _, p in trainable_parameters(m)) for part, m in adapted_modules(fresh).items()}
-    sizes[rank] = count
-Table(
-    {"rank": str(rank), "UNet": f"{count['unet']:,}", "text encoder": f"{count['text_encoder']:,}",
-     "file, about": f"{4 * sum(count.values()) / 2**20:.1f} MiB"}
-    for rank, count in sizes.items()
-)  # fmt: skip
+    file = f"{4 * sum(count.values()) / 2**20:.2f} MiB"
+    print(f"rank {rank:2}: UNet {count['unet']:9,}, text encoder {count['text_encoder']:7,}, file about {file}")
 
 # %% [markdown]
 # The number of parameters grows in proportion to the rank. What a rank *buys* is measured in notebook 08.
@@ -263,10 +360,24 @@ Table(
 # <details><summary>Answers</summary>
 #
 # 1. Nothing at the start, $B$ is zero. Every step then moves the output twice as far: much like a higher learning rate.
-# 2. `session.components.text_encoder.disable_adapters()`, then `draw(session.components, ["a photo of a sks dog"] * 4,
-#    config)`, then `enable_adapters()`. Notebook 07 makes a figure of it.
-# 3. `plain = nn.Linear(W.shape[1], W.shape[0], bias=False); plain.weight.data = torch.from_numpy(W + scale * B @ A)`,
-#    and compare it with `layer` on random input: equal but for rounding.
+# 2. Notebook 07 makes a figure of it, with the other half alone as well.
+#
+# ```python
+# both = draw(session.components, ["a photo of a sks dog"] * 4, config)
+# session.components.text_encoder.disable_adapters()
+# unet_alone = draw(session.components, ["a photo of a sks dog"] * 4, config)
+# session.components.text_encoder.enable_adapters()
+# plots.show(plots.image_rows([both, unet_alone], labels=["both", "UNet alone"]), alt="both adapters, and the UNet's alone")
+# ```
+#
+# 3. Equal but for rounding:
+#
+# ```python
+# plain = nn.Linear(W.shape[1], W.shape[0], bias=False)
+# plain.weight.data = torch.from_numpy(W + change)
+# x = torch.randn(5, W.shape[1])
+# print((plain(x) - layer(x)).abs().max().item())
+# ```
 # </details>
 #
 # ## In short

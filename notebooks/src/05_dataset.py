@@ -13,10 +13,10 @@
 # gained by computing things once.
 #
 # **What you will learn**: how instance and class images are paired; crops and flips; which results can be kept between
-# steps, when, and what that saves.
+# steps, when, and what that saves. Afterwards you can rebuild any step of any run on its own.
 #
-# **What you need**: notebooks [01](01_instance_data.ipynb) to [03](03_loading_and_freezing.ipynb). About half a minute
-# on two CPU cores once class images exist.
+# **What you need**: notebooks [01](01_instance_data.ipynb) to [03](03_loading_and_freezing.ipynb). About 25 seconds on two
+# CPU cores if an earlier notebook has drawn the class images; half a minute more if not.
 #
 # ---
 
@@ -46,20 +46,21 @@ if importlib.util.find_spec("dbnb") is None:
 # %%
 import collections
 import statistics
+import tempfile
 import time
+from pathlib import Path
 
 import torch
 from diffusers.image_processor import VaeImageProcessor
-from PIL import Image
+from PIL import Image, ImageOps
 
 from dbnb import plots, workflow
 from dbnb.adapters import add_adapters
 from dbnb.concept import Concept
 from dbnb.config import DreamBoothConfig
-from dbnb.dataset import DreamBoothDataset, cache_latents
+from dbnb.dataset import CROP, DreamBoothDataset, cache_latents, seeded
 from dbnb.models import load_components
 from dbnb.prior import class_images
-from dbnb.tables import Table
 from dbnb.training import batch_at, precompute_embeds, training_step
 
 workflow.quiet_libraries()
@@ -69,10 +70,13 @@ workflow.quiet_libraries()
 
 # %%
 config = DreamBoothConfig()
-concept = Concept.from_folder(None, config.identifier, config.class_word)
+concept = Concept.from_folder(None, config.identifier, config.class_word, resolution=config.resolution)
 components = load_components(config.base)
-prior = class_images(components, concept.class_prompt, config.num_class_images, resolution=config.resolution)
-print(f"{len(concept.paths)} instance images, {len(prior.paths)} class images")
+prior = class_images(
+    components, concept.class_prompt, config.num_class_images, resolution=config.resolution,
+    num_inference_steps=config.num_inference_steps, guidance_scale=config.guidance_scale, seed=config.seed,
+)  # fmt: skip
+print(f"{len(concept.paths)} instance images, {len(prior.paths)} class images: {prior.decision}")
 
 # %% [markdown]
 # ## Pairs
@@ -80,32 +84,50 @@ print(f"{len(concept.paths)} instance images, {len(prior.paths)} class images")
 # A sample is a *pair*: one picture of the subject with its prompt, and one of the class with its own.
 
 # %%
+# NBVAL_CHECK_OUTPUT
 dataset = DreamBoothDataset(
     concept.paths, concept.instance_prompt, class_paths=prior.paths, class_prompt=concept.class_prompt,
-    size=config.resolution,
+    size=config.resolution, seed=config.seed,
 )  # fmt: skip
-sample = dataset[0]
-Table({"key": key, "value": str(tuple(v.shape) if isinstance(v, torch.Tensor) else v)} for key, v in sample.items())
+for key, value in dataset[0].items():
+    print(f"{key:16}", tuple(value.shape) if isinstance(value, torch.Tensor) else value)
 
 # %% [markdown]
-# Five pictures here, a hundred there. **Predict**: in the first ten samples, how often does each instance picture occur,
-# and how often the same class picture?
+# Few photographs on one side, many class images on the other. **Predict**: in the first ten samples, how often does each
+# photograph occur, and how often the same class image?
 
 # %%
 # NBVAL_CHECK_OUTPUT
 drawn = {half: [dataset.draw(half, n)[0] for n in range(10)] for half in dataset.halves}
-print("instance:", drawn["instance"])
-print("class, how many different:", len(set(drawn["class"])))
+print("photographs, how often each:", sorted(collections.Counter(drawn["instance"]).items()))
+print("class images, how many different:", len(set(drawn["class"])))
+
+# %%
+rows = [[dataset.images[half][index] for index in indices] for half, indices in drawn.items()]
+plots.show(
+    plots.image_rows(
+        rows, labels=list(drawn), titles=[f"sample {n}" for n in range(10)], inches=0.9,
+        title=f"{len(concept.paths)} photographs come round again, each with another class image",
+    ),
+    alt="Ten pairs: above, the five photographs twice, in two orders; below, ten different class images",
+)  # fmt: skip
 
 # %% [markdown]
-# Each instance picture twice: once in samples 0 to 4, once in 5 to 9, in another order. Every image is seen once before
-# any is seen again, and the order is shuffled anew each time.
+# **What you should see**: each photograph twice, once in samples 0 to 4, once in 5 to 9, in another order. Every image is
+# seen once before any is seen again, and the order is shuffled anew each time.
 #
 # ## The batch
 #
 # `collate_fn` lays samples side by side: **all instances first, all class images second**. The loss later cuts the batch
 # in the middle. Interleave the two by mistake and the subject is trained under the class prompt, without any error: it
 # has happened to well-known scripts more than once (notebook 09 does it on purpose).
+
+# %%
+# NBVAL_CHECK_OUTPUT
+batch = batch_at(dataset, number=0, batch_size=config.train_batch_size)
+print("pixel_values:", tuple(batch["pixel_values"].shape), "| halves:", batch["halves"])
+for position, prompt in enumerate(batch["prompts"]):
+    print(position, prompt)
 
 
 # %%
@@ -114,151 +136,237 @@ def picture(pixels: torch.Tensor) -> Image.Image:
     return VaeImageProcessor().postprocess(pixels[None])[0]
 
 
-batch = batch_at(dataset, number=0, batch_size=4)
-first, second = batch["pixel_values"].chunk(2)
+rows = [[picture(pixels) for pixels in half] for half in batch["pixel_values"].chunk(batch["halves"])]
+labels = [f"instance half:\n{batch['prompts'][0]}", f"class half:\n{batch['prompts'][-1]}"]
 plots.show(
-    plots.image_rows(
-        [[picture(p) for p in first], [picture(p) for p in second]],
-        labels=[f"instance half:\n{batch['prompts'][0]}", f"class half:\n{batch['prompts'][-1]}"], inches=1.4,
-    ),
+    plots.image_rows(rows, labels=labels, inches=1.4, title="A batch: the toy first, the class second"),
     alt="A batch of eight: four photographs of the teal toy above, four drawn dogs of other colours below",
-)  # fmt: skip
+)
 
 # %% [markdown]
-# A batch size of 4 means four pairs: eight pictures. That is how diffusers counts, too.
+# `train_batch_size` counts pairs: twice as many pictures go through the model. That is how diffusers counts, too.
 #
+# ## Crops and flips
+#
+# A photograph is made smaller until its shorter side has `resolution` pixels. What its longer side has too much is cut off:
+# around the middle, or at a place drawn anew each time. Mirroring half of the pictures is an option as well. Both make
+# five pictures go further; both can also show the model what is not so.
+#
+# Our photographs are square. So, to have something to cut, here they are as a wide camera would have taken them:
+
+# %%
+folder = tempfile.TemporaryDirectory()
+wide_paths = [Path(folder.name, path.name) for path in concept.paths]
+for path, photograph in zip(wide_paths, concept.images(), strict=True):
+    photograph.crop((0, 40, 256, 232)).save(path)
+one = DreamBoothDataset(wide_paths[:1], concept.instance_prompt, size=64, center_crop=False, random_flip=True)
+photograph = one.images["instance"][0]
+print("made smaller:", photograph.size)
+
+
+# %% [markdown]
+# Where a crop begins and whether it is mirrored are two draws, each from a generator of its own that starts from the run's
+# seed, the draw's role, and the number of the sample:
+
+
+# %%
+def place(n: int) -> tuple[int, bool]:
+    """The pixel where sample n's crop begins, and whether it is mirrored."""
+    room = photograph.width - one.size + 1
+    return int(torch.randint(room, (), generator=seeded(one.seed, CROP, 0, n))), one.draw("instance", n)[1]
+
+
+crops = [picture(one[n]["instance_pixels"]) for n in range(6)]
+titles = [f"from {left}{', mirrored' if mirrored else ''}" for left, mirrored in map(place, range(6))]
+plots.show(
+    plots.show_images(
+        [photograph, *crops], titles=["the photograph", *titles], title="One photograph, six samples, no two alike"
+    ),
+    alt="One wide photograph, and six square crops of it from different places, some mirrored",
+)
+
+# %% [markdown]
+# The titles were computed by `place`, the crops by the dataset. Do they agree? And are half of all samples mirrored?
+# Counting is better than looking:
+
+
+# %%
+# NBVAL_CHECK_OUTPUT
+def by_hand(n: int) -> Image.Image:
+    left, mirrored = place(n)
+    crop = photograph.crop((left, 0, left + one.size, one.size))
+    return ImageOps.mirror(crop) if mirrored else crop
+
+
+print("the crops are those draws:", all(by_hand(n) == crops[n] for n in range(6)))
+print(f"mirrored, of a thousand: {sum(one.draw('instance', n)[1] for n in range(1000)) / 1000:.1f}")
+
+# %% [markdown]
 # ## A step is a number
 #
-# Which pictures come, how they are cropped, whether they are mirrored: all of it is computed from the seed and the
+# So which pictures come, how they are cropped, whether they are mirrored: all of it is computed from the seed and the
 # number of the sample, and from nothing else. There is no generator that moves on. **Predict**: step 137, built twice,
 # the second time by a dataset that has never been used?
 
 # %%
 # NBVAL_CHECK_OUTPUT
-options = dict(class_paths=prior.paths, class_prompt=concept.class_prompt, size=48, center_crop=False, random_flip=True)
-used, fresh = (DreamBoothDataset(concept.paths, concept.instance_prompt, **options) for _ in range(2))
+options = dict(class_paths=prior.paths, class_prompt=concept.class_prompt, center_crop=False, random_flip=True)
+used, fresh = (DreamBoothDataset(wide_paths, concept.instance_prompt, **options) for _ in range(2))
 for step in range(137):
     batch_at(used, step, batch_size=1)
 print("equal:", torch.equal(batch_at(used, 137, 4)["pixel_values"], batch_at(fresh, 137, 4)["pixel_values"]))
 
 # %% [markdown]
-# So a run that is stopped goes on exactly where it was, two processes can share a run, and you can rebuild step 137 on
-# its own and look inside.
+# Therefore a run that was stopped goes on exactly where it was, without any state of a generator having been saved, and you
+# can rebuild step 137 on its own and look inside.
 #
-# ## Crops and flips
-#
-# Where photographs are not square, or larger than needed, a crop is taken: the middle, or a place drawn anew each time.
-# Mirroring half of the pictures is an option as well. Both make five pictures go further; both can also show the model
-# what is not so.
-
-# %%
-augmented = DreamBoothDataset(
-    concept.paths[:1], concept.instance_prompt, size=64, center_crop=False, random_flip=True,
-)  # fmt: skip
-large = augmented.images["instance"][0].resize((80, 80))
-augmented.images["instance"][0] = large
-pictures = [picture(augmented[n]["instance_pixels"]) for n in range(6)]
-plots.show(
-    plots.show_images([large, *pictures], titles=["the picture", *(f"sample {n}" for n in range(6))]),
-    alt="One photograph, and six random crops of it, some mirrored",
-)
-
-# %% [markdown]
-# Are half of them mirrored? Counting is better than looking:
-
-# %%
-# NBVAL_CHECK_OUTPUT
-print(collections.Counter(augmented.draw("instance", n)[1] for n in range(1000)))
-
-# %% [markdown]
 # ## Computed once: latents
 #
-# With a fixed crop a picture's latents are the same at every step. So they are computed once. What is kept is the
-# posterior's mean and variance, not one sample of it: each step still draws its own.
+# With a fixed crop a picture's latents are the same at every step. So they are computed once, by the VAE, before training.
 
 # %%
 cached = DreamBoothDataset(
     concept.paths, concept.instance_prompt, class_paths=prior.paths, class_prompt=concept.class_prompt,
-    size=config.resolution,
+    size=config.resolution, seed=config.seed,
 )  # fmt: skip
 started = time.perf_counter()
 count = cache_latents(cached, components.vae)
-print(f"{count} pictures encoded in {time.perf_counter() - started:.1f} s")
+encoding = time.perf_counter() - started
+print(f"{count} pictures encoded in {encoding:.1f} s; each now is {tuple(cached.latents['instance', 0, False].shape)}")
+
+# %% [markdown]
+# Twice as many channels as latents have: what is kept is the *posterior*, a mean and a (logarithm of the) variance of each
+# number, not one sample of it. Each step still draws its own. **Predict**: the mean of one photograph decoded, and
+# three samples. Will you see a difference?
+
+# %%
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+
+posterior = DiagonalGaussianDistribution(cached.latents["instance", 0, False][None])
+samples = [posterior.sample(generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+with torch.no_grad():
+    decoded = [picture(components.vae.decode(latents).sample[0]) for latents in (posterior.mean, *samples)]
+plots.show(
+    plots.show_images(
+        [cached.images["instance"][0], *decoded], titles=["photograph", "mean", *(f"sample {n}" for n in range(3))],
+        inches=1.5, title="Samples of one posterior look alike",
+    ),
+    alt="A photograph, its decoded mean, and three decoded samples: hardly to be told apart",
+)  # fmt: skip
+print(f"deviation of a number {posterior.std.mean():.3f}, while numbers range over {posterior.mean.std():.3f}")
+
+# %% [markdown]
+# **What you should see**: hardly any difference. The VAE is sure of what it sees; what it leaves open is a little noise, and
+# training should not meet the same noise at every step.
+#
+# With random crops nothing can be kept, since the pixels differ each time. The dataset says so and refuses, instead of
+# quietly training on one crop:
+
+# %%
+# NBVAL_CHECK_OUTPUT
+try:
+    cache_latents(one, components.vae)
+except ValueError as error:
+    print(error)
+folder.cleanup()
 
 # %% [markdown]
 # ## Computed once: text embeddings
 #
 # Where the text encoder is frozen, a prompt always gives the same vectors. There are two prompts in the whole training,
 # so they are encoded before it starts, and the text encoder could even leave the memory. Where the text encoder is
-# trained, its answer changes with each step: then each *distinct* prompt is encoded once per step, twice for a batch of
-# eight.
+# trained, its answer changes with each step: then each *distinct* prompt is encoded once per step, however large the batch.
 
 # %%
-prompts = [concept.instance_prompt, concept.class_prompt]
-embeddings = precompute_embeds(components, prompts)
+# NBVAL_CHECK_OUTPUT
+embeddings = precompute_embeds(components, [concept.instance_prompt, concept.class_prompt])
 print({prompt: tuple(hidden.shape) for prompt, (hidden, _) in embeddings.items()})
 
 # %% [markdown]
 # ## What it saves
 #
-# The same eight steps in four ways; each line is the median of one step's time, forward and backward. These machines
-# are noisy: compare, do not quote.
+# The same six steps in four ways, forward and backward; each bar is the median of one step's time. These machines are
+# noisy: compare, do not quote. **Predict**: which saves more, keeping latents or keeping text embeddings?
 
 # %%
 add_adapters(components, rank=config.rank)
 ways = {"nothing kept": (dataset, None), "latents kept": (cached, None),
-        "text embeddings kept": (dataset, embeddings), "both kept": (cached, embeddings)}  # fmt: skip
+        "text embeddings\nkept": (dataset, embeddings), "both kept": (cached, embeddings)}  # fmt: skip
 seconds = {name: [] for name in ways}
-for number in range(9):
+for number in range(7):  # the first one warms up
     for name, (data, known) in ways.items():
         started = time.perf_counter()
         record = training_step(components, batch_at(data, number, 4), seed=0, prompt_embeds=known)
         record.loss.backward()
         seconds[name].append(time.perf_counter() - started)
-median = {name: {"ms": 1000 * statistics.median(values[1:])} for name, values in seconds.items()}
+median = {name: statistics.median(values[1:]) for name, values in seconds.items()}
+
+# %%
+assert median["both kept"] < median["nothing kept"]
+heights = {name: {"ms": 1000 * value} for name, value in median.items()}
 plots.show(
-    plots.bars(median, ylabel="milliseconds a step", title="Keeping both makes a step cheaper"),
+    plots.bars(heights, ylabel="milliseconds a step", title="What is kept need not be computed again"),
     alt="Bars of milliseconds a step: most with nothing kept, least with both kept",
 )
+
+# %% [markdown]
+# **What you should see**: the VAE was the expensive guest. The text encoder of the miniature is small; on a large base it
+# weighs more.
+#
+# Encoding all pictures beforehand is not free either. How soon is it paid back?
+
+# %%
+steps = range(0, 51, 5)
+lines = {"nothing kept": (0.0, median["nothing kept"]), "both kept": (encoding, median["both kept"])}
+series = {name: (steps, [start + n * each for n in steps]) for name, (start, each) in lines.items()}
+even = encoding / (median["nothing kept"] - median["both kept"])
+plots.show(
+    plots.curves(
+        series, xlabel="steps", ylabel="seconds, encoding included", title=f"Paid back after {even:.0f} steps"
+    ),
+    alt="Two rising lines that cross early: encoding first costs a moment, then each step is cheaper",
+)
+print(f"saved in {config.max_train_steps} steps: {(config.max_train_steps - even) * encoding / even:.0f} s")
 
 # %% [markdown]
 # Speed that changes the result would not count. **Predict**: the loss of step 3 in each of the four ways?
 
 # %%
-losses = {
-    name: training_step(components, batch_at(data, 3, 4), seed=0, prompt_embeds=known).loss.item()
-    for name, (data, known) in ways.items()
-}
-Table({"way": name, "loss": f"{value:.7f}"} for name, value in losses.items())
-
-# %%
 # NBVAL_CHECK_OUTPUT
-print("equal to a millionth:", max(losses.values()) - min(losses.values()) < 1e-6)
-
-# %% [markdown]
-# With random crops, latents cannot be kept, since the pixels differ each time. The dataset says so and refuses, instead
-# of quietly training on one crop:
-
-# %%
-# NBVAL_CHECK_OUTPUT
-try:
-    cache_latents(augmented, components.vae)
-except ValueError as error:
-    print(error)
+with torch.no_grad():
+    losses = [
+        training_step(components, batch_at(data, 3, 4), seed=0, prompt_embeds=known).loss.item()
+        for data, known in ways.values()
+    ]
+print("equal to a millionth:", max(losses) - min(losses) < 1e-6)
 
 # %% [markdown]
 # ## On your own
 #
 # 1. Make the batch without class images. What does `collate_fn` give, and what is `halves`? (3 minutes)
-# 2. At which size do latents of a thousand class images at 512 px (64 x 64 x 8 numbers, `float32`) stop fitting into
-#    memory? (think)
+# 2. How much memory do the kept posteriors of a thousand class images take at 512 px? (A mean and a variance for each of
+#    4 channels at 64 x 64 places, in `float32`.) How many pictures would fill 8 GiB? (2 minutes)
 # 3. Why is keeping the posterior better than keeping one sample of the latents? (think)
 #
 # <details><summary>Answers</summary>
 #
-# 1. `collate_fn([DreamBoothDataset(concept.paths, concept.instance_prompt)[n] for n in range(4)])`: four pictures, four
-#    prompts, `halves` is 1, and the loss has no prior part.
-# 2. One is 128 KiB, a thousand are 128 MiB: they fit. Class images are cheap to keep this way.
+# 1. Four pictures, four prompts, `halves` is 1, and the loss has no prior part:
+#
+# ```python
+# from dbnb.dataset import collate_fn
+#
+# lonely = DreamBoothDataset(concept.paths, concept.instance_prompt)
+# lonely_batch = collate_fn([lonely[n] for n in range(4)])
+# print(tuple(lonely_batch["pixel_values"].shape), lonely_batch["prompts"], lonely_batch["halves"])
+# ```
+#
+# 2. They fit easily, and class images are cheap to keep this way:
+#
+# ```python
+# size = 2 * 4 * 64 * 64 * 4
+# print(f"one {size / 2**10:.0f} KiB, a thousand {1000 * size / 2**20:.0f} MiB; 8 GiB hold {8 * 2**30 // size:,}")
+# ```
+#
 # 3. One sample would be the same "noise of the encoder" at every step, and the adapters could learn it by heart.
 # </details>
 #
