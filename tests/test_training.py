@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ import torch
 from diffusers import DDPMScheduler
 
 from dbnb.adapters import adapted_modules, add_adapters, trainable_parameters
+from dbnb.config import DreamBoothConfig
 from dbnb.dataset import DreamBoothDataset
 from dbnb.models import encode_prompts, load_components
 from dbnb.training import (
@@ -25,6 +27,7 @@ from dbnb.training import (
     clean_latents,
     held_out_loss,
     load_checkpoint,
+    optimizer_class,
     run_identity,
     train,
     training_step,
@@ -294,6 +297,26 @@ def test_what_would_stop_the_run_later_stops_it_now(config, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="choose another"):
         check_start(dataclasses.replace(config, output_dir=str(tmp_path / "file" / "run")))
+
+
+def test_8_bit_adam_is_bitsandbytes_or_a_sentence(config, monkeypatch):
+    config = dataclasses.replace(config, use_8bit_adam=True)
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    with pytest.raises(ValueError, match="pip install bitsandbytes"):
+        check_start(config)
+    library = types.ModuleType("bitsandbytes.optim")
+    library.AdamW8bit = type("AdamW8bit", (torch.optim.AdamW,), {})
+    monkeypatch.setitem(sys.modules, "bitsandbytes", types.ModuleType("bitsandbytes"))
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", library)
+    assert optimizer_class(config) is library.AdamW8bit
+
+
+@pytest.mark.parametrize("cuda, bf16, expected", [(False, False, "no"), (True, False, "fp16"), (True, True, "bf16")])
+def test_half_is_what_the_device_does_well(monkeypatch, cuda, bf16, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16)
+    assert DreamBoothConfig(base="sd15").mixed_precision == expected
+    assert DreamBoothConfig().mixed_precision == "no"
 
 
 def test_two_runs_cannot_write_into_one_folder(config, dataset):

@@ -1,4 +1,4 @@
-"""The sample subject: a toy whose colours no training picture has, photographed for the course.
+"""The sample subject: a toy whose body has a colour that no caption names, photographed for the course.
 
 `python -m dbnb.toybox.sample` renders the pictures in `dbnb/sample/` again.
 """
