@@ -187,6 +187,11 @@ def text_architecture(base: Path, part: str = "text_encoder") -> tuple[str, Arch
     return names[0], ARCHITECTURES[names[0]]
 
 
+def dtype_of(mixed_precision: str) -> torch.dtype:
+    """What the base's own weights are kept in, for a setting of `mixed_precision`."""
+    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(mixed_precision, torch.float32)
+
+
 def load_components(
     base: str | Path, *, weight_dtype: torch.dtype | Mapping[str, torch.dtype] = torch.float32
 ) -> Components:

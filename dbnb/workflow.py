@@ -22,7 +22,7 @@ from dbnb.adapters import adapted_modules, add_adapters
 from dbnb.concept import SAMPLE_DIR, Concept, inspect_images, load_image, token_report
 from dbnb.config import DreamBoothConfig
 from dbnb.dataset import DreamBoothDataset
-from dbnb.models import Components, cut_off, load_components
+from dbnb.models import Components, cut_off, dtype_of, load_components
 from dbnb.prior import ClassImages, cache_dir, class_images
 from dbnb.training import alone, check_start, run_identity, train, versions
 from dbnb.validation import ValidationImages, validation_images
@@ -107,8 +107,7 @@ def prepare(
         instance_prompt=config.instance_prompt, class_prompt=config.class_prompt,
     )  # fmt: skip
     tell(concept.report())
-    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(config.mixed_precision, torch.float32)
-    components = load_components(config.base, weight_dtype=dtype)
+    components = load_components(config.base, weight_dtype=dtype_of(config.mixed_precision))
     if torch.accelerator.is_available():  # CUDA, or Apple's MPS
         components.to(torch.accelerator.current_accelerator())
     tokens = token_report(components.tokenizer, config.identifier)

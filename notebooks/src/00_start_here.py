@@ -54,7 +54,7 @@ import torch
 from dbnb import metrics, plots, widgets, workflow
 from dbnb.concept import Concept
 from dbnb.config import DreamBoothConfig, suggested
-from dbnb.models import load_components
+from dbnb.models import dtype_of, load_components
 from dbnb.tables import Table
 from dbnb.toybox import KINDS, SCENES
 from dbnb.toybox.sample import PICTURES
@@ -80,22 +80,21 @@ print(len(SCENES), "places:", ", ".join(SCENES.values()))
 
 # %%
 # NBVAL_CHECK_OUTPUT
-names = "resolution max_train_steps learning_rate train_text_encoder num_inference_steps guidance_scale".split()
+names = "resolution max_train_steps learning_rate train_text_encoder train_batch_size mixed_precision".split()
 Table(
     {"setting": name} | {base: str(suggested(base)[name]) for base in ("miniature", "sd15", "sdxl")} for name in names
 )
 
 # %% [markdown]
 # **Choose here.** `BASE = "sd15"` and a folder of photographs of your own dog, and the cells below run on Stable Diffusion
-# 1.5. Three settings depend on the memory of your card rather than on the base, so they stand here in the open: half
-# precision, recomputed activations, and one photograph a step. Be prepared for the rest: a real base is a download of
-# several gigabytes, wants a GPU, and takes minutes where the miniature takes seconds. (Notebook 10 computes what fits
-# on which card.)
+# 1.5. One setting depends on the memory of your card rather than on the base, so it stands here in the open: recomputing
+# activations, slower and smaller. Be prepared for the rest: a real base is a download of several gigabytes, wants a GPU,
+# and takes minutes where the miniature takes seconds. (Notebook 10 computes what fits on which card.)
 
 # %%
 BASE = "miniature"
 PHOTOGRAPHS = None  # a folder with three to ten pictures of your subject; None takes the sample toy
-CARD = {} if BASE == "miniature" else dict(mixed_precision="fp16", gradient_checkpointing=True, train_batch_size=1)
+CARD = {} if BASE == "miniature" else dict(gradient_checkpointing=True)
 config = DreamBoothConfig(base=BASE, instance_data_dir=PHOTOGRAPHS, class_word="dog", identifier="sks", **CARD)
 print(f"{config.resolution} px, {config.max_train_steps} steps, learning rate {config.learning_rate}")
 
@@ -144,8 +143,7 @@ print(concept.class_prompt)
 # **Predict**: nobody has told the model what `sks` means. What will `a photo of a sks dog` look like?
 
 # %%
-dtype = torch.float16 if config.mixed_precision == "fp16" else torch.float32
-base = load_components(BASE, weight_dtype=dtype).to(device)
+base = load_components(BASE, weight_dtype=dtype_of(config.mixed_precision)).to(device)
 before = validation_images(base, concept, config, count=8)
 del base  # its memory is for the one that will be trained
 labels = [concept.instance_prompt, concept.class_prompt]
@@ -316,7 +314,7 @@ print("learned the toy, kept the places, kept the class")
 # ## In short
 #
 # - Five photographs, one rare word and a few hundred steps gave a model a new subject, and it kept what it knew.
-# - The base suggests its settings; the device is found; three settings depend on your card.
+# - The base suggests its settings; the device is found; what fits depends on your card.
 # - Judge by the same prompts from the same noise, before and after, in pictures and in numbers.
 #
 # Next: [01 Instance data](01_instance_data.ipynb), where the five photographs are looked at as the model sees them.
