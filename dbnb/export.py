@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import uuid
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from diffusers.training_utils import _collate_lora_metadata
 from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_kohya
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 from peft import get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
@@ -89,6 +91,50 @@ def save_kohya(components: Components, output_dir: Path) -> Path:
     return path
 
 
+_LAYER = re.compile(
+    r"(unet|text_encoder|text_encoder_2)\.(?:text_model\.)?(.+?)\.lora(?:_linear_layer)?[._](A|B|down|up)\."
+)
+
+
+def load_adapter(pipeline: DiffusionPipeline, adapter: Path) -> None:
+    """Load a saved adapter into a pipeline of plain diffusers.
+
+    Raises FileNotFoundError or ValueError, the pipeline unchanged, where the file is missing, cut short, no safetensors,
+    or an adapter of another base.
+    """
+    adapter = Path(adapter)
+    if not adapter.is_file():
+        raise FileNotFoundError(f"Adapter {adapter} does not exist: give the path of a {WEIGHT_NAME}.")
+    if adapter.suffix != ".safetensors":
+        raise ValueError(f"Adapter {adapter.name} is no safetensors file, and others could run code: convert it first.")
+    try:
+        with safe_open(adapter, "pt") as file:
+            shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"Adapter {adapter.name} cannot be read ({error}): copy it again.") from error
+    layers = {key: match for key in shapes if (match := _LAYER.match(key))}
+    if not layers:
+        raise ValueError(f"{adapter.name} holds no LoRA layers in diffusers' names: is it an adapter?")
+    sizes = {
+        f"{part}.{name.removeprefix('text_model.')}": (module.out_features, module.in_features)
+        for part in {match[1] for match in layers.values()}
+        for name, module in (getattr(pipeline, part).named_modules() if hasattr(pipeline, part) else ())
+        if hasattr(module, "in_features")
+    }
+
+    def fits(key: str, part: str, name: str, half: str) -> bool:
+        out_features, in_features = sizes.get(f"{part}.{name}", (None, None))
+        return shapes[key][1] == in_features if half in ("A", "down") else shapes[key][0] == out_features
+
+    strange = [key for key, match in layers.items() if not fits(key, *match.groups())]
+    if strange:
+        raise ValueError(
+            f"{adapter.name} belongs to another base: {len(strange)} of its {len(layers)} tensors do not fit, such as "
+            f"{strange[0]}."
+        )
+    pipeline.load_lora_weights(adapter.parent, weight_name=adapter.name)
+
+
 def reload_pipeline(components: Components, adapter: Path) -> DiffusionPipeline:
     """A fresh pipeline of plain diffusers with the saved adapter: what whoever downloads it will have."""
     pipeline = DiffusionPipeline.from_pretrained(components.base, use_safetensors=True)
@@ -96,7 +142,7 @@ def reload_pipeline(components: Components, adapter: Path) -> DiffusionPipeline:
         pipeline.to(dtype=components.unet.dtype)
     pipeline.to(components.device)
     pipeline.scheduler = build_pipeline(components).scheduler
-    pipeline.load_lora_weights(adapter.parent, weight_name=adapter.name)
+    load_adapter(pipeline, adapter)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

@@ -4,28 +4,56 @@ from __future__ import annotations
 
 import base64
 import io
+import textwrap
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-# Okabe and Ito's colours, told apart by colour-blind readers and in a projector's light.
+# Okabe and Ito's colours, told apart by colour-blind readers and in a projector's light; markers tell them apart twice.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-COLORS = {"instance_loss": "#D55E00", "prior_loss": "#0072B2", "held_out": "#009E73"}
+MARKERS = "os^Dv*"
+COLORS = {"instance_loss": "#D55E00", "prior_loss": "#0072B2"}
+HELD_OUT = ("#009E73", "#000000", "#56B4E9")
+SMALL, LABEL, TITLE = 8, 9, 11  # points: of numbers in a figure, of labels, of its title
+_CHARACTER = 0.075  # inches: the mean width of one, as a label
 
 
-def show(figure: Figure, alt: str) -> None:
-    """Display a figure in a notebook as a small JPEG, with a text for those who do not see it."""
-    from IPython.display import display
+@dataclass(frozen=True, repr=False)
+class Shown:
+    """A figure as a notebook displays it, also where a handle's `update` redraws it."""
 
+    html: str
+    alt: str
+
+    def _repr_html_(self) -> str:
+        return self.html
+
+    def __repr__(self) -> str:
+        return f"[figure: {self.alt}]"
+
+
+def html(figure: Figure, alt: str) -> Shown:
+    """A figure as a small JPEG, with a text for those who do not see it.
+
+    `view = display(html(figure, alt), display_id=True)` shows it, `view.update(html(another, alt))` redraws it in place.
+    """
     file = io.BytesIO()
     figure.savefig(file, format="jpeg", pil_kwargs={"quality": 85})
     data = base64.b64encode(file.getvalue()).decode()
-    html = f'<img alt="{escape(alt)}" src="data:image/jpeg;base64,{data}">'
-    display({"text/html": html, "text/plain": f"[figure: {alt}]"}, raw=True)
+    return Shown(f'<img alt="{escape(alt)}" src="data:image/jpeg;base64,{data}">', alt)
+
+
+def show(figure: Figure, alt: str) -> None:
+    """Display a figure in a notebook."""
+    from IPython.display import display
+
+    display(html(figure, alt))
 
 
 def show_images(
@@ -35,7 +63,7 @@ def show_images(
     rows = [list(images[start : start + columns]) for start in range(0, len(images), columns)]
     figure = image_rows(rows, inches=inches, title=title, gap=0.22 if titles else 0.0)
     for axis, text in zip((axis for axis in figure.axes if axis.images), titles, strict=False):
-        axis.set_title(text, fontsize=8, pad=3)
+        axis.set_title(text, fontsize=LABEL, pad=3)
     return figure
 
 
@@ -45,9 +73,13 @@ def image_rows(
 ) -> Figure:  # fmt: skip
     """Rows of pictures, each row with a label on its left, each column with a title; `gap` inches above each row."""
     columns = max(len(row) for row in rows)
-    label_inches = 0.075 * max((len(line) for label in labels for line in label.split("\n")), default=0) + 0.1
-    top_inches = 0.1 + 0.25 * bool(titles) + 0.3 * bool(title)
-    width, height = label_inches + columns * inches, top_inches + len(rows) * (inches + gap)
+    label_inches = _CHARACTER * max((len(line) for label in labels for line in label.split("\n")), default=0) + 0.1
+    width = label_inches + columns * inches
+    wrapped = textwrap.wrap(title, max(12, int(width / (_CHARACTER * TITLE / LABEL))))
+    head = 0.12 + 0.19 * len(wrapped) if title else 0.0
+    above = max((text.count("\n") + 1 for text in titles), default=0)
+    top_inches = 0.1 + head + (0.09 + 0.16 * above if titles else 0.0)
+    height = top_inches + len(rows) * (inches + gap)
     figure = Figure(figsize=(width, height), dpi=110)
     for r, row in enumerate(rows):
         for c in range(columns):
@@ -58,29 +90,39 @@ def image_rows(
             if c < len(row):
                 axis.imshow(np.asarray(row[c]), interpolation="lanczos" if row[c].width > 64 else "nearest")
             if r == 0 and c < len(titles):
-                axis.set_title(titles[c], fontsize=8)
+                axis.set_title(titles[c], fontsize=LABEL)
             if c == 0 and r < len(labels):
-                axis.text(-0.05, 0.5, labels[r], transform=axis.transAxes, ha="right", va="center", fontsize=8)
+                axis.text(-0.05, 0.5, labels[r], transform=axis.transAxes, ha="right", va="center", fontsize=LABEL)
     if title:
-        figure.suptitle(title, fontsize=10, y=1.0 - 0.12 / height)
+        figure.suptitle("\n".join(wrapped), fontsize=TITLE, y=1.0 - 0.08 / height)
     return figure
 
 
 def _plot(xlabel: str, ylabel: str, title: str = "", size: tuple[float, float] = (6.4, 3.2)) -> tuple[Figure, Any]:
     figure = Figure(figsize=size, dpi=110, layout="constrained")
     axis = figure.add_subplot()
-    axis.set(xlabel=xlabel, ylabel=ylabel, title=title)
+    axis.set(xlabel=xlabel, ylabel=ylabel)
+    axis.set_title("\n".join(textwrap.wrap(title, int(size[0] / (_CHARACTER * TITLE / LABEL)))), fontsize=TITLE)
     return figure, axis
 
 
+def _mark(axis: Any, marks: Mapping[str, float] | None) -> None:
+    """Named dashed lines across an axis: what its heights are to be compared with."""
+    for name, height in (marks or {}).items():
+        axis.axhline(height, color="0.3", lw=1, ls="--")
+        axis.annotate(name, (0.0, height), xycoords=("axes fraction", "data"), xytext=(3, 2),
+                      textcoords="offset points", fontsize=SMALL, color="0.3")  # fmt: skip
+
+
 def loss_curves(
-    log: Sequence[Mapping[str, Any]], *, window: int = 25, held_out: Mapping[int, float] | None = None
+    log: Sequence[Mapping[str, Any]], *, window: int = 25, held_out: Mapping[str, Mapping[int, float]] | None = None,
+    title: str = "",
 ) -> Figure:  # fmt: skip
     """Instance and prior loss over the steps: each step as a dot, a running mean as a line.
 
-    `held_out` is the instance loss at noise that training never draws, by step.
+    `held_out` holds further losses by name and step: those at noise, or of pictures, that training never sees.
     """
-    figure, axis = _plot("step", "mean squared error")
+    figure, axis = _plot("step", "mean squared error", title)
     for name in ("instance_loss", "prior_loss"):
         points = [(line["step"], line[name]) for line in log if name in line]
         if not points:
@@ -90,29 +132,33 @@ def loss_curves(
         w = min(window, len(values))
         axis.plot(steps[w - 1 :], np.convolve(values, np.ones(w) / w, "valid"), color=COLORS[name],
                   label=f"{name.replace('_', ' ')}, mean of {w} steps")  # fmt: skip
-    if held_out:
-        axis.plot(list(held_out), list(held_out.values()), "o-", ms=4, color=COLORS["held_out"],
-                  label="instance loss, held-out noise")  # fmt: skip
+    for i, (name, values) in enumerate((held_out or {}).items()):
+        axis.plot(list(values), list(values.values()), f"{MARKERS[i]}--", ms=5, color=HELD_OUT[i % 3], label=name)
     axis.set_ylim(0, None)
-    axis.legend(frameon=False, fontsize=8)
+    if axis.lines:
+        axis.legend(frameon=False, fontsize=SMALL)
     return figure
 
 
 def curves(
-    series: Mapping[str, tuple[Sequence[float], Sequence[float]]], *, xlabel: str, ylabel: str, title: str = ""
+    series: Mapping[str, tuple[Sequence[float], Sequence[float]]], *, xlabel: str, ylabel: str, title: str = "",
+    marks: Mapping[str, float] | None = None,
 ) -> Figure:  # fmt: skip
-    """Lines with markers: name -> (x values, y values)."""
+    """Lines with markers: name -> (x values, y values); `marks` are heights to compare with, by name."""
     figure, axis = _plot(xlabel, ylabel, title)
     for i, (name, (x, y)) in enumerate(series.items()):
-        axis.plot(x, y, "o-", ms=4, color=PALETTE[i % len(PALETTE)], label=name)
+        axis.plot(x, y, f"{MARKERS[i % len(MARKERS)]}-", ms=4, color=PALETTE[i % len(PALETTE)], label=name)
+    _mark(axis, marks)
     axis.grid(alpha=0.3)
     if len(series) > 1:
-        axis.legend(frameon=False, fontsize=8)
+        axis.legend(frameon=False, fontsize=LABEL)
     return figure
 
 
-def bars(groups: Mapping[str, Mapping[str, float]], *, ylabel: str, title: str = "") -> Figure:
-    """Groups of bars: name of a group -> name of a bar -> height."""
+def bars(
+    groups: Mapping[str, Mapping[str, float]], *, ylabel: str, title: str = "", marks: Mapping[str, float] | None = None
+) -> Figure:
+    """Groups of bars: name of a group -> name of a bar -> height; `marks` are heights to compare with, by name."""
     names = list(dict.fromkeys(name for values in groups.values() for name in values))
     figure, axis = _plot("", ylabel, title, size=(max(4.8, 1.1 * len(groups) + 1.5), 3.0))
     width = 0.8 / len(names)
@@ -120,40 +166,69 @@ def bars(groups: Mapping[str, Mapping[str, float]], *, ylabel: str, title: str =
         x = [g + (i - (len(names) - 1) / 2) * width for g in range(len(groups))]
         heights = [values.get(name, np.nan) for values in groups.values()]
         drawn = axis.bar(x, heights, width, color=PALETTE[i % len(PALETTE)], label=name)
-        axis.bar_label(drawn, fmt="%.3g", fontsize=7)
-    axis.set_xticks(range(len(groups)), list(groups), fontsize=8)
-    axis.margins(y=0.12)
+        axis.bar_label(drawn, fmt="%.3g", fontsize=SMALL)
+    _mark(axis, marks)
+    axis.set_xticks(range(len(groups)), list(groups), fontsize=LABEL)
+    axis.margins(y=0.14)
     if len(names) > 1:
-        axis.legend(frameon=False, fontsize=8)
+        axis.legend(frameon=False, fontsize=SMALL)
+    return figure
+
+
+def histogram(
+    values: Sequence[float], *, xlabel: str, title: str = "", marks: Mapping[str, float] | None = None
+) -> Figure:  # fmt: skip
+    """How often each value occurs; `marks` are values of interest, by name."""
+    figure, axis = _plot(xlabel, "how often", title)
+    axis.hist(np.asarray(values), bins=40, color=PALETTE[5])
+    for i, (name, value) in enumerate((marks or {}).items()):
+        style = ("-", "--", ":", "-.")[i % 4]
+        axis.axvline(value, color=("0.0", PALETTE[1], PALETTE[0], PALETTE[2])[i % 4], ls=style, label=name)
+    if marks:
+        axis.legend(frameon=False, fontsize=SMALL)
     return figure
 
 
 def scatter(points: Mapping[str, tuple[float, float]], *, xlabel: str, ylabel: str, title: str = "") -> Figure:
     """Named points."""
-    figure, axis = _plot(xlabel, ylabel, title, size=(6.4, 3.8))
+    figure, axis = _plot(xlabel, ylabel, title, size=(6.4, 4.0))
     for name, (x, y) in points.items():
         axis.plot(x, y, "o", color=PALETTE[0])
-        axis.annotate(name, (x, y), xytext=(5, 4), textcoords="offset points", fontsize=8)
+        axis.annotate(name, (x, y), xytext=(5, 4), textcoords="offset points", fontsize=LABEL)
     axis.margins(x=0.25, y=0.1)
     axis.grid(alpha=0.3)
     return figure
 
 
 def matrices(
-    values: Mapping[str, np.ndarray], *, title: str = "", inches: float = 2.4, labels: Sequence[str] = ()
+    values: Mapping[str, np.ndarray], *, title: str = "", inches: float = 2.4, labels: Sequence[str] = (),
+    groups: Mapping[str, int] | None = None, unit: str = "",
 ) -> Figure:  # fmt: skip
-    """Matrices side by side as pictures, blue below zero and red above, one scale for all."""
+    """Matrices side by side as pictures, blue below zero and red above, one scale for all.
+
+    `labels` names each row and column; `groups` names so many of them at a time and draws a line between two groups.
+    """
     figure = Figure(figsize=(inches * len(values) + 0.6, inches + 0.7), dpi=110, layout="constrained")
     top = max(float(np.abs(matrix).max()) for matrix in values.values()) or 1.0
     for i, (name, matrix) in enumerate(values.items()):
         axis = figure.add_subplot(1, len(values), i + 1)
         image = axis.imshow(matrix, cmap="RdBu_r", vmin=-top, vmax=top, interpolation="nearest", aspect="auto")
-        axis.set_title(f"{name}\n{matrix.shape[0]} x {matrix.shape[1]}", fontsize=8)
-        axis.tick_params(labelsize=6)
+        axis.set_title(f"{name}\n{matrix.shape[0]} x {matrix.shape[1]}", fontsize=LABEL)
+        axis.tick_params(labelsize=SMALL if labels or groups else 6)
         if labels:
             axis.set_xticks(range(len(labels)), labels, rotation=60)
             axis.set_yticks(range(len(labels)), labels)
-    figure.colorbar(image, ax=figure.axes, shrink=0.8).ax.tick_params(labelsize=7)
+        if groups:
+            ends = list(accumulate(groups.values()))
+            middles = [end - (size + 1) / 2 for end, size in zip(ends, groups.values(), strict=True)]
+            axis.set_xticks(middles, list(groups))
+            axis.set_yticks(middles, list(groups) if i == 0 else [], rotation=90, va="center")
+            for end in ends[:-1]:
+                axis.axhline(end - 0.5, color="black", lw=1)
+                axis.axvline(end - 0.5, color="black", lw=1)
+    bar = figure.colorbar(image, ax=figure.axes, shrink=0.8, label=unit)
+    bar.ax.tick_params(labelsize=SMALL)
     if title:
-        figure.suptitle(title, fontsize=10)
+        wrapped = textwrap.wrap(title, max(12, int((inches * len(values) + 0.6) / (_CHARACTER * TITLE / LABEL))))
+        figure.suptitle("\n".join(wrapped), fontsize=TITLE)
     return figure

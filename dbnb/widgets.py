@@ -1,17 +1,18 @@
 """Interactive views over the same pictures and functions that the notebooks show without them.
 
-A view is extra: without ipywidgets, or without a front end, the notebook is whole.
+A view is extra: without a front end the notebook is whole, and without ipywidgets a view is a plain figure.
 """
 
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from html import escape
 
 from matplotlib.figure import Figure
 from PIL import Image
 
+from dbnb import plots
 from dbnb.concept import token_report
 
 
@@ -25,15 +26,21 @@ def _png(picture: Image.Image | Figure, width: int) -> bytes:
     return file.getvalue()
 
 
+def _slider(options: Sequence[str], description: str):
+    import ipywidgets
+
+    return ipywidgets.SelectionSlider(
+        options=list(options), description=description, style={"description_width": "initial"},
+        layout={"width": "480px"},
+    )  # fmt: skip
+
+
 def browse(pictures: Mapping[str, Image.Image | Figure], description: str, *, width: int = 256):
     """A slider over named pictures, all there from the start, so that moving it waits for nothing."""
     import ipywidgets
 
     data = {name: _png(picture, width) for name, picture in pictures.items()}
-    slider = ipywidgets.SelectionSlider(
-        options=list(data), description=description, style={"description_width": "initial"},
-        layout={"width": "480px"},
-    )  # fmt: skip
+    slider = _slider(list(data), description)
     image = ipywidgets.Image(value=data[slider.value], format="png")
 
     def change(event) -> None:
@@ -41,6 +48,38 @@ def browse(pictures: Mapping[str, Image.Image | Figure], description: str, *, wi
 
     slider.observe(change, names="value")
     return ipywidgets.VBox([slider, image])
+
+
+def before_after(
+    before: Sequence[Image.Image], after: Sequence[Image.Image], labels: Sequence[str], *, width: int = 256
+):  # fmt: skip
+    """A slider over pairs of pictures, and two buttons that change one of a pair for the other in the same place.
+
+    Without ipywidgets it is a figure of all the pairs. Raises ValueError where the three are not of one length.
+    """
+    pairs = list(zip(before, after, strict=True))
+    names = [f"{number}: {label}" for number, label in enumerate(labels, start=1)]  # a slider wants them distinct
+    data = {
+        name: {"before": _png(old, width), "after": _png(new, width)}
+        for name, (old, new) in zip(names, pairs, strict=True)
+    }
+    try:
+        import ipywidgets
+    except ImportError:
+        return plots.html(
+            plots.image_rows([before, after], labels=["before", "after"], titles=labels),
+            alt=f"Two rows, before and after: {', '.join(labels)}",
+        )
+    slider = _slider(names, "prompt")
+    buttons = ipywidgets.ToggleButtons(options=["before", "after"], value="after")
+    image = ipywidgets.Image(value=data[slider.value][buttons.value], format="png")
+
+    def change(event) -> None:
+        image.value = data[slider.value][buttons.value]
+
+    slider.observe(change, names="value")
+    buttons.observe(change, names="value")
+    return ipywidgets.VBox([slider, buttons, image])
 
 
 def identifier_explorer(tokenizer, identifier: str = "sks"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import random
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -86,6 +87,37 @@ def test_each_half_of_the_file_matters(components, tmp_path, part):
     half = tmp_path / "half" / export.WEIGHT_NAME
     save_file({key: value for key, value in tensors.items() if not key.startswith(f"{part}.")}, half)
     assert np.abs(_draw(export.reload_pipeline(components, half)) - whole).max() > 10
+
+
+def test_a_file_that_is_no_adapter_of_this_base_is_refused_and_changes_nothing(components, tmp_path):
+    add_adapters(components, rank=4, train_text_encoder=True)
+    _shake(components)
+    path = export.save_adapters(components, tmp_path)
+    whole, tensors = path.read_bytes(), load_file(path)
+    plain = StableDiffusionPipeline.from_pretrained(miniature.path())
+    before = _draw(plain)
+    other = tmp_path / "other.safetensors"
+
+    def refused(kind, words, file=other):
+        with pytest.raises(kind, match=words):
+            export.load_adapter(plain, file)
+
+    refused(FileNotFoundError, "does not exist", tmp_path / "gone.safetensors")
+    (tmp_path / "adapter.bin").write_bytes(whole)
+    refused(ValueError, "could run code", tmp_path / "adapter.bin")
+    rng = random.Random(0)
+    for _ in range(60):  # the header alone says how long the file is
+        other.write_bytes(whole[: rng.randrange(len(whole))])
+        refused(ValueError, "cannot be read")
+    save_file({"weight": torch.zeros(2)}, other)
+    refused(ValueError, "no LoRA layers")
+    save_file({key: torch.cat([value, value], dim=1) for key, value in tensors.items()}, other)
+    refused(ValueError, "another base")
+    save_file({key.replace("attentions.0", "attentions.7"): value for key, value in tensors.items()}, other)
+    refused(ValueError, "do not fit")
+    assert np.array_equal(_draw(plain), before)
+    export.load_adapter(plain, path)
+    assert not np.array_equal(_draw(plain), before)
 
 
 def test_keys_are_canonical_and_metadata_is_there(components, tmp_path):
@@ -183,6 +215,7 @@ def test_push_uploads_just_the_published_files_with_the_real_client(tmp_path, mo
         export.push_to_hub(tmp_path, "me/toy", endpoint=f"http://127.0.0.1:{server.server_port}")
     finally:
         server.shutdown()
+        server.server_close()
     assert set(server.files) == set(export.PUBLISHED)
     assert server.files["metrics.json"] == b"metrics.json" and server.tokens == {"Bearer hf_test"}
     assert not any(b"hf_test" in content for content in server.files.values())
