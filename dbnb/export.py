@@ -99,8 +99,8 @@ _LAYER = re.compile(
 def load_adapter(pipeline: DiffusionPipeline, adapter: Path) -> None:
     """Load a saved adapter into a pipeline of plain diffusers.
 
-    Raises FileNotFoundError or ValueError, the pipeline unchanged, where the file is missing, cut short, no safetensors,
-    or an adapter of another base.
+    Raises FileNotFoundError or ValueError, the pipeline unchanged, where the file is missing, cut short, no
+    safetensors, or an adapter of another base.
     """
     adapter = Path(adapter)
     if not adapter.is_file():
