@@ -41,7 +41,7 @@ class Shown:
 def html(figure: Figure, alt: str) -> Shown:
     """A figure as a small JPEG, with a text for those who do not see it.
 
-    `view = display(html(figure, alt), display_id=True)` shows it, `view.update(html(another, alt))` redraws it in place.
+    `view = display(html(figure, alt), display_id=True)` shows it, `view.update(html(another, alt))` puts another there.
     """
     file = io.BytesIO()
     figure.savefig(file, format="jpeg", pil_kwargs={"quality": 85})
@@ -222,7 +222,7 @@ def matrices(
             ends = list(accumulate(groups.values()))
             middles = [end - (size + 1) / 2 for end, size in zip(ends, groups.values(), strict=True)]
             axis.set_xticks(middles, list(groups))
-            axis.set_yticks(middles, list(groups) if i == 0 else [], rotation=90, va="center")
+            axis.set_yticks(middles, list(groups) if i == 0 else [""] * len(groups), rotation=90, va="center")
             for end in ends[:-1]:
                 axis.axhline(end - 0.5, color="black", lw=1)
                 axis.axvline(end - 0.5, color="black", lw=1)

@@ -177,7 +177,7 @@ def class_images(
     *,
     resolution: int,
     num_inference_steps: int = 20,
-    guidance_scale: float = 4.0,
+    guidance_scale: float = 2.5,
     batch_size: int = 25,
     seed: int = 0,
     class_data_dir: str | Path | None = None,

@@ -1,6 +1,6 @@
 """Interactive views over the same pictures and functions that the notebooks show without them.
 
-A view is extra: without a front end the notebook is whole, and without ipywidgets a view is a plain figure.
+A view is extra: without a front end the notebook is whole, and without ipywidgets a view of pictures is a plain figure.
 """
 
 from __future__ import annotations
@@ -37,8 +37,13 @@ def _slider(options: Sequence[str], description: str):
 
 def browse(pictures: Mapping[str, Image.Image | Figure], description: str, *, width: int = 256):
     """A slider over named pictures, all there from the start, so that moving it waits for nothing."""
-    import ipywidgets
-
+    try:
+        import ipywidgets
+    except ImportError:
+        first = next(iter(pictures.values()))
+        if not isinstance(first, Figure):
+            first = plots.show_images(list(pictures.values()), titles=list(pictures))
+        return plots.html(first, alt=f"{description}: {', '.join(pictures)}")
     data = {name: _png(picture, width) for name, picture in pictures.items()}
     slider = _slider(list(data), description)
     image = ipywidgets.Image(value=data[slider.value], format="png")
@@ -57,11 +62,9 @@ def before_after(
 
     Without ipywidgets it is a figure of all the pairs. Raises ValueError where the three are not of one length.
     """
-    pairs = list(zip(before, after, strict=True))
-    names = [f"{number}: {label}" for number, label in enumerate(labels, start=1)]  # a slider wants them distinct
     data = {
-        name: {"before": _png(old, width), "after": _png(new, width)}
-        for name, (old, new) in zip(names, pairs, strict=True)
+        f"{number}: {label}": {"before": _png(old, width), "after": _png(new, width)}  # a slider wants distinct names
+        for number, (label, old, new) in enumerate(zip(labels, before, after, strict=True), start=1)
     }
     try:
         import ipywidgets
@@ -70,7 +73,7 @@ def before_after(
             plots.image_rows([before, after], labels=["before", "after"], titles=labels),
             alt=f"Two rows, before and after: {', '.join(labels)}",
         )
-    slider = _slider(names, "prompt")
+    slider = _slider(list(data), "prompt")
     buttons = ipywidgets.ToggleButtons(options=["before", "after"], value="after")
     image = ipywidgets.Image(value=data[slider.value][buttons.value], format="png")
 

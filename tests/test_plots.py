@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import sys
 
 import numpy as np
 import pytest
@@ -24,31 +25,58 @@ def _pixels(figure) -> np.ndarray:
     [
         plots.show_images([Image.new("RGB", (64, 64), "red")] * 10, titles=[str(i) for i in range(10)], columns=8),
         plots.loss_curves([{"step": i, "instance_loss": 1 / i, "prior_loss": 0.1} for i in range(1, 60)],
-                          held_out={1: 0.5, 50: 0.2}),
+                          held_out={"seen": {1: 0.5, 50: 0.2}, "new": {1: 0.6, 50: 0.4}}, title="t"),
+        plots.loss_curves([]),
         plots.curves({"a": ([1, 2], [3, 4]), "b": ([1, 2], [1, 0])}, xlabel="x", ylabel="y"),
-        plots.bars({"one": {"a": 0.5, "b": 0.7}, "two": {"a": 0.1}}, ylabel="share"),
+        plots.curves({"a": ([1, 2], [3, 4])}, xlabel="x", ylabel="y", marks={"a line": 3.5}),
+        plots.bars({"one": {"a": 0.5, "b": 0.7}, "two": {"a": 0.1}}, ylabel="share", marks={"most": 1.0}),
+        plots.histogram([0.1, 0.2, 0.2], xlabel="share", marks={"mean": 0.17, "end": 0.2}),
         plots.scatter({"a": (0.1, 0.2)}, xlabel="x", ylabel="y"),
         plots.matrices({"W": np.eye(4)}, title="t", labels="abcd"),
+        plots.matrices({"A": np.eye(5), "B": np.eye(5)}, groups={"two": 2, "three": 3}, unit="cosine"),
     ],
 )  # fmt: skip
 def test_each_figure_draws(figure):
     assert _pixels(figure).std() > 5
 
 
-def test_titles_and_pictures_stay_inside_the_figure():
-    figure = plots.show_images([Image.new("RGB", (64, 64), "red")] * 9, titles=["a title"] * 9, columns=8, title="all")
+_RED = Image.new("RGB", (64, 64), "red")
+
+
+@pytest.mark.parametrize(
+    "figure",
+    [
+        plots.show_images([_RED] * 9, titles=["a title"] * 9, columns=8, title="all"),
+        plots.image_rows([[_RED] * 2] * 2, labels=["before:\na photo of a sks dog", "after"],
+                         titles=["t = 12\nerror 0.25"] * 2, title="A finding in more words than fit in one line"),
+        plots.image_rows([[_RED] * 12], title="A finding"),
+        plots.image_rows([[_RED]], title="A finding"),
+    ],
+)  # fmt: skip
+def test_titles_and_pictures_stay_inside_the_figure_and_apart(figure):
     renderer = FigureCanvasAgg(figure).get_renderer()
-    for axis in figure.axes:
-        box = axis.get_tightbbox(renderer)
+    boxes = [axis.get_tightbbox(renderer) for axis in figure.axes]
+    title = figure._suptitle.get_window_extent(renderer)
+    for box in (*boxes, title):
         assert box.x0 >= -1 and box.y0 >= -1 and box.x1 <= figure.bbox.x1 + 1 and box.y1 <= figure.bbox.y1 + 1
+    assert title.y0 >= max(box.y1 for box in boxes)
 
 
 def test_a_shown_figure_has_a_text_and_is_small(monkeypatch):
     shown = []
-    monkeypatch.setattr("IPython.display.display", lambda data, raw: shown.append(data))
-    plots.show(plots.show_images([Image.new("RGB", (64, 64), "red")]), alt='a "red" <square>')
-    assert 'alt="a &quot;red&quot; &lt;square&gt;"' in shown[0]["text/html"] and len(shown[0]["text/html"]) < 20_000
-    assert shown[0]["text/plain"] == '[figure: a "red" <square>]'
+    monkeypatch.setattr("IPython.display.display", shown.append)
+    plots.show(plots.show_images([_RED]), alt='a "red" <square>')
+    [picture] = shown
+    assert 'alt="a &quot;red&quot; &lt;square&gt;"' in picture._repr_html_() and len(picture._repr_html_()) < 20_000
+    assert repr(picture) == '[figure: a "red" <square>]'
+
+
+def test_a_shown_figure_is_redrawn_in_place_with_its_text():
+    from IPython.core.formatters import DisplayFormatter
+
+    first, second = (plots.html(plots.image_rows([[_RED] * n]), alt=f"{n} squares") for n in (1, 2))
+    data, _ = DisplayFormatter().format(second)
+    assert "2 squares" in data["text/html"] and data["text/plain"] == "[figure: 2 squares]" and first != second
 
 
 def test_moving_a_slider_changes_the_picture():
@@ -57,6 +85,28 @@ def test_moving_a_slider_changes_the_picture():
     first = image.value
     slider.value = "b"
     assert image.value != first and image.value[:4] == b"\x89PNG"
+
+
+def test_before_and_after_change_places_at_each_pair():
+    before, after = (
+        [Image.new("RGB", (8, 8), color) for color in colors] for colors in (("red", "green"), ("blue", "black"))
+    )
+    view = widgets.before_after(before, after, ["on the beach", "on the beach"])
+    slider, buttons, image = view.children
+    seen = set()
+    for name in slider.options:
+        for state in ("before", "after"):
+            slider.value, buttons.value = name, state
+            seen.add(image.value)
+    assert len(slider.options) == 2 and len(seen) == 4
+    with pytest.raises(ValueError):
+        widgets.before_after(before, after[:1], ["a", "b"])
+
+
+def test_without_ipywidgets_a_view_is_a_figure(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ipywidgets", None)
+    views = [widgets.before_after([_RED], [_RED], ["at night"]), widgets.browse({"at night": _RED}, "which")]
+    assert all("<img" in view._repr_html_() and "at night" in view.alt for view in views)
 
 
 def test_the_identifier_explorer_answers_and_lets_no_markup_through():

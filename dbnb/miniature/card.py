@@ -36,7 +36,7 @@ captions of a hundred, without meaning. Reproduce it with
 `python -m dbnb.miniature.train`; the steps taken, and this machine's ({cores} cores) time for them:
 
 {stages}
-
+{note}
 {pilots}
 
 ## Measured
@@ -131,7 +131,8 @@ def write_card(base: Path, evaluation: Path) -> None:
     text = _TEXT.format(
         prediction_type=components.noise_scheduler.config.prediction_type.replace("_", "-"),
         parameters=f"Parameters: {parameters}", kinds=", ".join(toybox.KINDS), photographs=recipe["photographs"],
-        cores=result["cores"], stages=stages, pilots=pilots(base), steps=settings["num_inference_steps"],
+        cores=result["cores"], stages=stages, pilots=pilots(base), note=recipe.get("note", ""),
+        steps=settings["num_inference_steps"],
         guidance=settings["guidance_scale"], figures=figures(result), subjects=subjects(result),
     )  # fmt: skip
     (base / "README.md").write_text(text)

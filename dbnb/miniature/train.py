@@ -374,7 +374,7 @@ def train_unet(
                 f"a photo of {article_for(color)} {color} {kind} {place}"
                 for color, place in zip(colors, toybox.SCENES.values(), strict=True)
             ]
-            images += pipeline(prompts, num_inference_steps=20, guidance_scale=4.0, generator=generator(seed, 0)).images
+            images += pipeline(prompts, num_inference_steps=20, guidance_scale=2.5, generator=generator(seed, 0)).images
         return make_image_grid(images, rows=len(toybox.KINDS), cols=len(toybox.SCENES))
 
     done = fit("unet", model, loss_of_step, groups=groups, lr=lr, ema_decay=0.9998, draw=draw, **options)
@@ -445,6 +445,7 @@ def main(argv: list[str] | None = None) -> None:
         "--compile", action="store_true", help="compile the UNet: needs a C++ compiler and some minutes"
     )
     parser.add_argument("--ship", type=Path, help="write the finished base to this folder")
+    parser.add_argument("--note", default="", help="what the card says besides of this training")
     args = parser.parse_args(argv)
     steps = dict(zip(STAGES, args.steps, strict=True))
     batch = dict(zip(STAGES, args.batch_sizes, strict=True))
@@ -471,7 +472,7 @@ def main(argv: list[str] | None = None) -> None:
         further = {"lr": 8e-4, "minutes": args.minutes, "compiled": args.compile}
         train_unet(data, vae, latents, words, clip, **options("unet") | further)
     if args.ship is not None:
-        recipe = {"photographs": args.photographs, "seed": args.seed}
+        recipe = {"photographs": args.photographs, "seed": args.seed, "note": args.note}
         recipe["stages"] = {name: stage_record(name, batch[name], folder) for name in STAGES}
         assemble(folder, data, args.ship, recipe)
 

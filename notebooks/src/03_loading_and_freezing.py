@@ -235,7 +235,7 @@ print({word: words[int(other)] for word, other in zip(words, nearest, strict=Tru
 
 # %%
 @torch.no_grad()
-def paint(prompt: str, guidance_scale: float = 4.0, steps: int = 20, seed: int = 1, empty_prompt: str = ""):
+def paint(prompt: str, guidance_scale: float = 2.5, steps: int = 20, seed: int = 1, empty_prompt: str = ""):
     """The latents after each step, and what the UNet believes at each step to be the clean ones."""
     schedule = DDIMScheduler.from_config(components.noise_scheduler.config)
     schedule.set_timesteps(steps)

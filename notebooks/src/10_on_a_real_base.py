@@ -9,14 +9,15 @@
 # %% [markdown]
 # # 10 On a real base: your own subject on a GPU
 #
-# **What you will do**: plan memory and time for Stable Diffusion before you download anything; see which lines of the
-# course change for a real base, for several GPUs, for the command line; run the very same cells here.
+# **What you will do**: plan memory and time for larger bases before you download anything; see which lines of the course
+# change for a real base, for a command line, for several GPUs; run the very same cells here.
 #
-# **What you will learn**: what fills a GPU's memory and which switch empties it; which settings a real base wants; how to
-# go on after an interruption.
+# **What you will learn**: what fills a GPU's memory and which switch empties it; which settings a real base wants.
+# Afterwards you can say of a base and a card whether they go together, and start a training of your own subject.
 #
-# **What you need**: notebook [07](07_validation_and_export.ipynb). Here, on the miniature, about a minute. With Stable
-# Diffusion 1.5 on a T4, a training of 800 steps is a matter of half an hour.
+# **What you need**: notebook [07](07_validation_and_export.ipynb). No GPU. On two CPU cores less than a minute, plus about
+# two for the training of notebook [00](00_start_here.ipynb) where it is not in the cache yet. How long a training takes on
+# your card is a section below.
 #
 # ---
 
@@ -44,17 +45,26 @@ if importlib.util.find_spec("dbnb") is None:
 # The new module is `dbnb.planner`.
 
 # %%
+import functools
+import os
+import statistics
+import time
 
 import torch
 
 from dbnb import plots, workflow
+from dbnb.adapters import add_adapters
 from dbnb.config import PRESETS, DreamBoothConfig
+from dbnb.dataset import DreamBoothDataset, cache_latents
+from dbnb.models import load_components
 from dbnb.planner import BASES, training_memory
 from dbnb.tables import Table
+from dbnb.toybox import SCENES
+from dbnb.training import batch_at, check_start, training_step
 from dbnb.validation import validation_images
 
 workflow.quiet_libraries()
-print("this machine:", "a CUDA GPU" if torch.cuda.is_available() else "no GPU")
+print("this machine:", torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device")
 
 # %% [markdown]
 # ## What fills the memory?
@@ -62,75 +72,147 @@ print("this machine:", "a CUDA GPU" if torch.cuda.is_available() else "no GPU")
 # Four things: the frozen **weights**; the **adapters** with their gradients and two moments of AdamW each, in `float32`;
 # the **activations** that the backward pass will need; and what the libraries take. The first three follow from shapes.
 # `training_memory` builds the UNet without storage from its published config, runs one forward pass of it, and counts
-# what would be kept. **Predict** for Stable Diffusion 1.5 at 512 px, one photograph and one class image a step, in
-# half precision: which of the three is the largest?
-
-# %%
-GIB = 2**30
-memory = training_memory(BASES["Stable Diffusion 1.5"], batch=2)
-print({part: f"{size / GIB:.2f} GiB" for part, size in memory.items()})
+# what would be kept. Each base is asked once; the answer is kept.
 
 # %%
 # NBVAL_CHECK_OUTPUT
-print(f"adapters are less than a twentieth of the weights: {memory['adapters'] < memory['weights'] / 20}")
+GIB = 2**30
+
+
+@functools.cache
+def planned(name: str, checkpointing: bool, pictures: int, rank: int) -> dict[str, int]:
+    return training_memory(BASES[name], rank=rank, batch=pictures, gradient_checkpointing=checkpointing)
+
+
+def memory(name: str, checkpointing: bool = False, pictures: int = 2, rank: int = 16) -> dict[str, float]:
+    """GiB by purpose for one step in half precision; half of the `pictures` are class images."""
+    return {purpose: size / GIB for purpose, size in planned(name, checkpointing, pictures, rank).items()}
+
+
+print("known:", ", ".join(f"{name} ({base.resolution} px)" for name, base in BASES.items()))
 
 # %% [markdown]
-# The adapters are nearly nothing: that is why LoRA fits where fine-tuning does not. Fine-tuning all of the UNet would
-# hold sixteen bytes for each of its 860 million parameters.
-#
-# Activations grow with the batch. **Gradient checkpointing** keeps only a few of them and computes the others again in
-# the backward pass: about a third more time for a fraction of the memory.
+# **Predict** for one photograph and one class image a step: which of the three is the largest? Is it the same for every
+# base?
+
 
 # %%
-batches = (2, 4, 8, 16)
-series = {}
-for checkpointing in (False, True):
-    totals = [
-        sum(training_memory(BASES["Stable Diffusion 1.5"], batch=b, gradient_checkpointing=checkpointing).values())
-        / GIB
-        for b in batches
-    ]
-    series["with gradient checkpointing" if checkpointing else "without"] = (batches, totals)
+def short(name: str) -> str:
+    """A base's name and size, for a figure."""
+    return f"{name.replace('Stable Diffusion', 'SD')}\n{BASES[name].resolution} px"
+
+
+plans = {name: memory(name) for name in BASES}
 plots.show(
-    plots.curves(series, xlabel="pictures a step (half instance, half class)", ylabel="GiB, without libraries",
-                 title="Stable Diffusion 1.5 at 512 px, half precision"),
-    alt="Memory against pictures a step: steep without gradient checkpointing, nearly flat with it",
+    plots.bars(
+        {short(name): plan for name, plan in plans.items()}, ylabel="GiB",
+        title="Adapters hardly count: weights and activations fill the card",
+    ),
+    alt="For each base three bars: weights, adapters, activations; the adapters' bar can hardly be seen",
 )  # fmt: skip
+
+# %% [markdown]
+# **What you should see**: adapters that are nearly nothing. What is frozen needs no gradients and no moments, and that is why
+# LoRA fits where fine-tuning does not. How much would fine-tuning take for the UNet's weights, gradients and moments in
+# `float32`?
+
+# %%
+SD = "Stable Diffusion 1.5"
+unet = plans[SD]["weights"] * GIB / 2 - BASES[SD].text_parameters - BASES[SD].vae_parameters
+print(f"{unet / 1e6:.0f} million parameters, {16 * unet / GIB:.1f} GiB; the adapters {plans[SD]['adapters']:.2f} GiB")
+
+# %%
+# NBVAL_CHECK_OUTPUT
+assert all(plan["adapters"] < plan["weights"] / 20 for plan in plans.values()), plans
+print("for every base adapters take less than a twentieth of what the weights take")
+
+# %% [markdown]
+# ## Which switch empties it?
+#
+# - Fewer pictures a step: activations are in proportion to them.
+# - **Gradient checkpointing** keeps only a few activations and computes the others again in the backward pass: it trades time
+#   for memory.
+# - A lower rank, or an optimizer with 8-bit moments: they touch the adapters, and so next to nothing.
+#
+# The dashed lines are cards; two gigabytes are set aside for the CUDA context, libraries and fragments. **Predict** the
+# order of the bars.
+
+# %%
+LIBRARIES = 2.0
+switches = {"8 pictures": memory(SD, pictures=8), "2 pictures": memory(SD), "rank 4": memory(SD, rank=4),
+            "checkpointing": memory(SD, True), "8, with\ncheckpointing": memory(SD, True, 8)}  # fmt: skip
+cards = {f"{size} GB": size for size in (8, 16, 24)}
+plots.show(
+    plots.bars(
+        {name: {"in all": sum(plan.values()) + LIBRARIES} for name, plan in switches.items()}, ylabel="GiB", marks=cards,
+        title=f"{SD}: pictures and checkpointing count, the rank does not",
+    ),
+    alt="Five bars against the lines of three cards: fewer pictures and gradient checkpointing lower them, the rank does not",
+)  # fmt: skip
+
+# %%
+# NBVAL_CHECK_OUTPUT
+few, many, kept = (memory(SD, *options)["activations"] for options in ((False, 2), (False, 8), (True, 2)))
+print(f"8 pictures keep {many / few:.1f} times what 2 keep; checkpointing leaves less than half: {kept < few / 2}")
+
+# %% [markdown]
+# **What you should see**: the last two bars are what makes a small card do. What checkpointing costs in time can be measured
+# here, on the miniature: six steps each way, the median of the last five.
+
+# %%
+config = DreamBoothConfig()
+session = workflow.trained(config)
+dataset = DreamBoothDataset(session.concept.paths, session.concept.instance_prompt, size=config.resolution)
+seconds = {}
+for checkpointing in (False, True):
+    parts = load_components("miniature")
+    add_adapters(parts, rank=config.rank)
+    if checkpointing:
+        parts.unet.enable_gradient_checkpointing()
+    _ = cache_latents(dataset, parts.vae)
+    times = [time.perf_counter()]
+    for number in range(6):
+        training_step(parts, batch_at(dataset, number, 4), seed=0).loss.backward()
+        times.append(time.perf_counter())
+    seconds[checkpointing] = statistics.median(b - a for a, b in zip(times[1:], times[2:], strict=False))
+without, with_it = seconds.values()
+print(f"{without:.3f} s a step, with checkpointing {with_it:.3f} s: {with_it / without:.2f} times")
 
 # %% [markdown]
 # ## What fits where
 #
-# Two gigabytes are set aside for the CUDA context, libraries and fragments. Each cell is the largest batch that fits,
-# counted in pictures; half of them are class images.
+# Each cell is the largest number of pictures a step that fits, half of them class images. Since activations are in
+# proportion to the pictures, one plan for each base and switch is enough. **Predict**: which base fits on which card?
 
 
 # %%
-def largest_batch(base, gib: float, **options) -> int:
-    """The largest even number of pictures a step, up to 32, whose training fits into `gib` GiB."""
-    fitting = [
-        batch for batch in (2, 4, 8, 16, 32)
-        if sum(training_memory(base, batch=batch, **options).values()) / GIB + 2 <= gib
-    ]  # fmt: skip
-    return max(fitting, default=0)
+def largest_batch(name: str, gib: float, checkpointing: bool = False, scale: float = 1.0) -> int:
+    """The largest even number of pictures a step that fits; `scale` 2 is float32 instead of half precision."""
+    plan = memory(name, checkpointing)
+    free = gib - LIBRARIES - plan["adapters"] - scale * plan["weights"]
+    return max(0, int(free / (scale * plan["activations"])) * 2)
 
 
 rows = Table()
-for name, base in BASES.items():
-    for label, options in (
-        ("float16", {}),
-        ("float16, gradient checkpointing", {"gradient_checkpointing": True}),
-        ("float32, gradient checkpointing", {"gradient_checkpointing": True, "bytes_per_weight": 4}),
-    ):
-        cells = {f"{gib} GB": str(largest_batch(base, gib, **options) or "-") for gib in (8, 16, 24)}
-        rows.append({"base": f"{name}, {base.resolution} px", "how": label} | cells)
+ways = {"half precision": (False, 1.0), "and checkpointing": (True, 1.0), "float32, checkpointing": (True, 2.0)}
+for name in BASES:
+    for label, way in ways.items():
+        cells = {card: str(largest_batch(name, size, *way) or "does not fit") for card, size in cards.items()}
+        rows.append({"base": short(name).replace("\n", ", "), "how": label} | cells)
 rows
 
+# %%
+# NBVAL_CHECK_OUTPUT
+assert largest_batch(SD, 8, True) >= 2, "not even one photograph and one class image"
+print(f"{SD} and 8 GB: fits in half precision with checkpointing")
+
 # %% [markdown]
-# So a card with 8 GB trains Stable Diffusion 1.5, if weights are kept in half precision. Text encoder adapters add
-# little; latents kept from the start (notebook 05) let the VAE rest.
+# A text encoder that is trained too adds little. Latents that are kept from the start (notebook 05) let the VAE rest, but it
+# stays loaded, as the text encoder does, and a large one (DeepFloyd IF has a T5 of billions of parameters) can outweigh the
+# UNet.
 #
-# This is arithmetic, checked on the miniature and by a drill at full size on a CPU, and not a measurement on each card:
-# leave a margin.
+# This is arithmetic, checked against what a real forward pass keeps (a test of this project does so on a small UNet), and
+# not a measurement on each card: leave a margin.
 #
 # ## What changes for a real base
 #
@@ -138,51 +220,101 @@ rows
 
 # %%
 names = [name for name in PRESETS["sd15"] if name != "base"]
-Table({"setting": name} | {base: str(PRESETS[base][name]) for base in PRESETS} for name in names)
+Table({"setting": name} | {base: str(preset.get(name, "")) for base, preset in PRESETS.items()} for name in names)
+
+# %%
+# NBVAL_CHECK_OUTPUT
+rates = {base: preset["learning_rate"] for base, preset in PRESETS.items()}
+print({base: f"{rates['miniature'] / rate:.0f} times lower" for base, rate in rates.items() if base != "miniature"})
 
 # %% [markdown]
-# The learning rates are ten times lower: a large model needs smaller nudges. Guidance is stronger. And the text encoder
-# stays frozen at first; with faces, training it helps, at a rate of 1e-5 or less.
+# So learning rates are lower: a large model needs smaller nudges. Guidance is stronger. And the text encoder stays frozen at
+# first; training it needs more memory and a careful rate.
 #
-# **The cell to change.** On a GPU, take out the `#` and put in your folder:
+# **The cell to change.** On a GPU, take out the `#` and put in your folder. On a small card, add
+# `gradient_checkpointing=True`.
 
 # %%
 settings = dict(base="miniature", class_word="dog", identifier="sks")
-# settings = dict(base="sd15", instance_data_dir="my photographs", class_word="dog", mixed_precision="fp16",
-#                 gradient_checkpointing=True, train_batch_size=1)
+# settings = dict(base="sd15", instance_data_dir="my photographs", class_word="dog", identifier="sks")
 config = DreamBoothConfig(**settings)
+print(f"{config.base}: {config.max_train_steps} steps, {config.resolution} px, precision {config.mixed_precision!r}")
 
 # %% [markdown]
 # And from here on nothing changes. That is the same call as in notebook 00, whatever the base:
 
 # %%
 session = workflow.trained(config)
-after = validation_images(session.components, session.concept, config, count=8, sets=("subject", "scenes"))
+after = validation_images(session.components, session.concept, config, count=8, sets=("scenes",))
 plots.show(
-    plots.image_rows([after.subject, after.scenes], labels=[session.concept.instance_prompt, "… by place"]),
-    alt="The subject, and the subject in eight places",
-)
+    plots.image_rows(
+        [after.scenes], titles=[SCENES[name] for name in after.scene_names], inches=1.3,
+        title=f"'{session.concept.instance_prompt} …' on {config.base}",
+    ),
+    alt="The subject in eight places",
+)  # fmt: skip
 
 # %% [markdown]
+# **What you should see**: here the toy in eight places; with your settings your subject. The eight places are those of the toy
+# world, and a real base knows them too.
+#
 # ## How long will it take?
 #
-# Measure twenty steps, then multiply. The first steps warm up and are left out.
+# Nobody can tell without your card, but twenty steps on it can. The log of every run has each step's seconds (those of a run
+# from the cache were measured when it was made, perhaps on another day).
 
 # %%
-seconds = sorted(line["seconds"] for line in session.log[5:])
-middle = seconds[len(seconds) // 2]
-print(
-    f"median step {middle:.2f} s; {config.max_train_steps} steps about {middle * config.max_train_steps / 60:.1f} minutes"
-)
+log = session.log[:60]
+middle = statistics.median(line["seconds"] for line in session.log[5:])
+plots.show(
+    plots.curves(
+        {"a step": ([line["step"] for line in log], [line["seconds"] for line in log])}, xlabel="step", ylabel="seconds",
+        marks={"median of the whole run": middle}, title="A few steps tell about all of them",
+    ),
+    alt="Seconds a step: most stay near their median, a few are slower",
+)  # fmt: skip
+print(f"{middle:.2f} s a step; {config.max_train_steps} steps: {middle * config.max_train_steps / 60:.1f} minutes")
 
 # %% [markdown]
+# A run is more than its training, though. Count what the UNet does, in *passes* of one picture: a training step takes about
+# three for each picture (the backward pass costs two), four with checkpointing; drawing takes two a solver step, because of
+# guidance. **Predict**: on which does a run with the presets spend most?
+
+
+# %%
+def passes(config: DreamBoothConfig) -> dict[str, float]:
+    """Thousands of UNet passes of one picture, by purpose."""
+    drawing = 2 * config.num_inference_steps / 1000
+    of_step = 2 * config.train_batch_size * (4 if config.gradient_checkpointing else 3) / 1000
+    return {
+        "class images": config.num_class_images * drawing,
+        "training": config.max_train_steps * of_step,
+        "before and after": 2 * 3 * config.num_validation_images * drawing,
+    }
+
+
+work = {base: passes(DreamBoothConfig(base=base)) for base in PRESETS}
+plots.show(
+    plots.bars(work, ylabel="thousand UNet passes", title="A run is more than its training"),
+    alt="For each preset three bars: class images, training, pictures before and after",
+)
+
+# %%
+each = middle / (2 * config.train_batch_size * (4 if config.gradient_checkpointing else 3))
+for purpose, thousands in passes(config).items():
+    print(f"{purpose:17} {thousands:5.1f} thousand passes, at this speed {thousands * 1000 * each / 60:.1f} minutes")
+
+# %% [markdown]
+# **What you should see**: on the large bases pictures cost as much as training, or more. Class images are drawn once and kept.
+# `num_validation_images` is yours to lower: 8 tell most of what 32 tell. (These minutes are a plan from one number; drawing
+# in batches is faster than that.)
+#
 # ## The same from a terminal
 #
 # The command runs the same function with the same names for its options:
 #
 # ```bash
-# python -m dbnb --base sd15 --instance_data_dir photos/ --class_word dog \
-#     --mixed_precision fp16 --gradient_checkpointing --train_batch_size 1
+# python -m dbnb --base sd15 --instance_data_dir photos/ --class_word dog --gradient_checkpointing
 # ```
 #
 # It writes the adapter, a figure of before and after, the metrics and a card to `runs/dog`. After an interruption,
@@ -190,23 +322,55 @@ print(
 #
 # ## Number formats
 #
-# | card | use | why |
+# The large presets say `mixed_precision="half"`, which is settled when the run starts:
+#
+# | card | becomes | why |
 # |---|---|---|
 # | T4, RTX 20xx | `fp16` | fast; gradients are scaled so that they do not vanish |
-# | RTX 30xx and later, A100 | `bf16` | as fast, and no overflow |
-# | CPU | `no` | half precision is emulated and slower |
+# | RTX 30xx and later, A100 | `bf16` | as fast, and it does not overflow |
+# | none | `no` | half precision on a processor is slow |
 #
-# In all cases the adapters stay in `float32`.
+# In all cases the adapters stay in `float32` (notebook 09, number 7).
+#
+# ## More than fits at once
+#
+# Gradients of several batches can be added up before the optimizer's step (`gradient_accumulation_steps`). **Predict**: is a
+# batch of four the same as two batches of two?
+
+# %%
+# NBVAL_CHECK_OUTPUT
+with torch.no_grad():
+    four = training_step(parts, batch_at(dataset, 0, 4), seed=0).loss.item()
+    twos = [training_step(parts, batch_at(dataset, number, 2), seed=0).loss.item() for number in (0, 1)]
+print("one batch of four, and two of two, the same loss:", abs(four - sum(twos) / 2) < 1e-5)
+
+# %% [markdown]
+# The same pictures with the same noise: since a step is a function of its number (notebook 05), `batch_at` cuts one sequence
+# of samples into batches of any size.
 #
 # ## Several GPUs
 #
-# A step is a function of its number (notebook 05). For adapters of a few megabytes one card is nearly always enough, and
-# one process is what this version trains in; several would be told so in one sentence. What several cards are good for
-# today: one training on each.
+# Device, number format, scaled gradients and logging are accelerate's work here, and `accelerate launch -m dbnb …` starts the
+# same function as `python -m dbnb …`. What this version does not do is share one training out among several processes. If it
+# is launched in several, it says so at once, instead of training the same thing twice into one folder:
+
+# %%
+# NBVAL_CHECK_OUTPUT
+os.environ["WORLD_SIZE"] = "2"  # what a launcher of two processes sets
+try:
+    check_start(config)
+except ValueError as error:
+    print(error)
+finally:
+    del os.environ["WORLD_SIZE"]
+
+# %% [markdown]
+# For adapters of a few megabytes and a few photographs one card is nearly always enough. What several cards are good for
+# today is one training on each, say with several seeds (notebook 08 asks for them):
 #
 # ```bash
-# CUDA_VISIBLE_DEVICES=0 python -m dbnb --seed 0 --output_dir runs/seed-0 &
-# CUDA_VISIBLE_DEVICES=1 python -m dbnb --seed 1 --output_dir runs/seed-1 &
+# CUDA_VISIBLE_DEVICES=0 accelerate launch --num_processes 1 -m dbnb --base sd15 --seed 0 --output_dir runs/seed-0 &
+# CUDA_VISIBLE_DEVICES=1 accelerate launch --num_processes 1 -m dbnb --base sd15 --seed 1 --output_dir runs/seed-1 &
 # ```
 #
 # ## Before you share it
@@ -216,19 +380,43 @@ print(
 #
 # ## On your own
 #
-# 1. Which is the largest batch for Stable Diffusion 1.5 at rank 64 on 8 GB? How much did the rank cost? (3 minutes)
-# 2. Add Stable Diffusion at 768 px (`sample_size=96` with 1.5's other sizes) to `BASES`. What happens to the
-#    activations? (5 minutes)
+# 1. Which is the largest batch for Stable Diffusion 1.5 at rank 64 on 8 GB, with checkpointing? What did the rank cost?
+#    (3 minutes)
+# 2. Stable Diffusion 1.5 at 768 pixels is `sample_size=96` with its other sizes unchanged. **Predict** what happens to the
+#    activations, then ask. (3 minutes)
+# 3. How many passes does your own plan take, with 200 class images and no validation images? (2 minutes)
 #
 # <details><summary>Answers</summary>
 #
-# 1. `largest_batch(BASES["Stable Diffusion 1.5"], 8, rank=64, gradient_checkpointing=True)`: the same as at rank 16; the
-#    adapters grow fourfold and are still small.
-# 2. `dataclasses.replace(BASES["Stable Diffusion 1.5"], unet=BASES["Stable Diffusion 1.5"].unet | {"sample_size": 96},
-#    resolution=768)`: two and a quarter times as many positions, and as many activations.
+# 1. The same as at rank 16: the adapters grow fourfold and are still small.
+#
+# ```python
+# for rank in (16, 64):
+#     plan = memory(SD, True, 2, rank)
+#     fitting = int((8 - LIBRARIES - plan["adapters"] - plan["weights"]) / plan["activations"]) * 2
+#     print(rank, f"adapters {plan['adapters']:.2f} GiB, pictures a step: {fitting}")
+# ```
+#
+# 2. Two and a quarter times as many positions, and as many activations: attention's own squares are never kept.
+#
+# ```python
+# import dataclasses
+#
+# larger = dataclasses.replace(BASES[SD], unet=BASES[SD].unet | {"sample_size": 96}, resolution=768)
+# print(training_memory(larger)["activations"] / GIB / memory(SD)["activations"])
+# ```
+#
+# 3. Count, before you wait:
+#
+# ```python
+# print(passes(DreamBoothConfig(base="sd15", num_class_images=200, num_validation_images=0)))
+# ```
 # </details>
 #
 # ## In short
 #
-# Weights, adapters, activations: plan before you download. One line changes the base; the steps stay the same. You have
-# seen all of them.
+# - Weights, adapters, activations: plan before you download. Pictures a step and checkpointing are the switches.
+# - One line changes the base; its preset brings the rest, and the steps stay the same.
+# - Twenty steps on your card tell the time of all; class images and validation count too.
+#
+# You have seen all of it. The way back to the beginning, with your own photographs: [00 Start here](00_start_here.ipynb).
