@@ -254,9 +254,11 @@ def upcast(vae: AutoencoderKL) -> Iterator[None]:
     overflows = vae.dtype == torch.float16 and vae.config.force_upcast
     if overflows:
         vae.to(dtype=torch.float32)
-    yield
-    if overflows:
-        vae.to(dtype=torch.float16)
+    try:
+        yield
+    finally:
+        if overflows:
+            vae.to(dtype=torch.float16)
 
 
 def _token_length(tokenizer: Any, architecture: Architecture, max_length: int | None) -> int:
