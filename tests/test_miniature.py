@@ -72,6 +72,23 @@ def test_the_training_command_runs_resumes_and_ships(tmp_path):
         train.main([*options, "--steps", "2", "2", "2", "2", "4", "--seed", "1"])
 
 
+def test_training_goes_on_from_a_shipped_base(tmp_path):
+    options = ["--photographs", "96", "--batch_sizes", "2", "8", "8", "8", "4"]
+    train.main([*options, "--output_dir", str(tmp_path / "a"), "--steps", *"22222", "--ship", str(tmp_path / "base")])
+    further = [*options, "--output_dir", str(tmp_path / "b"), "--start_from", str(tmp_path / "base")]
+    train.main([*further, "--steps", *"22223", "--ship", str(tmp_path / "longer")])
+    shipped, longer = (json.loads((tmp_path / n / "training.json").read_text()) for n in ("base", "longer"))
+    assert [longer["stages"][name]["step"] for name in train.STAGES] == [2, 2, 2, 2, 3]
+    assert longer["stages"]["vae"] == shipped["stages"]["vae"]
+    pipelines = [StableDiffusionPipeline.from_pretrained(tmp_path / name) for name in ("base", "longer")]
+    pictures = torch.rand(4, 3, 64, 64) * 2 - 1
+    with torch.no_grad():
+        latents = [pipeline.vae.encode(pictures).latent_dist.mean for pipeline in pipelines]
+    assert torch.allclose(*latents, atol=2e-2)
+    before, after = (pipeline.unet.conv_in.weight for pipeline in pipelines)
+    assert 0 < (before - after).abs().max() < 1e-2
+
+
 def test_a_training_that_was_stopped_ends_where_an_uninterrupted_one_does(tmp_path):
     class Stopped(Exception):
         pass

@@ -3,6 +3,7 @@
 Stages, each resumable from its last checkpoint: photographs, autoencoder, contrastive text and image encoders,
 identity encoder, judge, latents, UNet (with the text encoder). Every step is a function of (seed, step), so stopping
 and going on changes nothing. Losses go to <stage>.jsonl in the output folder, pictures to samples/.
+`--start_from` goes on from a base that was shipped, where the checkpoints of its training are gone.
 """
 
 from __future__ import annotations
@@ -20,13 +21,20 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.training_utils import EMAModel, compute_snr
 from diffusers.utils import make_image_grid
 from PIL import Image
 from torch import nn
 from torch.optim.swa_utils import update_bn
+from transformers import CLIPModel, CLIPTextModel, ResNetForImageClassification, ResNetModel
 
 from dbnb import toybox
 from dbnb.miniature import design
@@ -79,7 +87,7 @@ def fit(
     parameters = list(models.parameters())
     ema = EMAModel(parameters, decay=ema_decay, use_ema_warmup=True, power=0.75)
     path, log = folder / f"{name}.pt", folder / f"{name}.jsonl"
-    step = 0
+    step = warm_up_from = 0
     if path.exists():
         state = torch.load(path, weights_only=True)
         if state["made_from"] != made_from:
@@ -87,15 +95,19 @@ def fit(
                 f"{path} was made from {state['made_from']}, not {made_from}: take those, or another --output_dir."
             )
         models.load_state_dict(state["models"])
-        optimizer.load_state_dict(state["optimizer"])
-        ema.load_state_dict(state["ema"])
-        step = state["step"]
+        step, warm_up_from = state["step"], state["warm_up_from"]
+        if "optimizer" in state:
+            optimizer.load_state_dict(state["optimizer"])
+            ema.load_state_dict(state["ema"])
+        else:
+            ema = EMAModel(parameters, decay=ema_decay, use_ema_warmup=True, power=0.75)
+            ema.optimization_step = step
     started = saved = time.monotonic()
 
     def save() -> None:
         temporary = path.with_suffix(".tmp")
         state = dict(models=models.state_dict(), optimizer=optimizer.state_dict(), ema=ema.state_dict(), step=step)
-        torch.save(state | dict(made_from=made_from), temporary)
+        torch.save(state | dict(warm_up_from=warm_up_from, made_from=made_from), temporary)
         os.replace(temporary, path)
 
     def show() -> None:
@@ -111,7 +123,7 @@ def fit(
     sums: dict[str, float] = {}
     summed = 0
     while step < steps and time.monotonic() - started < 60 * minutes:
-        rate = min(1.0, (step + 1) / 200, (steps - step) / (decay_share * steps))
+        rate = min(1.0, (step + 1 - warm_up_from) / 200, (steps - step) / (decay_share * steps))
         for group, base in zip(optimizer.param_groups, base_lrs, strict=True):
             group["lr"] = base * rate
         losses = loss_of_step(step)
@@ -338,7 +350,7 @@ def train_unet(
     text_encoder.load_state_dict(
         {key.removeprefix("text_model."): v for key, v in clip.text_model.state_dict().items()}
     )
-    model = Denoiser(design.unet(), text_encoder)
+    model = Denoiser(design.unet(), text_encoder).to(memory_format=torch.channels_last)
     unet = torch.compile(model.unet) if compiled else model.unet
 
     def loss_of_step(step: int) -> dict[str, torch.Tensor]:
@@ -379,6 +391,29 @@ def train_unet(
 
     done = fit("unet", model, loss_of_step, groups=groups, lr=lr, ema_decay=0.9998, draw=draw, **options)
     return model, done
+
+
+def adopt(base: Path, folder: Path) -> None:
+    """Checkpoints of all stages from a shipped base, for those that `folder` lacks: weights and steps, no optimizer."""
+    recipe = json.loads((base / "training.json").read_text())
+    folder.mkdir(parents=True, exist_ok=True)
+    models = {
+        "vae": AutoencoderKL.from_pretrained(base / "vae"),
+        "clip": CLIPModel.from_pretrained(base / "clip"),
+        "identity": ResNetModel.from_pretrained(base / "identity"),
+        "judge": ResNetForImageClassification.from_pretrained(base / "judge"),
+        "unet": Denoiser(
+            UNet2DConditionModel.from_pretrained(base / "unet"), CLIPTextModel.from_pretrained(base / "text_encoder")
+        ),
+    }
+    for name, model in models.items():
+        if (folder / f"{name}.pt").exists():
+            continue
+        stage = recipe["stages"][name]
+        made_from = {key: recipe[key] for key in ("seed", "photographs")} | {"batch_size": stage["batch_size"]}
+        state = dict(models=model.float().state_dict(), step=stage["step"], warm_up_from=stage["step"])
+        torch.save(state | dict(made_from=made_from), folder / f"{name}.pt")
+        (folder / f"{name}.jsonl").write_text(json.dumps({key: stage[key] for key in ("step", "minutes")}) + "\n")
 
 
 def restore(name: str, models: nn.Module, folder: Path) -> nn.Module:
@@ -440,6 +475,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--batch_sizes", type=int, nargs=5, default=(8, 128, 96, 64, 24), metavar=STAGES)
     parser.add_argument("--minutes", type=float, default=1e9, help="stop this run's UNet stage after so many minutes")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--start_from", type=Path, help="a shipped base, for stages of which no checkpoint is there")
     parser.add_argument("--until", choices=STAGES, default=STAGES[-1], help="the last stage to run")
     parser.add_argument(
         "--compile", action="store_true", help="compile the UNet: needs a C++ compiler and some minutes"
@@ -451,6 +487,8 @@ def main(argv: list[str] | None = None) -> None:
     batch = dict(zip(STAGES, args.batch_sizes, strict=True))
     torch.manual_seed(args.seed)  # the parts' first weights
     folder, last = args.output_dir, STAGES.index(args.until)
+    if args.start_from is not None:
+        adopt(args.start_from, folder)
     data = Photographs(args.photographs, folder / "data")
     words = design.tokenizer()
 
