@@ -29,6 +29,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.models.attention_processor import AttnProcessor
 from diffusers.training_utils import EMAModel, compute_snr
 from diffusers.utils import make_image_grid
 from PIL import Image
@@ -82,7 +83,9 @@ def fit(
     checkpoint in `folder` was `made_from` something else (seed, photographs, batch size).
     """
     folder.mkdir(parents=True, exist_ok=True)
-    optimizer = torch.optim.AdamW(groups or models.parameters(), lr=lr, weight_decay=weight_decay, betas=(0.9, 0.98))
+    optimizer = torch.optim.AdamW(
+        groups or models.parameters(), lr=lr, weight_decay=weight_decay, betas=(0.9, 0.98), fused=True
+    )
     base_lrs = [group["lr"] for group in optimizer.param_groups]
     parameters = list(models.parameters())
     ema = EMAModel(parameters, decay=ema_decay, use_ema_warmup=True, power=0.75)
@@ -341,17 +344,21 @@ def as_pipeline(vae, words, model: Denoiser, noise_schedule) -> StableDiffusionP
 
 def train_unet(
     data: Photographs, vae, latents: torch.Tensor, words, clip, seed: int, batch_size: int, lr: float,
-    compiled: bool = False, noise_schedule: DDPMScheduler | None = None,
+    mixed_precision: str = "no", noise_schedule: DDPMScheduler | None = None,
     weigh: Callable[[torch.Tensor], torch.Tensor] = v_weights, **options
 ):  # fmt: skip
-    """Denoising; one caption in ten is empty, for guidance. `weigh` gives the errors' weights by their SNR."""
+    """Denoising; one caption in ten is empty, for guidance. `weigh` gives the errors' weights by their SNR.
+
+    `mixed_precision` "bf16" pays (a quarter more samples a second) where the processor multiplies bfloat16 itself.
+    """
     noise_schedule = noise_schedule or design.scheduler()
     text_encoder = design.text_encoder(words)
     text_encoder.load_state_dict(
         {key.removeprefix("text_model."): v for key, v in clip.text_model.state_dict().items()}
     )
     model = Denoiser(design.unet(), text_encoder).to(memory_format=torch.channels_last)
-    unet = torch.compile(model.unet) if compiled else model.unet
+    # Plain products: on a CPU torch's fused attention is slow where heads are as narrow as here, above all in bfloat16.
+    model.unet.set_attn_processor(AttnProcessor())
 
     def loss_of_step(step: int) -> dict[str, torch.Tensor]:
         rng = generator(seed, step)
@@ -364,8 +371,10 @@ def train_unet(
         # One timestep from each of B equal ranges: the batch's loss varies less (Kingma et al., 2021, appendix I).
         strata = (torch.arange(batch_size) + torch.rand(batch_size, generator=rng)) / batch_size
         t = (strata * noise_schedule.config.num_train_timesteps).long()
-        hidden = model.text_encoder(tokenize(words, captions)).last_hidden_state
-        predicted = unet(noise_schedule.add_noise(clean, noise, t), t, encoder_hidden_states=hidden).sample
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed_precision == "bf16"):
+            hidden = model.text_encoder(tokenize(words, captions)).last_hidden_state
+            noisy = noise_schedule.add_noise(clean, noise, t)
+            predicted = model.unet(noisy, t, encoder_hidden_states=hidden).sample.float()
         of_noise = noise_schedule.config.prediction_type == "epsilon"
         target = noise if of_noise else noise_schedule.get_velocity(clean, noise, t)
         mse = (predicted - target).square().mean((1, 2, 3))
@@ -477,9 +486,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--start_from", type=Path, help="a shipped base, for stages of which no checkpoint is there")
     parser.add_argument("--until", choices=STAGES, default=STAGES[-1], help="the last stage to run")
-    parser.add_argument(
-        "--compile", action="store_true", help="compile the UNet: needs a C++ compiler and some minutes"
-    )
+    parser.add_argument("--mixed_precision", choices=("no", "bf16"), default="no", help="of the UNet's training")
     parser.add_argument("--ship", type=Path, help="write the finished base to this folder")
     parser.add_argument("--note", default="", help="what the card says besides of this training")
     args = parser.parse_args(argv)
@@ -507,7 +514,7 @@ def main(argv: list[str] | None = None) -> None:
         train_judge(data, **options("judge"))
     if last >= 4:
         vae, latents = latents_of(data, vae, folder)
-        further = {"lr": 8e-4, "minutes": args.minutes, "compiled": args.compile}
+        further = {"lr": 8e-4, "minutes": args.minutes, "mixed_precision": args.mixed_precision}
         train_unet(data, vae, latents, words, clip, **options("unet") | further)
     if args.ship is not None:
         recipe = {"photographs": args.photographs, "seed": args.seed, "note": args.note}
