@@ -35,6 +35,28 @@ BASES = {
         dict(sample_size=96, attention_head_dim=(5, 10, 20, 20), cross_attention_dim=1024, use_linear_projection=True),
         768, 340_387_840, 83_653_863,
     ),
+    "Stable Diffusion XL": Base(
+        dict(
+            sample_size=128, attention_head_dim=(5, 10, 20), cross_attention_dim=2048, use_linear_projection=True,
+            block_out_channels=(320, 640, 1280), transformer_layers_per_block=(1, 2, 10),
+            down_block_types=("DownBlock2D",) + ("CrossAttnDownBlock2D",) * 2,
+            up_block_types=("CrossAttnUpBlock2D",) * 2 + ("UpBlock2D",), addition_embed_type="text_time",
+            addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816,
+        ),
+        1024, 123_060_480 + 694_659_840, 83_653_863,
+    ),
+    # Its T5 is larger than its UNet.
+    "DeepFloyd IF": Base(
+        dict(
+            sample_size=64, in_channels=3, out_channels=6, layers_per_block=3, attention_head_dim=64,
+            block_out_channels=(704, 1408, 2112, 2816), cross_attention_dim=2816, cross_attention_norm="group_norm",
+            down_block_types=("ResnetDownsampleBlock2D",) + ("SimpleCrossAttnDownBlock2D",) * 3,
+            mid_block_type="UNetMidBlock2DSimpleCrossAttn", resnet_time_scale_shift="scale_shift", act_fn="gelu",
+            up_block_types=("SimpleCrossAttnUpBlock2D",) * 3 + ("ResnetUpsampleBlock2D",), encoder_hid_dim=4096,
+            addition_embed_type="text", addition_embed_type_num_heads=64,
+        ),
+        64, 4_762_310_656, 0,
+    ),
 }  # fmt: skip
 
 
@@ -51,8 +73,13 @@ def training_memory(
         unet.add_adapter(LoraConfig(r=rank, target_modules=list(UNET_TARGETS)))
         side = unet.config.sample_size
         noisy = torch.empty(batch, unet.config.in_channels, side, side)
-        hidden = torch.empty(batch, base.text_length, base.unet["cross_attention_dim"])
-        steps = torch.empty(batch, dtype=torch.long)
+        width = unet.config.encoder_hid_dim or unet.config.cross_attention_dim
+        hidden = torch.empty(batch, base.text_length, width)
+        steps, further = torch.empty(batch, dtype=torch.long), {}
+        if unet.config.addition_embed_type == "text_time":
+            numbers = 6
+            pooled = unet.config.projection_class_embeddings_input_dim - numbers * unet.config.addition_time_embed_dim
+            further = {"text_embeds": torch.empty(batch, pooled), "time_ids": torch.empty(batch, numbers)}
         if gradient_checkpointing:
             unet.enable_gradient_checkpointing()
         adapters = sum(p.numel() for _, p in trainable_parameters(unet))
@@ -64,14 +91,16 @@ def training_memory(
         def keep(tensor: torch.Tensor) -> torch.Tensor:
             key = tensor.untyped_storage()._cdata
             # Attention weights, (…, queries, keys), are recomputed by the fused kernels that GPUs run.
-            square = tensor.ndim > 2 and tensor.shape[-1] in (tensor.shape[-2], base.text_length)
+            queries = tensor.shape[-2] if tensor.ndim > 2 else 0
+            keys = (queries, base.text_length, queries + base.text_length)
+            square = tensor.ndim > 2 and tensor.shape[-1] in keys
             attention = square and (tensor.ndim == 3 or tensor.shape[1] in heads)
             if key not in weights and not attention:
                 kept[key] = tensor
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            unet.train()(noisy, steps, encoder_hidden_states=hidden)
+            unet.train()(noisy, steps, encoder_hidden_states=hidden, added_cond_kwargs=further)
     activations = sum(tensor.untyped_storage().nbytes() // tensor.element_size() for tensor in kept.values())
     return {
         "weights": bytes_per_weight * (frozen + base.text_parameters + base.vae_parameters),

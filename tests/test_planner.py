@@ -45,3 +45,14 @@ def test_published_sizes_and_what_checkpointing_saves():
     assert plan["weights"] == 2 * (859_520_964 + 123_060_480 + 83_653_863)
     assert training_memory(base, batch=2, gradient_checkpointing=True)["activations"] < plan["activations"] / 3
     assert training_memory(base, batch=4)["activations"] == pytest.approx(2 * plan["activations"], rel=0.01)
+
+
+def test_every_base_has_its_published_size_and_activations_in_proportion_to_the_pictures():
+    published = {"Stable Diffusion 2.1": 865_910_724, "Stable Diffusion XL": 2_567_463_684, "DeepFloyd IF": 4.3e9}
+    for name, parameters in published.items():
+        base = BASES[name]
+        plan = training_memory(base, batch=2, bytes_per_weight=1, gradient_checkpointing=True)
+        unet = plan["weights"] - base.text_parameters - base.vae_parameters
+        assert unet == pytest.approx(parameters, rel=0.002), name
+        twice = training_memory(base, batch=4, bytes_per_weight=1, gradient_checkpointing=True)
+        assert twice["activations"] == pytest.approx(2 * plan["activations"], rel=0.05), name
