@@ -25,6 +25,8 @@ class DreamBoothConfig:
     base: str = _option(
         "miniature", "a preset (miniature, sd15, sd21, sdxl, if), a hub id or a path: what is personalised"
     )
+    revision: str | None = _option(None, "of a base on the hub: a branch, tag or commit")
+    variant: str | None = _option(None, "which files of the base to read, such as fp16")
     instance_data_dir: str | None = _option(None, "three to ten photographs of the subject (default: the sample toy)")
     class_word: str = _option("dog", "the word for what kind of thing the subject is")
     identifier: str = _option("sks", "a rare word that will come to mean the subject")

@@ -137,7 +137,7 @@ def load_adapter(pipeline: DiffusionPipeline, adapter: Path) -> None:
 
 def reload_pipeline(components: Components, adapter: Path) -> DiffusionPipeline:
     """A fresh pipeline of plain diffusers with the saved adapter: what whoever downloads it will have."""
-    pipeline = DiffusionPipeline.from_pretrained(components.base, use_safetensors=True)
+    pipeline = DiffusionPipeline.from_pretrained(components.base, use_safetensors=True, variant=components.variant)
     if pipeline.unet.dtype != components.unet.dtype:
         pipeline.to(dtype=components.unet.dtype)
     pipeline.to(components.device)

@@ -12,6 +12,12 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
+from huggingface_hub.errors import (
+    GatedRepoError,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel
 
 from dbnb.config import PRESETS
@@ -68,6 +74,7 @@ class Components:
     tokenizer_2: Any = None
     text_encoder_2: torch.nn.Module | None = None
     architecture_2: Architecture | None = None
+    variant: str | None = None  # of the base's files, such as "fp16"
     # What only the base's pipeline needs (a safety checker): read once, by `build_pipeline`.
     further: dict[str, Any] = field(default_factory=dict)
 
@@ -139,10 +146,28 @@ class Components:
         return self.table()._repr_html_()
 
 
-def resolve_base(base: str) -> Path:
+def _why_not_fetched(error: BaseException | None, variant: str | None) -> str:
+    """What the hub's error, or what it came from, means, and what to do."""
+    while error is not None:
+        if isinstance(error, GatedRepoError):
+            return "it is gated: accept its licence on the hub, and log in with `hf auth login`"
+        if isinstance(error, RevisionNotFoundError):
+            return "the repository has no such revision: check --revision"
+        if isinstance(error, RepositoryNotFoundError):
+            return "there is no such repository, or it is private: check the spelling, and log in with `hf auth login`"
+        if variant is not None and isinstance(error, ValueError) and "variant" in str(error):
+            return f"it has no files of the variant {variant!r}: leave --variant out"
+        if isinstance(error, RemoteEntryNotFoundError):
+            return f"it is no diffusers pipeline ({error.args[0].splitlines()[0]}): give the id of a whole pipeline"
+        error = error.__cause__ or error.__context__
+    return "no answer, and it is not in the cache: check the network"
+
+
+def resolve_base(base: str, *, revision: str | None = None, variant: str | None = None) -> Path:
     """A preset, a path or a hub id -> a local pipeline folder (the hub's files land in huggingface_hub's cache).
 
-    Raises FileNotFoundError in one sentence when it is neither a folder nor reachable on the hub.
+    `revision` and `variant` are the hub's. Raises FileNotFoundError in one sentence when it is neither a folder nor to
+    be had on the hub.
     """
     if base == "miniature":
         from dbnb import miniature
@@ -157,11 +182,11 @@ def resolve_base(base: str) -> Path:
     if base.count("/") != 1 or base.startswith((".", "/", "~")):
         raise FileNotFoundError(f"Base {base!r} is no folder here and no hub id (owner/name): check the spelling.")
     try:
-        return Path(DiffusionPipeline.download(base))
-    except Exception as error:  # huggingface_hub raises a dozen kinds; what to do is the same
+        return Path(DiffusionPipeline.download(base, revision=revision, variant=variant, use_safetensors=True))
+    except Exception as error:  # huggingface_hub and diffusers raise a dozen kinds, one inside the other
         raise FileNotFoundError(
-            f"Base {base!r} cannot be fetched from the hub ({type(error).__name__}): check the id, the network and "
-            "your access, or use --base miniature, which needs none."
+            f"Base {base!r} cannot be fetched from the hub ({type(error).__name__}): {_why_not_fetched(error, variant)}"
+            "; --base miniature needs none of it."
         ) from error
 
 
@@ -193,17 +218,19 @@ def dtype_of(mixed_precision: str) -> torch.dtype:
 
 
 def load_components(
-    base: str | Path, *, weight_dtype: torch.dtype | Mapping[str, torch.dtype] = torch.float32
-) -> Components:
+    base: str | Path, *, weight_dtype: torch.dtype | Mapping[str, torch.dtype] = torch.float32,
+    revision: str | None = None, variant: str | None = None,
+) -> Components:  # fmt: skip
     """Load tokenizer, text encoder, VAE (if `model_index.json` names one), UNet and noise schedule; freeze; cast.
 
     `weight_dtype` is one dtype for all, or one for each of "text_encoder", "vae", "unet" (float32 if not named). The
-    scheduler is the base's own schedule as DDPM, whatever solver it ships. Weights are read from safetensors only.
+    scheduler is the base's own schedule as DDPM, whatever solver it ships. Weights are read from safetensors only, of
+    the `variant` that is asked for.
 
     Raises ValueError that names a pipeline without a UNet, or a UNet of another task, and FileNotFoundError where the
     weights are missing.
     """
-    folder = resolve_base(str(base))
+    folder = resolve_base(str(base), revision=revision, variant=variant)
     index = json.loads((folder / "model_index.json").read_text())
 
     def has(part: str) -> bool:
@@ -215,9 +242,12 @@ def load_components(
     def load(part: str, model_class: Any) -> Any:
         dtype = weight_dtype if isinstance(weight_dtype, torch.dtype) else weight_dtype.get(part, torch.float32)
         try:  # the library is told the dtype, since it keeps what would overflow (T5's `wo`) in float32
-            module = model_class.from_pretrained(folder / part, use_safetensors=True, torch_dtype=dtype)
-        except OSError as error:
-            raise FileNotFoundError(f"{folder / part} has no weights as safetensors: {error}") from error
+            module = model_class.from_pretrained(
+                folder / part, use_safetensors=True, torch_dtype=dtype, variant=variant
+            )
+        except (OSError, ValueError) as error:
+            of = "" if variant is None else f" of the variant {variant!r}"
+            raise FileNotFoundError(f"{folder / part} has no weights{of} as safetensors: {error}") from error
         return module.requires_grad_(False).eval()
 
     def read_words(part: str) -> Any:
@@ -238,6 +268,7 @@ def load_components(
         unet=load("unet", UNet2DConditionModel),
         noise_scheduler=DDPMScheduler.from_pretrained(folder, subfolder="scheduler"),
         architecture=architecture,
+        variant=variant,
         **second,
     )
     channels = components.unet.config.in_channels

@@ -36,7 +36,9 @@ def cache_dir() -> Path:
 def build_pipeline(components: Components) -> DiffusionPipeline:
     """The base's own diffusers pipeline around these parts, with a fast solver (DPM-Solver++, Lu et al., 2022)."""
     parts = components.parts() | components.further
-    pipeline = DiffusionPipeline.from_pretrained(components.base, use_safetensors=True, **parts)
+    pipeline = DiffusionPipeline.from_pretrained(
+        components.base, use_safetensors=True, variant=components.variant, **parts
+    )
     others = {name: part for name, part in pipeline.components.items() if part is not None and name != "scheduler"}
     components.further = {name: part for name, part in others.items() if name not in components.parts()}
     # A learned variance is split off by the pipeline only if the scheduler does not expect it.

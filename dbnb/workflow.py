@@ -107,7 +107,9 @@ def prepare(
         instance_prompt=config.instance_prompt, class_prompt=config.class_prompt,
     )  # fmt: skip
     tell(concept.report())
-    components = load_components(config.base, weight_dtype=dtype_of(config.mixed_precision))
+    components = load_components(
+        config.base, weight_dtype=dtype_of(config.mixed_precision), revision=config.revision, variant=config.variant
+    )
     if torch.accelerator.is_available():  # CUDA, or Apple's MPS
         components.to(torch.accelerator.current_accelerator())
     tokens = token_report(components.tokenizer, config.identifier)

@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import shutil
 import uuid
+from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
+from huggingface_hub import errors
 from safetensors.torch import load_file
 
 from dbnb import miniature
 from dbnb.config import PRESETS, suggested
 from dbnb.models import cut_off, encode_prompts, fingerprint, load_components, text_architecture
+from dbnb.prior import build_pipeline
 
 
 @pytest.fixture
@@ -95,8 +98,34 @@ def test_a_mistyped_base_is_said_to_be_that(tmp_path):
         load_components("minature")
     with pytest.raises(FileNotFoundError, match="model_index.json"):
         load_components(tmp_path)
-    with pytest.raises(FileNotFoundError, match="--base miniature"):
+    with pytest.raises(FileNotFoundError, match="check the network.*--base miniature"):
         load_components("nobody/nothing")
+
+
+@pytest.mark.parametrize(
+    "kind, words",
+    [(errors.GatedRepoError, "accept its licence"), (errors.RepositoryNotFoundError, "check the spelling"),
+     (errors.RevisionNotFoundError, "--revision"), (errors.RemoteEntryNotFoundError, "no diffusers pipeline")],
+)  # fmt: skip
+def test_what_the_hub_answers_is_said_with_what_to_do(monkeypatch, kind, words):
+    def download(*args, **options):
+        answer = SimpleNamespace(headers={}, request=None)
+        raise OSError("cannot load") from kind("model_index.json is not there", response=answer)
+
+    monkeypatch.setattr(DiffusionPipeline, "download", download)
+    with pytest.raises(FileNotFoundError, match=words):
+        load_components("someone/something")
+
+
+def test_a_variant_is_read_and_a_missing_one_is_named(tmp_path):
+    pipeline = StableDiffusionPipeline.from_pretrained(miniature.path())
+    pipeline.save_pretrained(tmp_path, variant="fp16")
+    found = load_components(tmp_path, variant="fp16")
+    assert build_pipeline(found).unet is found.unet
+    with pytest.raises(FileNotFoundError, match="variant 'bf16'"):
+        load_components(tmp_path, variant="bf16")
+    with pytest.raises(FileNotFoundError, match="no weights as safetensors"):
+        load_components(tmp_path)
 
 
 def test_fingerprint_changes_with_the_weights(copy):
