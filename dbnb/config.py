@@ -139,7 +139,7 @@ _LARGE = dict(
 )  # fmt: skip
 PRESETS: dict[str, dict[str, Any]] = {
     "miniature": dict(
-        base="miniature", resolution=64, max_train_steps=400, learning_rate=3e-4, text_encoder_learning_rate=3e-4,
+        base="miniature", resolution=64, max_train_steps=400, learning_rate=6e-4, text_encoder_learning_rate=3e-4,
         train_text_encoder=True, num_inference_steps=20, guidance_scale=2.5, sample_batch_size=25,
         rank=16, train_batch_size=4, gradient_checkpointing=False, mixed_precision="no",
     ),

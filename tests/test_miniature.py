@@ -124,6 +124,16 @@ def test_measures_of_the_evaluation():
     a, b = rng.normal(size=(4000, 3)), rng.normal(size=(4000, 3)) + [2.0, 0.0, 0.0]
     assert evaluate.frechet(a, a) < 1e-6 and abs(evaluate.frechet(a, b) - 4.0) < 0.3
     assert evaluate.entropy(np.array([0, 1, 2, 3]), 4) == 1.0 and evaluate.entropy(np.array([1, 1]), 4) == 0.0
+    red_green_blue_gray = np.array([[[1.0, 0, 0], [0, 1, 0], [0, 0, 1], [0.5, 0.5, 0.5]]])
+    hues, chroma = evaluate.hue(red_green_blue_gray)
+    assert np.allclose(hues[0, :3], [0, 120, 240]) and np.allclose(chroma, [[1, 1, 1, 0]])
+    assert evaluate.turn(np.array(350.0), np.array(20.0)) == 30.0
+    photos = rng.integers(0, 256, (5, 64, 64, 3), dtype=np.uint8)
+    assert evaluate.nearest(photos[3:4], photos) < 1e-3 < 0.02 < evaluate.nearest(255 - photos[3:4], photos)
+    reds = np.full((2, 64, 64, 3), (214, 28, 28), np.uint8)
+    oranges = np.full((2, 64, 64, 3), (247, 135, 20), np.uint8)
+    assert 20 < evaluate.hue_errors(reds, oranges, np.array([0, 0]))["red"] < 40
+    assert evaluate.hue_errors(reds, reds, np.array([0, 0]))["red"] == 0.0
 
 
 def test_the_evaluation_runs_on_few_pictures(tmp_path):

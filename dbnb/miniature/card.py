@@ -67,6 +67,11 @@ def figures(result: dict) -> str:
     """The evaluation as a table."""
     rows = {
         "autoencoder, unseen renders": f"PSNR {result['autoencoder']['psnr']:.1f} dB",
+        "the same, mean hue error (the nearest two named hues are "
+        f"{result['autoencoder']['nearest_named_hues']:.0f}° apart)": ", ".join(
+            f"{name} {error:.1f}°" for name, error in result["autoencoder"]["hue_error"].items()
+        ),
+        "judge on its reconstructions": _percent(result["autoencoder"]["judged"]),
         "judge on unseen renders": _percent(result["judge"]),
         "drawn as asked": _percent(result["drawn"]),
         "drawn as asked, held-out combinations": _percent(result["composition"]),
@@ -75,6 +80,10 @@ def figures(result: dict) -> str:
         "Frechet distance, drawn to real | real to real": "{drawn_to_real:.2f} against {real_to_real:.2f}".format(
             **result["frechet"]
         ),
+        "mean distance to the nearest training photograph (16 x 16 pixels, 0 to 1)": "not measured"
+        if result["copying"] is None
+        else "drawings {drawn:.3f}, unseen renders {unseen renders:.3f}; the nearest drawing {nearest drawing:.3f}, "
+        "the nearest unseen render {nearest unseen render:.3f}".format(**result["copying"]),
         "identity encoder, unseen toys": "finds the other photograph of a toy among all of its kind in "
         f"{100 * result['identity']['retrieval']:.1f} %",
         "the same, toys of any colours": f"{100 * result['identity_any_colors']['retrieval']:.1f} %",

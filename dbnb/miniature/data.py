@@ -18,6 +18,7 @@ from dbnb.toybox.captions import caption
 _SPLITS = {"train": 0, "test": 1, "wild": 2}
 _WORLD = 3  # raised whenever the same number shows another picture, so that old files are not read
 SHOTS = 2  # photographs of each toy, in different places: pairs for the identity encoder
+CHUNK = 6000  # photographs a file
 SCENE_NAMES = tuple(toybox.SCENES)
 COLOR_NAMES = tuple(toybox.COLORS)
 UNNAMED = len(COLOR_NAMES)  # the label of a colour without a name
@@ -76,9 +77,18 @@ def caption_of(labels: np.ndarray, rng: np.random.Generator) -> str:
     return caption(**names, rng=rng)
 
 
+def _file(split: str, count: int, folder: Path, start: int) -> Path:
+    return folder / f"{split}-{start}-{count}-v{_WORLD}.npz"
+
+
+def is_kept(split: str, count: int, folder: Path, *, start: int = 0) -> bool:
+    """Whether `photographs` would read these and not render them."""
+    return _file(split, count, folder, start).exists()
+
+
 def photographs(split: str, count: int, folder: Path, *, start: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """(count, 64, 64, 3) uint8 pictures and (count, 6) uint8 labels; rendered on all cores, then read from `folder`."""
-    path = folder / f"{split}-{start}-{count}-v{_WORLD}.npz"
+    path = _file(split, count, folder, start)
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         images = np.empty((count, 64, 64, 3), np.uint8)

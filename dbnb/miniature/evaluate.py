@@ -15,13 +15,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from transformers import AutoModelForImageClassification
 
 from dbnb import metrics, toybox, workflow
 from dbnb.config import PRESETS, DreamBoothConfig
 from dbnb.miniature import path
-from dbnb.miniature.data import ATTRIBUTES, SHOTS, draw, held_out, labels_of, photographs
+from dbnb.miniature.data import ATTRIBUTES, CHUNK, SHOTS, draw, held_out, is_kept, labels_of, photographs
 from dbnb.models import load_components
 from dbnb.prior import build_pipeline, draw_images, image_seed
 from dbnb.toybox.captions import article_for
@@ -80,15 +81,56 @@ def full_caption(names: dict[str, str]) -> str:
     return f"a photo of {article_for(words)} {words}{tail} {toybox.SCENES[names['scene']]}"
 
 
-def autoencoder(components, images: np.ndarray, labels: np.ndarray) -> dict:
-    """PSNR on unseen renders, and how far each named body colour moves (mean absolute difference, 0 to 1)."""
+def hue(pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(N, H, W, 3) in [0, 1] -> hue in degrees and chroma, (N, H, W) each."""
+    red, green, blue = np.moveaxis(pictures, -1, 0)
+    alpha, beta = red - 0.5 * (green + blue), np.sqrt(0.75) * (green - blue)
+    return np.degrees(np.arctan2(beta, alpha)) % 360.0, np.hypot(alpha, beta)
+
+
+def turn(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Degrees between two hues, 0 to 180."""
+    return np.abs((a - b + 180.0) % 360.0 - 180.0)
+
+
+def hue_errors(images: np.ndarray, back: np.ndarray, body: np.ndarray) -> dict[str, float]:
+    """Mean turn of the hue, in degrees, for each body colour that has one, on the pixels that show it."""
+    (hues, chroma), (hues_back, _) = hue(images / 255.0), hue(back / 255.0)
+    errors = {}
+    for number, name in enumerate(ATTRIBUTES["body"]):
+        own, strength = hue(np.array(toybox.COLORS[name])[None, None, None])
+        if strength > 0.1:
+            shown = (turn(hues, own) < 15.0) & (chroma > 0.15) & (body == number)[:, None, None]
+            if shown.any():
+                errors[name] = float(turn(hues, hues_back)[shown].mean())
+    return errors
+
+
+def autoencoder(components, judge: Judge, images: np.ndarray, labels: np.ndarray) -> dict:
+    """PSNR on unseen renders, hue errors, what the judge reads off the reconstructions, the nearest two named hues."""
     back = np.stack([np.asarray(i) for i in metrics.through_vae(components, [Image.fromarray(i) for i in images], 64)])
-    error = (back.astype(np.float64) - images) / 255.0
-    per_image = -10.0 * np.log10((error**2).mean((1, 2, 3)))
-    body = labels[:, 1]
-    middle = error[:, 20:50, 16:48]
-    drift = {c: float(np.abs(middle[body == i].mean((1, 2))).mean()) for i, c in enumerate(ATTRIBUTES["body"])}
-    return {"psnr": float(per_image.mean()), "psnr_worst_percent": float(np.quantile(per_image, 0.01)), "drift": drift}
+    per_image = -10.0 * np.log10((((back.astype(np.float64) - images) / 255.0) ** 2).mean((1, 2, 3)))
+    hues, chroma = hue(np.array([list(toybox.COLORS.values())]))
+    named = np.sort(hues[chroma > 0.1])
+    return {
+        "psnr": float(per_image.mean()),
+        "psnr_worst_percent": float(np.quantile(per_image, 0.01)),
+        "hue_error": hue_errors(images, back, labels[:, 1]),
+        "nearest_named_hues": float(turn(named, np.roll(named, 1)).min()),
+        "judged": accuracy(judge(back), labels),
+    }
+
+
+def nearest(pictures: np.ndarray, photos: np.ndarray) -> np.ndarray:
+    """Root mean square difference (0 to 1) of each picture from the photograph most like it, both at 16 x 16 pixels."""
+
+    def small(images: np.ndarray) -> torch.Tensor:
+        return F.avg_pool2d(torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255.0, 4).flatten(1)
+
+    known, distances = small(photos), []
+    for part in small(pictures).split(64):
+        distances.append(torch.cdist(part, known).min(1).values)
+    return torch.cat(distances).numpy() / np.sqrt(known.shape[1])
 
 
 def drawings(pipeline, prompts: list[str], seed: int = 5) -> np.ndarray:
@@ -99,11 +141,15 @@ def drawings(pipeline, prompts: list[str], seed: int = 5) -> np.ndarray:
 
 
 def measure(base: Path, count: int, data: Path) -> dict:
-    """Autoencoder, judge, drawings, composition, diversity, Frechet distance, identity encoder, speed."""
+    """Autoencoder, judge, drawings, composition, diversity, copying, Frechet distance, identity encoder, speed.
+
+    `data` keeps photographs; copying is measured where those of the training are there.
+    """
     components, judge = load_components(base), Judge(base)
     pipeline = build_pipeline(components)
     images, labels = photographs("test", 1024, data)
-    result: dict = {"autoencoder": autoencoder(components, images, labels), "judge": accuracy(judge(images), labels)}
+    result: dict = {"judge": accuracy(judge(images), labels)}
+    result["autoencoder"] = autoencoder(components, judge, images, labels)
 
     names = [draw("test", index)[1] for index in range(8 * count)]
     seen = [n for n in names if not held_out(n["kind"], n["body"], n["scene"])][:count]
@@ -120,6 +166,7 @@ def measure(base: Path, count: int, data: Path) -> dict:
         "drawn_to_real": frechet(judge.features(pictures), real[: len(pictures)]),
         "real_to_real": frechet(real[-len(pictures) :], real[: len(pictures)]),
     }
+    result["copying"] = copying(base, pictures, images, data)
     dogs = judge(drawings(pipeline, ["a photo of a dog"] * count, seed=7))
     result["diversity"] = {
         name: entropy(dogs[:, i], len(values)) for i, (name, values) in enumerate(ATTRIBUTES.items()) if name != "kind"
@@ -134,6 +181,25 @@ def measure(base: Path, count: int, data: Path) -> dict:
     # Any colours, as a learner's own toy has; far above the numbers that training uses.
     result["identity_any_colors"] = identity_accuracy(encoders, *photographs("wild", 1024, data, start=10**6))
     return result
+
+
+def copying(base: Path, pictures: np.ndarray, unseen: np.ndarray, data: Path) -> dict[str, float] | None:
+    """Mean distance to the nearest training photograph: of drawings, and of unseen renders, which copy nothing."""
+    count = json.loads((base / "training.json").read_text())["photographs"]
+    parts = [
+        photographs("train", min(CHUNK, count - start), data, start=start)[0]
+        for start in range(0, count, CHUNK)
+        if is_kept("train", min(CHUNK, count - start), data, start=start)
+    ]
+    if sum(map(len, parts)) < count:
+        return None
+    known = np.concatenate(parts)
+    return {
+        "drawn": float(nearest(pictures, known).mean()),
+        "unseen renders": float(nearest(unseen, known).mean()),
+        "nearest drawing": float(nearest(pictures, known).min()),
+        "nearest unseen render": float(nearest(unseen, known).min()),
+    }
 
 
 def identity_accuracy(encoders: metrics.Encoders, images: np.ndarray, labels: np.ndarray) -> dict[str, float]:
@@ -189,11 +255,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--base", type=Path, default=path())
     parser.add_argument("--output", type=Path, default=Path("runs/evaluation.json"))
     parser.add_argument("--count", type=int, default=300, help="pictures drawn for each measure")
+    parser.add_argument("--data", type=Path, help="where training keeps its photographs: is anything copied from them?")
     parser.add_argument("--subjects", type=int, help="run the subject experiment on the sample and so many random toys")
     args = parser.parse_args(argv)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
-        result = {"cores": os.cpu_count()} | measure(args.base, args.count, Path(folder))
+        result = {"cores": os.cpu_count()} | measure(args.base, args.count, args.data or Path(folder))
         if args.subjects is not None:
             base = "miniature" if args.base == path() else str(args.base)
             result["subjects"] = subject_experiment(base, Path(folder), args.subjects)

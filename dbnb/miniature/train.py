@@ -24,7 +24,6 @@ import torch.nn.functional as F
 from diffusers import (
     AutoencoderKL,
     DDPMScheduler,
-    DPMSolverMultistepScheduler,
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
@@ -39,12 +38,12 @@ from transformers import CLIPModel, CLIPTextModel, ResNetForImageClassification,
 
 from dbnb import toybox
 from dbnb.miniature import design
-from dbnb.miniature.data import ATTRIBUTES, COLOR_NAMES, SHOTS, caption_of, photographs
+from dbnb.miniature.data import ATTRIBUTES, CHUNK, COLOR_NAMES, SHOTS, caption_of, photographs
+from dbnb.prior import fast_solver
 from dbnb.toybox.captions import article_for
 
 STAGES = ("vae", "clip", "identity", "judge", "unet")
 PHOTOGRAPHS = 48000
-_CHUNK = 6000  # photographs a file
 _LATENT_SAMPLE = 2000  # photographs that tell the latents' mean and deviation
 
 
@@ -165,9 +164,9 @@ class Photographs:
 
     def __init__(self, count: int, folder: Path) -> None:
         chunks = [
-            photographs(split, min(_CHUNK, total - start), folder, start=start)
+            photographs(split, min(CHUNK, total - start), folder, start=start)
             for split, total in (("train", count), ("wild", count // 3 // SHOTS * SHOTS))
-            for start in range(0, total, _CHUNK)
+            for start in range(0, total, CHUNK)
         ]
         self.named = count
         self.images = np.concatenate([images for images, _ in chunks])
@@ -335,7 +334,7 @@ def as_pipeline(vae, words, model: Denoiser, noise_schedule) -> StableDiffusionP
     """The parts as they are now, to draw with."""
     pipeline = StableDiffusionPipeline(
         vae=vae, text_encoder=model.text_encoder, tokenizer=words, unet=model.unet, safety_checker=None,
-        scheduler=DPMSolverMultistepScheduler.from_config(noise_schedule.config), feature_extractor=None,
+        scheduler=fast_solver(noise_schedule), feature_extractor=None,
         requires_safety_checker=False,
     )  # fmt: skip
     pipeline.set_progress_bar_config(disable=True)

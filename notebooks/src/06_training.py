@@ -337,8 +337,8 @@ def look(step: int) -> None:
 # %% [markdown]
 # ## The loop
 #
-# Everything is there. The text encoder's adapters get their own, lower learning rate: at too high a rate the words for
-# places stop working. **Predict**: which of the five curves will fall, which stay?
+# Everything is there. The text encoder's adapters get a learning rate of their own: at too high a rate the words for places
+# stop working. **Predict**: which of the five curves will fall, which stay?
 
 # %% tags=["the-loop"]
 groups = [

@@ -222,7 +222,8 @@ from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 
 pipeline = StableDiffusionPipeline.from_pretrained(miniature.path()).to(session.components.device)
 pipeline.load_lora_weights(output, weight_name="pytorch_lora_weights.safetensors", adapter_name="toy")
-pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
+solver = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config, algorithm_type="sde-dpmsolver++")
+pipeline.scheduler = solver
 pipeline.set_progress_bar_config(disable=True)
 elsewhere = pipeline(
     ["a photo of a sks dog on the beach"] * 4,
