@@ -40,6 +40,13 @@ def test_words_are_one_token_and_identifiers_the_rarest():
     assert words.convert_tokens_to_ids("sks</w>") > words.convert_tokens_to_ids("dog</w>")
 
 
+def test_the_code_makes_the_tokenizer_that_is_shipped():
+    from dbnb.miniature import design
+
+    shipped = StableDiffusionPipeline.from_pretrained(miniature.path()).tokenizer
+    assert design.tokenizer().get_vocab() == shipped.get_vocab()
+
+
 def test_folding_the_latents_scale_into_the_vae_changes_no_picture():
     from dbnb.miniature import design
 

@@ -40,7 +40,9 @@ def tokenizer() -> CLIPTokenizer:
     sizes = [len(values) for values in ATTRIBUTES.values()]
     corpus = [caption_of(rng.integers(0, sizes), rng) for _ in range(4000)]
     corpus = [" ".join(word for word in line.split() if word not in IDENTIFIERS) for line in corpus]
-    corpus += list(_FURTHER_WORDS) * 20 + list(IDENTIFIERS) * 4
+    # Each so often and no other so often: between equals the order in which pairs are merged would be left to chance.
+    corpus += [word for times, word in enumerate(_FURTHER_WORDS, start=20) for _ in range(times)]
+    corpus += list(IDENTIFIERS) * 4
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.pre_tokenizer = pre_tokenizers.Whitespace()
     letters = [chr(c) for c in range(33, 127)]

@@ -209,8 +209,9 @@ plots.show(
 # %% [markdown]
 # **What you should see**: in the lower row the toy, in every place. The place comes from the words, as before; the toy
 # comes from five photographs. On the beach, at night and on the moon no photograph shows it: that the two can be put
-# together all the same is what makes this worth doing. Coarse features arrive first: expect the teal and the yellow more
-# surely than the number of spots.
+# together all the same is what makes this worth doing. Coarse features arrive first: expect the two colours more surely
+# than the number of spots. The teal may come out bluer than it is: so small a base paints a colour that no caption names
+# only roughly.
 #
 # The same pairs, one at a time (in a live notebook):
 
