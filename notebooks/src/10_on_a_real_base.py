@@ -123,8 +123,8 @@ print(f"{unet / 1e6:.0f} million parameters, {16 * unet / GIB:.1f} GiB; the adap
 
 # %%
 # NBVAL_CHECK_OUTPUT
-assert all(plan["adapters"] < plan["weights"] / 20 for plan in plans.values()), plans
-print("for every base adapters take less than a twentieth of what the weights take")
+assert all(plan["adapters"] < plan["weights"] / 10 for plan in plans.values()), plans
+print("for every base adapters take less than a tenth of what the weights take")
 
 # %% [markdown]
 # ## Which switch empties it?
