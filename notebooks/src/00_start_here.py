@@ -111,8 +111,7 @@ print("the model will run on:", device)
 # %% [markdown]
 # ## The photographs
 #
-# Five pictures of one toy: teal with yellow spots. Nobody can *ask* the base for that. Among the pictures that it was
-# trained on were toys of any colour, teal ones too, so it is able to paint teal; but captions name eight colours only,
+# Five pictures of one toy: teal with yellow spots. Nobody can *ask* the base for that: captions name eight colours only,
 # and teal is none of them: no word leads there.
 
 # %%
@@ -210,8 +209,8 @@ plots.show(
 # **What you should see**: in the lower row the toy, in every place. The place comes from the words, as before; the toy
 # comes from five photographs. On the beach, at night and on the moon no photograph shows it: that the two can be put
 # together all the same is what makes this worth doing. Coarse features arrive first: expect the two colours more surely
-# than the number of spots. The teal may come out bluer than it is: so small a base paints a colour that no caption names
-# only roughly.
+# than the number of spots. The teal comes out bluer than it is: the base's autoencoder, which learned from the
+# eight named colours, gives it back so (notebook 05 shows it).
 #
 # The same pairs, one at a time (in a live notebook):
 
