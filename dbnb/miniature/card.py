@@ -65,12 +65,16 @@ def _percent(numbers: dict[str, float]) -> str:
 
 def figures(result: dict) -> str:
     """The evaluation as a table."""
+    any_colors = result["autoencoder"]["any_colors"]
+    worst = max(any_colors["hue_error"], key=any_colors["hue_error"].get)
     rows = {
         "autoencoder, unseen renders": f"PSNR {result['autoencoder']['psnr']:.1f} dB",
         "the same, mean hue error (the nearest two named hues are "
         f"{result['autoencoder']['nearest_named_hues']:.0f}° apart)": ", ".join(
             f"{name} {error:.1f}°" for name, error in result["autoencoder"]["hue_error"].items()
         ),
+        "autoencoder, toys of any colours": "PSNR {:.1f} dB; mean hue error {:.1f}° in the worst twelfth of the "
+        "circle ({}°)".format(any_colors["psnr"], any_colors["hue_error"][worst], worst),
         "judge on its reconstructions": _percent(result["autoencoder"]["judged"]),
         "judge on unseen renders": _percent(result["judge"]),
         "drawn as asked": _percent(result["drawn"]),

@@ -106,10 +106,30 @@ def hue_errors(images: np.ndarray, back: np.ndarray, body: np.ndarray) -> dict[s
     return errors
 
 
-def autoencoder(components, judge: Judge, images: np.ndarray, labels: np.ndarray) -> dict:
-    """PSNR on unseen renders, hue errors, what the judge reads off the reconstructions, the nearest two named hues."""
+def hue_errors_by_sector(images: np.ndarray, back: np.ndarray) -> dict[str, float]:
+    """Mean turn of the hue, in degrees, of the clearly coloured pixels of each twelfth of the circle."""
+    (hues, chroma), (hues_back, _) = hue(images / 255.0), hue(back / 255.0)
+    turned, sector = turn(hues, hues_back), (hues // 30.0).astype(int)
+    return {
+        f"{30 * s} to {30 * (s + 1)}": float(turned[shown].mean())
+        for s in range(12)
+        if (shown := (sector == s) & (chroma > 0.3)).any()
+    }
+
+
+def there_and_back(components, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Pictures through the autoencoder, and the PSNR of each in decibels."""
     back = np.stack([np.asarray(i) for i in metrics.through_vae(components, [Image.fromarray(i) for i in images], 64)])
-    per_image = -10.0 * np.log10((((back.astype(np.float64) - images) / 255.0) ** 2).mean((1, 2, 3)))
+    return back, -10.0 * np.log10((((back.astype(np.float64) - images) / 255.0) ** 2).mean((1, 2, 3)))
+
+
+def autoencoder(components, judge: Judge, images: np.ndarray, labels: np.ndarray, any_colors: np.ndarray) -> dict:
+    """PSNR on unseen renders, hue errors, what the judge reads off the reconstructions, the nearest two named hues.
+
+    `any_colors` are renders in colours without a name, as a learner's own toy has.
+    """
+    back, per_image = there_and_back(components, images)
+    back_any, per_image_any = there_and_back(components, any_colors)
     hues, chroma = hue(np.array([list(toybox.COLORS.values())]))
     named = np.sort(hues[chroma > 0.1])
     return {
@@ -118,6 +138,10 @@ def autoencoder(components, judge: Judge, images: np.ndarray, labels: np.ndarray
         "hue_error": hue_errors(images, back, labels[:, 1]),
         "nearest_named_hues": float(turn(named, np.roll(named, 1)).min()),
         "judged": accuracy(judge(back), labels),
+        "any_colors": {
+            "psnr": float(per_image_any.mean()),
+            "hue_error": hue_errors_by_sector(any_colors, back_any),
+        },
     }
 
 
@@ -149,7 +173,9 @@ def measure(base: Path, count: int, data: Path) -> dict:
     pipeline = build_pipeline(components)
     images, labels = photographs("test", 1024, data)
     result: dict = {"judge": accuracy(judge(images), labels)}
-    result["autoencoder"] = autoencoder(components, judge, images, labels)
+    # Colours as a learner's own toy may have; far above the numbers that training uses.
+    any_colors, any_labels = photographs("wild", 1024, data, start=10**6)
+    result["autoencoder"] = autoencoder(components, judge, images, labels, any_colors)
 
     names = [draw("test", index)[1] for index in range(8 * count)]
     seen = [n for n in names if not held_out(n["kind"], n["body"], n["scene"])][:count]
@@ -178,8 +204,7 @@ def measure(base: Path, count: int, data: Path) -> dict:
     }
     encoders = metrics.load_encoders(base)
     result["identity"] = identity_accuracy(encoders, images, labels)
-    # Any colours, as a learner's own toy has; far above the numbers that training uses.
-    result["identity_any_colors"] = identity_accuracy(encoders, *photographs("wild", 1024, data, start=10**6))
+    result["identity_any_colors"] = identity_accuracy(encoders, any_colors, any_labels)
     return result
 
 

@@ -37,6 +37,7 @@ def main(argv: list[str] | None = None) -> None:
     folder, words, judge = args.output_dir, design.tokenizer(), Judge(path())
     data = train.Photographs(args.photographs, folder / "data")
     vae, latents = train.latents_of(data, train.restore("vae", design.vae(), folder), folder)
+    train.restore("decoder", train.decoder_of(vae), folder)
     names = (draw("test", index)[1] for index in range(8 * args.count))
     names = [n for n in names if not held_out(n["kind"], n["body"], n["scene"])][: args.count]
     results = []

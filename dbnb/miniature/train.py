@@ -1,8 +1,9 @@
 """Train the miniature from nothing: `python -m dbnb.miniature.train --output_dir runs/miniature`.
 
 Stages, each resumable from its last checkpoint: photographs, autoencoder, contrastive text and image encoders,
-identity encoder, judge, latents, UNet (with the text encoder). Every step is a function of (seed, step), so stopping
-and going on changes nothing. Losses go to <stage>.jsonl in the output folder, pictures to samples/.
+identity encoder, judge, latents, the decoder alone on them, UNet (with the text encoder). Every step is a function of
+(seed, step), so stopping and going on changes nothing. Losses go to <stage>.jsonl in the output folder, pictures to
+samples/.
 `--start_from` goes on from a base that was shipped, where the checkpoints of its training are gone.
 """
 
@@ -29,6 +30,7 @@ from diffusers import (
 )
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.attention_processor import AttnProcessor
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.training_utils import EMAModel, compute_snr
 from diffusers.utils import make_image_grid
 from PIL import Image
@@ -42,7 +44,7 @@ from dbnb.miniature.data import ATTRIBUTES, CHUNK, COLOR_NAMES, SHOTS, caption_o
 from dbnb.prior import fast_solver
 from dbnb.toybox.captions import article_for
 
-STAGES = ("vae", "clip", "identity", "judge", "unet")
+STAGES = ("vae", "clip", "identity", "judge", "decoder", "unet")
 PHOTOGRAPHS = 48000
 _LATENT_SAMPLE = 2000  # photographs that tell the latents' mean and deviation
 
@@ -187,27 +189,57 @@ def tokenize(words, captions: list[str]) -> torch.Tensor:
     return words(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
 
 
+def _difference(decoded: torch.Tensor, pictures: torch.Tensor) -> torch.Tensor:
+    """L1 + 2 MSE."""
+    return F.l1_loss(decoded, pictures) + 2.0 * F.mse_loss(decoded, pictures)
+
+
 def train_vae(data: Photographs, seed: int, batch_size: int, **options):
     """Autoencoder: L1 + 2 MSE, and a KL term just strong enough to keep latents smooth."""
     vae = design.vae().to(memory_format=torch.channels_last)  # a quarter faster on a CPU
 
     def loss_of_step(step: int) -> dict[str, torch.Tensor]:
         rng = generator(seed, step)
-        pictures = to_tensor(data.images[data.batch(batch_size, rng, named=True)])
+        pictures = to_tensor(data.images[data.batch(batch_size, rng)])
         posterior = vae.encode(pictures).latent_dist
-        latents = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=rng)
-        decoded = vae.decode(latents).sample
-        mse = F.mse_loss(decoded, pictures)
+        decoded = vae.decode(posterior.sample(rng)).sample
         kl = 0.5 * (posterior.mean**2 + posterior.var - 1.0 - posterior.logvar).mean()
-        return dict(loss=F.l1_loss(decoded, pictures) + 2.0 * mse + 3e-4 * kl, mse=mse, kl=kl)
+        loss = _difference(decoded, pictures) + 3e-4 * kl
+        return dict(loss=loss, mse=F.mse_loss(decoded, pictures), kl=kl)
 
-    @torch.no_grad()
-    def draw() -> Image.Image:
-        originals = [Image.fromarray(image) for image in data.images[:16]]
-        decoded = vae.decode(vae.encode(to_tensor(data.images[:16])).latent_dist.mode()).sample
-        return make_image_grid(originals + VaeImageProcessor().postprocess(decoded), rows=2, cols=16)
+    return vae, fit("vae", vae, loss_of_step, weight_decay=0.0, draw=lambda: _there_and_back(vae, data), **options)
 
-    return vae, fit("vae", vae, loss_of_step, weight_decay=0.0, draw=draw, **options)
+
+@torch.no_grad()
+def _there_and_back(vae, data: Photographs) -> Image.Image:
+    """Photographs above what the autoencoder makes of them: eight in named colours, eight in any."""
+    images = data.images[[*range(8), *range(-8, 0)]]
+    decoded = vae.decode(vae.encode(to_tensor(images)).latent_dist.mode()).sample
+    pairs = [Image.fromarray(image) for image in images] + VaeImageProcessor().postprocess(decoded)
+    return make_image_grid(pairs, rows=2, cols=len(images))
+
+
+def decoder_of(vae) -> nn.ModuleDict:
+    """The half of an autoencoder that makes pictures of latents, under the names that it has there."""
+    return nn.ModuleDict({"post_quant_conv": vae.post_quant_conv, "decoder": vae.decoder})
+
+
+def train_decoder(data: Photographs, vae, latents: torch.Tensor, seed: int, batch_size: int, **options):
+    """The decoder alone, further, on kept latents, which stay what the UNet learns.
+
+    As Stable Diffusion's own autoencoder was sharpened after its UNet was trained (stabilityai/sd-vae-ft-mse).
+    """
+    decoder = decoder_of(vae).to(memory_format=torch.channels_last)
+
+    def loss_of_step(step: int) -> dict[str, torch.Tensor]:
+        rng = generator(seed, step)
+        indices = data.batch(batch_size, rng)
+        pictures = to_tensor(data.images[indices])
+        posterior = DiagonalGaussianDistribution(latents[torch.from_numpy(indices)].float())
+        decoded = vae.decode(posterior.sample(rng)).sample
+        return dict(loss=_difference(decoded, pictures), mse=F.mse_loss(decoded, pictures))
+
+    return fit("decoder", decoder, loss_of_step, weight_decay=0.0, draw=lambda: _there_and_back(vae, data), **options)
 
 
 def train_clip(data: Photographs, words, seed: int, batch_size: int, **options):
@@ -364,8 +396,7 @@ def train_unet(
         indices = data.batch(batch_size, rng)
         empty = torch.rand(batch_size, generator=rng) < 0.1
         captions = ["" if e else c for c, e in zip(data.captions(indices, rng), empty, strict=True)]
-        mean, log_variance = latents[torch.from_numpy(indices)].float().chunk(2, dim=1)
-        clean = mean + torch.exp(0.5 * log_variance) * torch.randn(mean.shape, generator=rng)
+        clean = DiagonalGaussianDistribution(latents[torch.from_numpy(indices)].float()).sample(rng)
         noise = torch.randn(clean.shape, generator=rng)
         # One timestep from each of B equal ranges: the batch's loss varies less (Kingma et al., 2021, appendix I).
         strata = (torch.arange(batch_size) + torch.rand(batch_size, generator=rng)) / batch_size
@@ -405,8 +436,10 @@ def adopt(base: Path, folder: Path) -> None:
     """Checkpoints of all stages from a shipped base, for those that `folder` lacks: weights and steps, no optimizer."""
     recipe = json.loads((base / "training.json").read_text())
     folder.mkdir(parents=True, exist_ok=True)
+    vae = AutoencoderKL.from_pretrained(base / "vae")
     models = {
-        "vae": AutoencoderKL.from_pretrained(base / "vae"),
+        "vae": vae,
+        "decoder": decoder_of(vae),
         "clip": CLIPModel.from_pretrained(base / "clip"),
         "identity": ResNetModel.from_pretrained(base / "identity"),
         "judge": ResNetForImageClassification.from_pretrained(base / "judge"),
@@ -415,7 +448,7 @@ def adopt(base: Path, folder: Path) -> None:
         ),
     }
     for name, model in models.items():
-        if (folder / f"{name}.pt").exists():
+        if (folder / f"{name}.pt").exists() or name not in recipe["stages"]:
             continue
         stage = recipe["stages"][name]
         made_from = {key: recipe[key] for key in ("seed", "photographs")} | {"batch_size": stage["batch_size"]}
@@ -458,6 +491,7 @@ def assemble(folder: Path, data: Photographs, target: Path, recipe: dict) -> Non
     words = design.tokenizer()
     vae = restore("vae", design.vae(), folder)
     normalize_latents(vae, to_tensor(data.images[:_LATENT_SAMPLE]))
+    restore("decoder", decoder_of(vae), folder)
     denoiser = restore("unet", Denoiser(design.unet(), design.text_encoder(words)), folder)
     temporary = target.with_name(f".{target.name}")
     StableDiffusionPipeline(
@@ -479,8 +513,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("runs/miniature"))
     parser.add_argument("--photographs", type=int, default=PHOTOGRAPHS)
-    parser.add_argument("--steps", type=int, nargs=5, default=(6800, 800, 1200, 2400, 60000), metavar=STAGES)
-    parser.add_argument("--batch_sizes", type=int, nargs=5, default=(8, 128, 96, 64, 24), metavar=STAGES)
+    parser.add_argument("--steps", type=int, nargs=6, default=(6800, 800, 1200, 2400, 4000, 60000), metavar=STAGES)
+    parser.add_argument("--batch_sizes", type=int, nargs=6, default=(8, 128, 96, 64, 16, 24), metavar=STAGES)
     parser.add_argument("--minutes", type=float, default=1e9, help="stop this run's UNet stage after so many minutes")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--start_from", type=Path, help="a shipped base, for stages of which no checkpoint is there")
@@ -513,6 +547,8 @@ def main(argv: list[str] | None = None) -> None:
         train_judge(data, **options("judge"))
     if last >= 4:
         vae, latents = latents_of(data, vae, folder)
+        train_decoder(data, vae, latents, **options("decoder"))
+    if last >= 5:
         further = {"lr": 8e-4, "minutes": args.minutes, "mixed_precision": args.mixed_precision}
         train_unet(data, vae, latents, words, clip, **options("unet") | further)
     if args.ship is not None:
