@@ -13,6 +13,7 @@ def main(argv: list[str] | None = None) -> int:
     import torch  # after --help has had its chance
 
     from dbnb import metrics, workflow
+    from dbnb.processes import processes
 
     workflow.quiet_libraries()
     try:
@@ -27,6 +28,10 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"dbnb: {error}", file=sys.stderr)
         return 2
+    first = processes().is_main_process
+    processes().destroy_process_group()
+    if not first:
+        return 0
     if result.metrics is not None:
         print(metrics.metrics_table(result.metrics))
     print(f"Results are in {config.output_dir}: {', '.join(sorted(p.name for p in result.adapter.parent.iterdir()))}")

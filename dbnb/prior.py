@@ -9,6 +9,7 @@ import json
 import os
 import uuid
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import diffusers
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, SchedulerMixin
 from filelock import FileLock
 from PIL import Image
@@ -23,6 +25,7 @@ from PIL import Image
 from dbnb.adapters import adapted_modules
 from dbnb.concept import inspect_images
 from dbnb.models import Components, fingerprint
+from dbnb.processes import from_first, processes
 
 _ATTEMPTS = 5  # drawings of one class image, where the base's safety checker objects
 SOLVER = "sde-dpmsolver++"
@@ -225,7 +228,7 @@ def class_images(
     )
     folder = recipe.folder
     wanted = [f"{index:04d}.png" for index in range(count)]
-    valid = _valid_images(folder)
+    valid = from_first(lambda: _valid_images(folder))
     missing = [index for index, name in enumerate(wanted) if name not in valid]
     paths = tuple(own) + tuple(folder / name for name in wanted)
     if not missing:
@@ -234,7 +237,9 @@ def class_images(
     reason = f"{len(valid)} of {count} are cached" if valid else _why_not_another(recipe)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / ".lock"):  # a second run waits, and finds what the first has drawn
+        # A second run waits, and finds what the first has drawn; of several processes the first holds it for all.
+        lock = FileLock(folder / ".lock") if processes().is_main_process else nullcontext()
+        with lock:
             _draw_missing(components, recipe, wanted, batch_size)
     except OSError as error:
         raise OSError(
@@ -244,13 +249,17 @@ def class_images(
 
 
 def _draw_missing(components: Components, recipe: ClassImageRecipe, wanted: Sequence[str], batch_size: int) -> None:
-    """Draw those of the `wanted` files that the recipe's folder lacks, and note each batch in its manifest."""
-    folder = recipe.folder
-    valid = _valid_images(folder)
+    """Draw those of the `wanted` files that the recipe's folder lacks, and note each batch in its manifest.
+
+    Several processes draw a batch each at a time, the same batches as one alone: the pictures are the same too.
+    """
+    folder, state = recipe.folder, processes()
+    valid = from_first(lambda: _valid_images(folder))
     missing = [index for index, name in enumerate(wanted) if name not in valid]
     pipeline = build_pipeline(components)
-    for start in range(0, len(missing), batch_size):
-        chunk = missing[start : start + batch_size]
+    for start in range(0, len(missing), batch_size * state.num_processes):
+        first = start + batch_size * state.process_index
+        chunk, drawn = missing[first : first + batch_size], {}
         wanting = [(index, image_seed(recipe.seed, index)) for index in chunk]
         for attempt in range(_ATTEMPTS):
             images = draw_images(
@@ -269,7 +278,7 @@ def _draw_missing(components: Components, recipe: ClassImageRecipe, wanted: Sequ
                     continue
                 path = folder / wanted[index]
                 _write_atomically(path, lambda temporary, image=image: image.save(temporary, format="PNG"))
-                valid[path.name] = {"seed": seed, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+                drawn[path.name] = {"seed": seed, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
             wanting = refused
             if not wanting:
                 break
@@ -277,6 +286,10 @@ def _draw_missing(components: Components, recipe: ClassImageRecipe, wanted: Sequ
             raise ValueError(
                 f"The base's safety checker refused {recipe.prompt!r} {_ATTEMPTS} times: choose another class word."
             )
+        for part in gather_object([drawn]):
+            valid |= part
+        if not state.is_main_process:
+            continue
         manifest = {"recipe": dataclasses.asdict(recipe), "images": dict(sorted(valid.items()))}
         text = json.dumps(manifest, indent=1)
         _write_atomically(folder / "manifest.json", lambda temporary, text=text: temporary.write_text(text))

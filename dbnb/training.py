@@ -31,6 +31,7 @@ from diffusers.training_utils import compute_snr
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load, save_file
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from tqdm.auto import tqdm
 
 from dbnb.adapters import adapted_modules, train_mode, trainable_parameters
@@ -48,6 +49,7 @@ from dbnb.dataset import (
     seeded,
 )
 from dbnb.models import Components, embed_prompts, fingerprint
+from dbnb.processes import processes
 
 _ADAPTER_FIELDS = ("r", "lora_alpha", "lora_dropout", "use_dora", "use_rslora")
 
@@ -232,7 +234,7 @@ def run_identity(config: DreamBoothConfig, components: Components, dataset: Drea
         for image in dataset.images[half]:
             digest.update(image.tobytes())
     names = (
-        "resolution center_crop random_flip train_batch_size gradient_accumulation_steps learning_rate "
+        "resolution center_crop random_flip gradient_accumulation_steps learning_rate "
         "adam_beta1 adam_beta2 adam_weight_decay adam_epsilon max_grad_norm tokenizer_max_length "
         "text_encoder_learning_rate lr_scheduler lr_warmup_steps prior_loss_weight snr_gamma noise_offset "
         "use_8bit_adam mixed_precision seed"
@@ -247,6 +249,7 @@ def run_identity(config: DreamBoothConfig, components: Components, dataset: Drea
             part: {name: getattr(module.peft_config["default"], name) for name in _ADAPTER_FIELDS}
             for part, module in adapted_modules(components).items()
         },
+        "train_batch_size": config.train_batch_size * processes().num_processes,  # of all: that decides the result
         **{name: getattr(config, name) for name in names},
     }
 
@@ -337,7 +340,7 @@ def load_checkpoint(folder: Path, components: Components, optimizer, identity: d
         raise ValueError(f"Checkpoint {folder} lacks {wrong[0]} and {len(wrong) - 1} more: resume from another one.")
     for name, version in versions().items():
         if (was := state["versions"].get(name)) != version:
-            print(f"{name} was {was} and is {version}: results may differ in the last digits.")
+            processes().print(f"{name} was {was} and is {version}: results may differ in the last digits.")
     for part, module in adapted_modules(components).items():
         for name, parameter in trainable_parameters(module):
             with torch.no_grad():
@@ -360,7 +363,7 @@ def _resume(config: DreamBoothConfig, output_dir: Path, components: Components, 
         return start
     found = checkpoints(output_dir, config.max_train_steps)[::-1] if wanted == "latest" else [Path(wanted)]
     if not found:
-        print("No checkpoint yet: starting from the beginning.")
+        processes().print("No checkpoint yet: starting from the beginning.")
         return start
     problems = []
     for folder in found:
@@ -370,8 +373,8 @@ def _resume(config: DreamBoothConfig, output_dir: Path, components: Components, 
             problems.append(str(error))
             continue
         for problem in problems:
-            print(f"Passed over: {problem}")
-        print(f"Resuming from {folder.name}, step {state['step']}.")
+            processes().print(f"Passed over: {problem}")
+        processes().print(f"Resuming from {folder.name}, step {state['step']}.")
         return state
     raise ValueError(problems[0])
 
@@ -427,9 +430,6 @@ def optimizer_class(config: DreamBoothConfig) -> type[torch.optim.Optimizer]:
 
 def check_start(config: DreamBoothConfig) -> None:
     """Raise the ValueError, FileNotFoundError or OSError now that training would meet after all else is done."""
-    processes = int(os.environ.get("WORLD_SIZE", 1))
-    if processes > 1:
-        raise ValueError(f"Training runs in one process, and {processes} were launched: start one.")
     known = [kind.value for kind in SchedulerType]
     if config.lr_scheduler not in known:
         raise ValueError(f"lr_scheduler={config.lr_scheduler!r} is none of {', '.join(known)}.")
@@ -438,6 +438,8 @@ def check_start(config: DreamBoothConfig) -> None:
     if wanted not in (None, "latest") and not Path(wanted).is_dir():
         raise FileNotFoundError(f"Checkpoint {wanted} does not exist: give its folder, or 'latest'.")
     output_dir = Path(config.output_dir)
+    if not processes().is_main_process:
+        return
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         (output_dir / ".writable").touch()
@@ -448,7 +450,10 @@ def check_start(config: DreamBoothConfig) -> None:
 
 @contextmanager
 def alone(output_dir: Path) -> Iterator[None]:
-    """Hold an output folder; raises ValueError where another process holds it."""
+    """Hold an output folder, for all processes of this run; raises ValueError where another run holds it."""
+    if not processes().is_main_process:
+        yield
+        return
     name = hashlib.sha256(str(output_dir.resolve()).encode()).hexdigest()[:16]
     lock = Path(tempfile.gettempdir()) / f"dbnb-{name}.lock"  # not in the folder, which is the user's
     try:
@@ -470,7 +475,8 @@ def train(
 ) -> list[dict[str, Any]]:
     """Train the adapters for `max_train_steps` and return the log, one dict a step (also in `log.jsonl`).
 
-    Resumes where `config.resume_from_checkpoint` says, bit for bit. Ctrl-C saves a checkpoint and returns. Raises
+    Resumes where `config.resume_from_checkpoint` says, bit for bit. Ctrl-C saves a checkpoint and returns. Several
+    processes share each batch, `train_batch_size` pairs to each, and only the first calls back and writes. Raises
     FloatingPointError before the step in which a loss or gradient is not finite, and ValueError where another process
     trains into the same folder.
     """
@@ -482,6 +488,7 @@ def train(
 def _train(config, components, dataset, on_step, on_validation) -> list[dict[str, Any]]:
     output_dir = Path(config.output_dir)
     accelerator = Accelerator(
+        cpu=processes().device.type == "cpu",
         mixed_precision=config.mixed_precision,
         log_with=None if config.report_to == "none" else config.report_to,
         project_dir=output_dir / "logs",
@@ -529,35 +536,48 @@ def _train(config, components, dataset, on_step, on_validation) -> list[dict[str
         prompts = [dataset.prompts[half] for half in dataset.halves]
         prompt_embeds = precompute_embeds(components, prompts, max_length=config.tokenizer_max_length)
 
+    writes, share = accelerator.is_main_process, accelerator.num_processes
+
+    def shared_mean(*values: torch.Tensor | float | None) -> list[float]:
+        """The mean over all processes, None as 0: what one of them meets, all must know before they wait in vain."""
+        numbers = [0.0 if value is None else float(value) for value in values]
+        return accelerator.reduce(torch.tensor(numbers, device=accelerator.device), "mean").tolist()
+
     log_path = output_dir / "log.jsonl"
-    log = _cut_log(log_path, first)
+    log = _cut_log(log_path, first) if writes else []
     accumulate = config.gradient_accumulation_steps
     modules = adapted_modules(components).values()
-    bar = tqdm(range(first, config.max_train_steps), initial=first, total=config.max_train_steps, desc="train")
+    bar = tqdm(
+        range(first, config.max_train_steps), initial=first, total=config.max_train_steps, desc="train",
+        disable=not writes,
+    )  # fmt: skip
     with _interrupts() as interrupted:
         for step in bar:
             for module in modules:
                 train_mode(module)
             # Dropout is the one draw that torch makes itself: seeding it by the step keeps steps independent.
-            torch.manual_seed(config.seed * 1_000_003 + step)
+            torch.manual_seed(config.seed * 1_000_003 + step + (accelerator.process_index << 32))
             started, sums = time.perf_counter(), {"loss": 0.0, "instance_loss": 0.0, "prior_loss": 0.0}
             for micro in range(accumulate):
-                batch = batch_at(dataset, step * accumulate + micro, config.train_batch_size)
+                number = (step * accumulate + micro) * share + accelerator.process_index
+                batch = batch_at(dataset, number, config.train_batch_size)
                 with accelerator.autocast():
                     record = training_step(
                         components, batch, seed=config.seed, prior_loss_weight=config.prior_loss_weight,
                         snr_gamma=config.snr_gamma, noise_offset=config.noise_offset,
                         prompt_embeds=prompt_embeds, tokenizer_max_length=config.tokenizer_max_length,
                     )  # fmt: skip
-                if not torch.isfinite(record.loss):
+                losses = shared_mean(record.loss, record.instance_loss, record.prior_loss)
+                if not math.isfinite(losses[0]):
                     raise FloatingPointError(
                         f"{_where(record)} at step {step + 1}; the adapters are as they were before it."
                     )
                 accelerator.backward(record.loss / accumulate)
-                sums["loss"] += record.loss.item() / accumulate
-                sums["instance_loss"] += record.instance_loss.item() / accumulate
-                if record.prior_loss is not None:
-                    sums["prior_loss"] += record.prior_loss.item() / accumulate
+                for name, value in zip(sums, losses, strict=True):
+                    sums[name] += value / accumulate
+            if share > 1:
+                gradients = [p.grad for p in parameters if p.grad is not None]
+                vector_to_parameters(accelerator.reduce(parameters_to_vector(gradients), "mean"), gradients)
             norm = accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
             # With fp16 the scaler meets infinite gradients by design: it skips the step and scales down.
             if not torch.isfinite(norm) and accelerator.scaler is None:
@@ -571,27 +591,31 @@ def _train(config, components, dataset, on_step, on_validation) -> list[dict[str
                 del sums["prior_loss"]
             line = {"step": step + 1, **sums, **rates, "seconds": round(time.perf_counter() - started, 4)}
             log.append(line)
-            with log_path.open("a") as file:
-                file.write(json.dumps(line) + "\n")
+            if writes:
+                with log_path.open("a") as file:
+                    file.write(json.dumps(line) + "\n")
             if config.report_to != "none":
                 accelerator.log(sums | rates, step=step + 1)
             bar.set_postfix({key: f"{value:.3f}" for key, value in sums.items() if key != "loss"})
-            if on_step is not None:
+            if on_step is not None and writes:
                 on_step(step, record)
-            if config.checkpointing_steps and (step + 1) % config.checkpointing_steps == 0:
+            due = config.checkpointing_steps and (step + 1) % config.checkpointing_steps == 0
+            if due and writes:
                 save(step + 1)
                 if config.checkpoints_total_limit:
                     # Higher ones are an earlier run's: they must not push out what was just written.
                     for old in checkpoints(output_dir, step + 1)[: -config.checkpoints_total_limit]:
                         shutil.rmtree(old)
-            if on_validation and config.validation_steps and (step + 1) % config.validation_steps == 0:
+            if on_validation and writes and config.validation_steps and (step + 1) % config.validation_steps == 0:
                 for module in modules:
                     module.eval()
                 on_validation(step + 1)
-            if interrupted() and step + 1 < config.max_train_steps:
-                if not config.checkpointing_steps or (step + 1) % config.checkpointing_steps:
+            if step + 1 < config.max_train_steps and any(shared_mean(float(interrupted()))):
+                if writes and not due:
                     save(step + 1)
-                print(f"\nInterrupted: step {step + 1} is saved; go on with --resume_from_checkpoint latest.")
+                processes().print(
+                    f"\nInterrupted: step {step + 1} is saved; go on with --resume_from_checkpoint latest."
+                )
                 break
     for module in modules:
         module.eval()

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
-import torch
 import transformers
 from filelock import FileLock
 from PIL import Image, ImageOps
@@ -24,6 +23,7 @@ from dbnb.config import DreamBoothConfig
 from dbnb.dataset import DreamBoothDataset
 from dbnb.models import Components, cut_off, dtype_of, load_components
 from dbnb.prior import ClassImages, cache_dir, class_images
+from dbnb.processes import processes
 from dbnb.training import alone, check_start, run_identity, train, versions
 from dbnb.validation import ValidationImages, validation_images
 
@@ -110,8 +110,7 @@ def prepare(
     components = load_components(
         config.base, weight_dtype=dtype_of(config.mixed_precision), revision=config.revision, variant=config.variant
     )
-    if torch.accelerator.is_available():  # CUDA, or Apple's MPS
-        components.to(torch.accelerator.current_accelerator())
+    components.to(processes().device)  # CUDA, or Apple's MPS, where there is one
     tokens = token_report(components.tokenizer, config.identifier)
     tell(f"identifier {tokens.identifier!r} -> {' '.join(tokens.tokens)} {list(tokens.ids)}: {tokens.verdict}")
     for prompt in (concept.instance_prompt, concept.class_prompt):
@@ -182,7 +181,10 @@ def measured(
 
 
 def run(config: DreamBoothConfig) -> Result:
-    """All seven steps; writes the adapter, figures, log, metrics, settings and card to `config.output_dir`."""
+    """All seven steps; writes the adapter, figures, log, metrics, settings and card to `config.output_dir`.
+
+    Of several processes the first alone draws before and after, measures and writes; in the others `metrics` is None.
+    """
     with alone(Path(config.output_dir)):
         return _run(config)
 
@@ -190,8 +192,11 @@ def run(config: DreamBoothConfig) -> Result:
 def _run(config: DreamBoothConfig) -> Result:
     output_dir = Path(config.output_dir)
     count, further = config.num_validation_images, references(config)
-    session = prepare(config)
+    session = prepare(config, tell=processes().print)
     concept, components = session.concept, session.components
+    if not processes().is_main_process:
+        log = train(config, components, session.dataset)
+        return Result(output_dir / export.WEIGHT_NAME, log, None, components)
     print(components)
     config.save(output_dir / "config.json")
     before = validation_images(components, concept, config, count=count, references=further) if count else None
