@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import re
+import unicodedata
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
 
+from dbnb.files import whole
 from dbnb.toybox.captions import article_for
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -57,6 +60,27 @@ def load_image(path: Path) -> Image.Image:
 def _difference_hash(image: Image.Image) -> int:
     gray = np.asarray(image.convert("L").resize((9, 8), Image.Resampling.LANCZOS), dtype=np.int16)
     return int("".join("1" if bit else "0" for bit in (gray[:, 1:] > gray[:, :-1]).flatten()), 2)
+
+
+def save_uploads(uploads: Mapping[str, bytes], folder: str | Path) -> list[Path]:
+    """Put uploaded photographs, name -> content as Colab's `files.upload()` returns them, into a folder.
+
+    Of a name its last part counts, in letters, digits, `.`, `-` and `_`; one that is taken gets a number. So nothing
+    lands outside the folder or in another's place.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    taken, paths = {path.name.lower() for path in folder.iterdir()}, []
+    for name, content in uploads.items():
+        name = unicodedata.normalize("NFC", name.replace("\\", "/").rsplit("/", 1)[-1])
+        path = Path(re.sub(r"[^\w.-]+", "_", name).lstrip(".") or "photograph")
+        unique = (path.with_stem(f"{path.stem}-{number}") for number in itertools.count(2))
+        path = next(p for p in itertools.chain([path], unique) if p.name.lower() not in taken)
+        taken.add(path.name.lower())
+        with whole(folder / path) as temporary:
+            temporary.write_bytes(content)
+        paths.append(folder / path)
+    return paths
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import uuid
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +20,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 from dbnb.adapters import adapted_modules
 from dbnb.concept import Concept
 from dbnb.config import PRESETS, DreamBoothConfig
+from dbnb.files import whole
 from dbnb.metrics import metrics_table
 from dbnb.models import Components
 from dbnb.prior import build_pipeline
@@ -63,13 +63,12 @@ def save_adapters(components: Components, output_dir: Path) -> Path:
     if not states:
         raise ValueError("There is no adapter to save: call add_adapters and train first.")
     pipeline_class = type(build_pipeline(components))
-    temporary = f".{uuid.uuid4().hex}.safetensors"
     layers = {f"{part}_lora_layers": state for part, state in states.items()}
-    pipeline_class.save_lora_weights(
-        output_dir, weight_name=temporary, **layers, **_collate_lora_metadata(adapted_modules(components))
-    )
     path = Path(output_dir) / WEIGHT_NAME
-    (Path(output_dir) / temporary).replace(path)
+    with whole(path) as temporary:
+        pipeline_class.save_lora_weights(
+            output_dir, weight_name=temporary.name, **layers, **_collate_lora_metadata(adapted_modules(components))
+        )
     return path
 
 
@@ -85,9 +84,8 @@ def save_kohya(components: Components, output_dir: Path) -> Path:
         alpha = torch.tensor(float(module.peft_config["default"].lora_alpha))
         tensors |= {key: alpha.clone() if key.endswith(".alpha") else v.float().cpu() for key, v in state.items()}
     path = Path(output_dir) / KOHYA_NAME
-    temporary = path.with_name(f".{uuid.uuid4().hex}.safetensors")
-    save_file({key: value.contiguous() for key, value in tensors.items()}, temporary)
-    temporary.replace(path)
+    with whole(path) as temporary:
+        save_file({key: value.contiguous() for key, value in tensors.items()}, temporary)
     return path
 
 

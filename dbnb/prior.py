@@ -7,7 +7,6 @@ import hashlib
 import inspect
 import json
 import os
-import uuid
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from PIL import Image
 
 from dbnb.adapters import adapted_modules
 from dbnb.concept import inspect_images
+from dbnb.files import whole
 from dbnb.models import Components, fingerprint
 from dbnb.processes import from_first, processes
 
@@ -132,15 +132,6 @@ class ClassImageRecipe:
     def folder(self) -> Path:
         key = hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()[:16]
         return cache_dir() / "class_images" / key
-
-
-def _write_atomically(path: Path, write) -> None:
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        write(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _valid_images(folder: Path) -> dict[str, dict[str, int | str]]:
@@ -277,7 +268,8 @@ def _draw_missing(components: Components, recipe: ClassImageRecipe, wanted: Sequ
                     refused.append((index, image_seed(seed, attempt)))
                     continue
                 path = folder / wanted[index]
-                _write_atomically(path, lambda temporary, image=image: image.save(temporary, format="PNG"))
+                with whole(path) as temporary:
+                    image.save(temporary)
                 drawn[path.name] = {"seed": seed, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
             wanting = refused
             if not wanting:
@@ -291,5 +283,5 @@ def _draw_missing(components: Components, recipe: ClassImageRecipe, wanted: Sequ
         if not state.is_main_process:
             continue
         manifest = {"recipe": dataclasses.asdict(recipe), "images": dict(sorted(valid.items()))}
-        text = json.dumps(manifest, indent=1)
-        _write_atomically(folder / "manifest.json", lambda temporary, text=text: temporary.write_text(text))
+        with whole(folder / "manifest.json") as temporary:
+            temporary.write_text(json.dumps(manifest, indent=1))

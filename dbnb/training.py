@@ -48,6 +48,7 @@ from dbnb.dataset import (
     posterior_parameters,
     seeded,
 )
+from dbnb.files import whole
 from dbnb.models import Components, embed_prompts, fingerprint
 from dbnb.processes import processes
 
@@ -411,9 +412,8 @@ def _cut_log(path: Path, step: int) -> list[dict[str, Any]]:
         except ValueError:  # the line that a killed run was writing
             break
     lines = [line for line in lines if line["step"] <= step]
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    temporary.replace(path)
+    with whole(path) as temporary:
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return lines
 
 

@@ -21,6 +21,7 @@ from dbnb.adapters import adapted_modules, add_adapters
 from dbnb.concept import SAMPLE_DIR, Concept, inspect_images, load_image, token_report
 from dbnb.config import DreamBoothConfig
 from dbnb.dataset import DreamBoothDataset
+from dbnb.files import whole
 from dbnb.models import Components, cut_off, dtype_of, load_components
 from dbnb.prior import ClassImages, cache_dir, class_images
 from dbnb.processes import processes
@@ -86,9 +87,8 @@ def before_after(
 
 
 def _save_figure(figure, path: Path) -> None:
-    temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, format="png")
-    temporary.replace(path)
+    with whole(path) as temporary:
+        figure.savefig(temporary)
 
 
 def prepare(
@@ -225,10 +225,12 @@ def _run(config: DreamBoothConfig) -> Result:
             print(f"No metrics: the encoders cannot be loaded ({error}).")
         else:
             numbers = measured(session, before, after, encoders, further)
-            (output_dir / "metrics.json").write_text(json.dumps(numbers, indent=2) + "\n")
+            with whole(output_dir / "metrics.json") as temporary:
+                temporary.write_text(json.dumps(numbers, indent=2) + "\n")
     _save_figure(plots.loss_curves(log), output_dir / "loss.png")
     has_text_encoder = "text_encoder" in adapted_modules(components)
-    export.model_card(concept, config, numbers, has_text_encoder=has_text_encoder).save(output_dir / "README.md")
+    with whole(output_dir / "README.md") as temporary:
+        export.model_card(concept, config, numbers, has_text_encoder=has_text_encoder).save(temporary)
     difference = export.verify_reload(components, adapter, concept, config)
     print(f"{adapter.name}: {adapter.stat().st_size / 2**20:.2f} MiB, reloads to the same picture (± {difference}/255)")
     if config.push_to_hub:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
+import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -16,7 +20,7 @@ from PIL import Image
 
 from dbnb import prior
 from dbnb.adapters import add_adapters, trainable_parameters
-from dbnb.concept import Concept, load_image
+from dbnb.concept import Concept, load_image, save_uploads
 from dbnb.config import DreamBoothConfig
 from dbnb.training import checkpoints, load_checkpoint, save_checkpoint
 
@@ -203,3 +207,76 @@ def test_a_checkpoint_holds_no_pickle(state, tmp_path):
     save_checkpoint(tmp_path / "checkpoint-1", *state, 1, IDENTITY)
     assert sorted(path.name for path in (tmp_path / "checkpoint-1").iterdir()) == ["state.json", "state.safetensors"]
     assert json.loads((tmp_path / "checkpoint-1" / "state.json").read_text())["step"] == 1
+
+
+def test_uploads_stay_in_their_folder_under_names_of_their_own(tmp_path):
+    names = [
+        "../../out.png", "/etc/passwd.png", r"C:\Users\me\dog.jpg", "dog.jpg", "DOG.JPG", ".hidden.png", "..", "",
+        "mon chien \u00e9.png", "mon chien e\u0301.png", "a<b>&c.png",
+    ]  # fmt: skip
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    (folder / "dog.jpg").write_bytes(b"mine")
+    paths = save_uploads({name: name.encode() for name in names}, folder)
+    assert [path.read_bytes().decode() for path in paths] == names and (folder / "dog.jpg").read_bytes() == b"mine"
+    assert all(path.parent == folder and re.fullmatch(r"[\w-][\w.-]*", path.name) for path in paths)
+    assert len({path.name.lower() for path in folder.iterdir()}) == len(names) + 1
+    assert [path.name for path in tmp_path.iterdir()] == ["photos"]
+    assert [p.name for p in paths[:3]] == ["out.png", "passwd.png", "dog-2.jpg"]
+
+
+def test_a_clock_set_back_does_not_change_which_checkpoint_is_newest(state, tmp_path):
+    for step, when in ((1, 2_000_000_000), (2, 1_000_000_000), (10, 500_000_000)):
+        save_checkpoint(tmp_path / f"checkpoint-{step}", *state, step, IDENTITY)
+        for path in (*(tmp_path / f"checkpoint-{step}").iterdir(), tmp_path / f"checkpoint-{step}"):
+            os.utime(path, (when, when))
+    assert _all_whole(tmp_path, state) == [1, 2, 10]
+
+
+_COMMAND = (
+    "-m dbnb --max_train_steps 12 --num_class_images 4 --num_validation_images 0 --num_inference_steps 2 --rank 2 "
+    "--train_batch_size 1 --checkpointing_steps 5 --resume_from_checkpoint latest"
+).split()
+
+
+def _start(folder, cache, **environment):
+    return subprocess.Popen(
+        [sys.executable, *_COMMAND, "--output_dir", str(folder)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        env=os.environ | {"DBNB_CACHE": str(cache), **environment}, text=True,
+    )  # fmt: skip
+
+
+def test_ctrl_c_at_any_moment_loses_nothing_and_the_end_is_the_same(tmp_path):
+    cache = tmp_path / "cache"
+    whole = _start(tmp_path / "whole", cache)
+    started = time.monotonic()
+    assert "reloads to the same picture" in whole.communicate(timeout=120)[0]
+    seconds, rng, stopped = time.monotonic() - started, random.Random(0), 0
+    for _ in range(6):
+        run = _start(tmp_path / "stopped", cache)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            run.wait(rng.uniform(0.4, 1.1) * seconds)
+        run.send_signal(signal.SIGINT)
+        output = run.communicate(timeout=120)[0]
+        stopped += run.returncode == 130 or "Interrupted: step" in output or "KeyboardInterrupt" in output
+        assert not list(cache.rglob(".*.png"))
+    assert stopped >= 2
+    assert "reloads to the same picture" in _start(tmp_path / "stopped", cache).communicate(timeout=120)[0]
+    adapters = [(tmp_path / name / "pytorch_lora_weights.safetensors").read_bytes() for name in ("whole", "stopped")]
+    assert adapters[0] == adapters[1]
+    steps = [json.loads(line)["step"] for line in (tmp_path / "stopped" / "log.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, 13))
+
+
+def test_two_runs_share_one_class_cache_and_a_token_is_nowhere(tmp_path):
+    token = "hf_" + "aSecretThatNobodyMayEverReadAnywhere"
+    cache = tmp_path / "cache"
+    runs = [_start(tmp_path / name, cache, HF_TOKEN=token, HF_HOME=str(tmp_path / "hf")) for name in "ab"]
+    outputs = [run.communicate(timeout=180)[0] for run in runs]
+    assert all(run.returncode == 0 for run in runs), outputs
+    adapters = [(tmp_path / name / "pytorch_lora_weights.safetensors").read_bytes() for name in "ab"]
+    assert adapters[0] == adapters[1] and len(list(cache.rglob("*.png"))) == 4
+    for text in outputs:
+        assert "class images: " in text and token not in text
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) > 15 and not [path for path in files if token.encode() in path.read_bytes()]

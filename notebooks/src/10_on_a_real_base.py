@@ -46,11 +46,12 @@ if importlib.util.find_spec("dbnb") is None:
 
 # %%
 import functools
-import os
 import statistics
+import tempfile
 import time
 
 import torch
+from accelerate import notebook_launcher
 
 from dbnb import plots, workflow
 from dbnb.adapters import add_adapters
@@ -60,7 +61,7 @@ from dbnb.models import load_components
 from dbnb.planner import BASES, training_memory
 from dbnb.tables import Table
 from dbnb.toybox import SCENES
-from dbnb.training import batch_at, check_start, training_step
+from dbnb.training import batch_at, training_step
 from dbnb.validation import validation_images
 
 workflow.quiet_libraries()
@@ -350,27 +351,36 @@ print("one batch of four, and two of two, the same loss:", abs(four - sum(twos) 
 #
 # ## Several GPUs
 #
-# Device, number format, scaled gradients and logging are accelerate's work here, and `accelerate launch -m dbnb …` starts the
-# same function as `python -m dbnb …`. What this version does not do is share one training out among several processes. If it
-# is launched in several, it says so at once, instead of training the same thing twice into one folder:
-
-# %%
-# NBVAL_CHECK_OUTPUT
-os.environ["WORLD_SIZE"] = "2"  # what a launcher of two processes sets
-try:
-    check_start(config)
-except ValueError as error:
-    print(error)
-finally:
-    del os.environ["WORLD_SIZE"]
-
-# %% [markdown]
-# For adapters of a few megabytes and a few photographs one card is nearly always enough. What several cards are good for
-# today is one training on each, say with several seeds (notebook 08 asks for them):
+# That is also how several cards work on one training: each takes its own samples out of the sequence, and the gradients are
+# averaged before the optimizer's step. Class images are divided in the same way. From a terminal, accelerate starts the
+# processes:
 #
 # ```bash
-# CUDA_VISIBLE_DEVICES=0 accelerate launch --num_processes 1 -m dbnb --base sd15 --seed 0 --output_dir runs/seed-0 &
-# CUDA_VISIBLE_DEVICES=1 accelerate launch --num_processes 1 -m dbnb --base sd15 --seed 1 --output_dir runs/seed-1 &
+# accelerate launch --multi_gpu --num_processes 2 -m dbnb --base sd15 --instance_data_dir photos/ --class_word dog
+# ```
+#
+# `train_batch_size` counts for each process: two with 4 make what one with 8 makes, to the last digits. The first process
+# alone writes. A checkpoint goes on in another number of processes too, if the product stays the same.
+#
+# Several machines take `--num_machines`, `--machine_rank` and the first one's `--main_process_ip` besides, on each of them.
+# (Tested by this project: two processes on one processor, against one. Not tested: several cards, several machines.)
+#
+# In a notebook, accelerate's `notebook_launcher` starts the same function, in as many processes as there are cards. Restart
+# the kernel first where a cell above has already used one, since processes cannot share it. Here it is one process, and
+# twenty steps:
+
+# %%
+few = DreamBoothConfig(**settings, max_train_steps=20, num_validation_images=0, output_dir=f"{tempfile.mkdtemp()}/few")
+notebook_launcher(workflow.run, (few,), num_processes=max(1, torch.accelerator.device_count()))
+
+# %% [markdown]
+# **What you should see**: what `python -m dbnb` tells, down to the adapter that reloads. For adapters of a few megabytes and a
+# few photographs one card is nearly always enough. Often several cards are better used for several trainings, one each, say
+# with several seeds (notebook 08 asks for them):
+#
+# ```bash
+# CUDA_VISIBLE_DEVICES=0 python -m dbnb --base sd15 --seed 0 --output_dir runs/seed-0 &
+# CUDA_VISIBLE_DEVICES=1 python -m dbnb --base sd15 --seed 1 --output_dir runs/seed-1 &
 # ```
 #
 # ## Before you share it

@@ -1,0 +1,160 @@
+"""Ours beside diffusers' own DreamBooth script, on the same base, pictures, batch, rank and steps.
+
+    python tests/benchmarks/against_peer.py path/to/train_dreambooth_lora.py
+
+The peer is `examples/dreambooth/train_dreambooth_lora.py` of diffusers; it needs torchvision. Both run in this
+environment, alternating; the table has medians and ratios. Equal work comes first: on the peer's own latents, noise,
+timesteps and embeddings our step must give the peer's loss to 1e-5.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from unittest import mock
+
+import torch
+from safetensors.torch import load_file
+
+from dbnb import miniature, training
+from dbnb.concept import SAMPLE_DIR, Concept
+from dbnb.config import PRESETS
+from dbnb.models import load_components
+from dbnb.prior import class_images
+from dbnb.tables import Table
+
+_TIMED = Path(__file__).with_name("timed.py")
+_CONCEPT = Concept.from_folder(None, "sks", "dog")
+_PRESET = PRESETS["miniature"]
+_WARM = 10  # steps that are not counted
+_SAME = {name: _PRESET[name] for name in ("rank", "train_batch_size", "learning_rate")}
+
+
+def peer_arguments(folder: Path, class_folder: Path, steps: int, *further: str) -> list[str]:
+    """The peer's options."""
+    return [
+        "--pretrained_model_name_or_path", str(miniature.path()), "--instance_data_dir", str(SAMPLE_DIR / "photos"),
+        "--class_data_dir", str(class_folder), "--with_prior_preservation", "--num_class_images", "100",
+        "--instance_prompt", _CONCEPT.instance_prompt, "--class_prompt", _CONCEPT.class_prompt, "--resolution", "64",
+        "--center_crop", "--seed", "0", "--max_train_steps", str(steps), "--output_dir", str(folder), *_both(), *further
+    ]  # fmt: skip
+
+
+def our_arguments(folder: Path, steps: int, *further: str) -> list[str]:
+    """The same in ours."""
+    return ["--max_train_steps", str(steps), "--output_dir", str(folder), *_both(), *further]
+
+
+def _both() -> list[str]:
+    return [word for name, value in _SAME.items() for word in (f"--{name}", str(value))]
+
+
+def run(target: str, arguments: list[str], cache: Path) -> tuple[dict, dict[str, torch.Tensor]]:
+    """One process; its notes. Raises CalledProcessError, with what it said, where it fails."""
+    with tempfile.TemporaryDirectory() as folder:
+        notes = Path(folder) / "notes.json"
+        command = [sys.executable, str(_TIMED), str(notes), target, *arguments]
+        done = subprocess.run(
+            command, env=os.environ | {"DBNB_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True
+        )
+        if done.returncode:
+            print(done.stdout[-2000:], done.stderr[-4000:], file=sys.stderr)
+            done.check_returncode()
+        return json.loads(notes.read_text()), load_file(notes.with_suffix(".safetensors"))
+
+
+def step_seconds(notes: dict) -> float:
+    """The median time from the end of one optimizer step to the end of the next."""
+    ends = notes["steps"][_WARM:]
+    return statistics.median(b - a for a, b in zip(ends, ends[1:], strict=False))
+
+
+def our_loss(first: dict[str, torch.Tensor]) -> float:
+    """Our step's loss on what the peer's first step worked on, where adapters change nothing yet."""
+    components = load_components("miniature")
+    draws = {training.NOISE: first["noise"], training.TIMESTEP: first["timesteps"].long()}
+    batch = {"halves": 2, "prompts": list(range(len(first["noise"])))}
+    embeds = {number: (row, None) for number, row in enumerate(first["hidden"])}
+    with (
+        torch.no_grad(),
+        mock.patch.object(training, "clean_latents", lambda *_: first["latents"]),
+        mock.patch.object(training, "_per_sample", lambda batch, seed, role, draw: draws[role]),
+    ):
+        return training.training_step(components, batch, seed=0, prompt_embeds=embeds).loss.item()
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("peer", type=Path)
+    parser.add_argument("--steps", type=int, default=60, help="training steps of each run whose steps are timed")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--whole_repeats", type=int, default=1, help="of the whole workflow, which takes minutes")
+    args = parser.parse_args()
+    peer = str(args.peer)
+    rows = Table()
+
+    def compare(what: str, unit: str, values: dict[str, list[float]]) -> None:
+        theirs, ours = (statistics.median(values[name]) for name in ("peer", "ours"))
+        rows.append({"": what, "peer": f"{theirs:.3g} {unit}", "ours": f"{ours:.3g} {unit}",
+                     "peer / ours": f"{theirs / ours:.2f}"})  # fmt: skip
+        print(rows[-1], flush=True)
+
+    with tempfile.TemporaryDirectory() as root:
+        work = Path(root)
+        os.environ["DBNB_CACHE"] = str(work / "cache")
+        drawn = class_images(
+            load_components("miniature"), _CONCEPT.class_prompt, 100, resolution=64,
+            num_inference_steps=_PRESET["num_inference_steps"], guidance_scale=_PRESET["guidance_scale"],
+            batch_size=_PRESET["sample_batch_size"],
+        )  # fmt: skip
+        short = ("--num_validation_images", "0", "--checkpointing_steps", "0")
+        long = ("--checkpointing_steps", "100000")
+        # Frozen, the peer has its own way of encoding prompts once: it gets it.
+        settings = {
+            "text encoder trained": (("--train_text_encoder",), ("--train_text_encoder",)),
+            "text encoder frozen": (("--pre_compute_text_embeddings",), ("--no_train_text_encoder",)),
+        }
+        for name, (theirs, ours) in settings.items():
+            seconds, memory = {"peer": [], "ours": []}, {"peer": [], "ours": []}
+            for repeat in range(args.repeats):
+                folder = work / f"{name} {repeat}"
+                arguments = peer_arguments(folder / "peer", drawn.paths[0].parent, args.steps, *theirs, *long)
+                for who, target, words in (
+                    ("peer", peer, arguments),
+                    ("ours", "dbnb", our_arguments(folder / "ours", args.steps, *ours, *short)),
+                ):
+                    notes, first = run(target, words, work / "cache")
+                    seconds[who].append(step_seconds(notes))
+                    memory[who].append(notes["peak_mib"])
+                    if who == "peer" and repeat == 0:
+                        difference = abs(our_loss(first) - first["loss"].item())
+                        assert difference <= 1e-5, f"{name}: our loss differs from the peer's by {difference}"
+                        print(f"{name}: the same loss, but for {difference:.1e}", flush=True)
+            compare(f"a training step, {name}", "s", seconds)
+            compare(f"peak memory, {name}", "MiB", memory)
+        seconds = {"peer": [], "ours": []}
+        for repeat in range(args.whole_repeats):
+            folder = work / f"whole {repeat}"
+            words = peer_arguments(
+                folder / "peer", folder / "class", 400, "--train_text_encoder",
+                "--validation_prompt", _CONCEPT.instance_prompt,
+            )  # fmt: skip
+            seconds["peer"].append(run(peer, words, folder / "cache")[0]["seconds"])
+            words = our_arguments(folder / "ours", 400, "--train_text_encoder", "--num_validation_images", "4")
+            seconds["ours"].append(run("dbnb", words, folder / "cache")[0]["seconds"])
+        if args.whole_repeats:
+            compare("100 class images, 400 steps, validation images", "s", seconds)
+    print(f"\n{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}; batch, rank: {_SAME}\n")
+    print(rows.markdown())
+
+
+if __name__ == "__main__":
+    main()
