@@ -538,9 +538,9 @@ def _train(config, components, dataset, on_step, on_validation) -> list[dict[str
 
     writes, share = accelerator.is_main_process, accelerator.num_processes
 
-    def shared_mean(*values: torch.Tensor | float | None) -> list[float]:
+    def shared_mean(*values: torch.Tensor | None) -> list[float]:
         """The mean over all processes, None as 0: what one of them meets, all must know before they wait in vain."""
-        numbers = [0.0 if value is None else float(value) for value in values]
+        numbers = [0.0 if value is None else value.item() for value in values]
         return accelerator.reduce(torch.tensor(numbers, device=accelerator.device), "mean").tolist()
 
     log_path = output_dir / "log.jsonl"
@@ -610,7 +610,7 @@ def _train(config, components, dataset, on_step, on_validation) -> list[dict[str
                 for module in modules:
                     module.eval()
                 on_validation(step + 1)
-            if step + 1 < config.max_train_steps and any(shared_mean(float(interrupted()))):
+            if step + 1 < config.max_train_steps and any(shared_mean(torch.tensor(interrupted()))):
                 if writes and not due:
                     save(step + 1)
                 processes().print(

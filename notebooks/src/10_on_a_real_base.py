@@ -54,7 +54,7 @@ import torch
 from accelerate import notebook_launcher
 
 from dbnb import plots, workflow
-from dbnb.adapters import add_adapters
+from dbnb.adapters import adapted_modules, add_adapters, train_mode, trainable_parameters
 from dbnb.config import PRESETS, DreamBoothConfig
 from dbnb.dataset import DreamBoothDataset, cache_latents
 from dbnb.models import load_components
@@ -277,6 +277,62 @@ plots.show(
 print(f"{middle:.2f} s a step; {config.max_train_steps} steps: {middle * config.max_train_steps / 60:.1f} minutes")
 
 # %% [markdown]
+# What fills those seconds? The next cell takes twenty steps with a stopwatch at each part. **Predict**: which part is the
+# longest, and how much does the optimizer take, which touches only the adapters?
+
+
+# %%
+def stopwatch(components, dataset, number: int, optimizer) -> dict[str, float]:
+    """Milliseconds of one step, by what they were spent on."""
+    marks = {"start": time.perf_counter()}
+    hooks = []
+    for part in ("text_encoder", "unet"):
+        module = components.modules()[part]
+        start, end = (functools.partial(lambda name, *_: marks.update({name: time.perf_counter()}), f"{part} {edge}")
+                      for edge in ("in", "out"))  # fmt: skip
+        hooks += [module.register_forward_pre_hook(start), module.register_forward_hook(end)]
+    loss = training_step(components, batch_at(dataset, number, 4), seed=0).loss
+    marks["loss"] = time.perf_counter()
+    loss.backward()
+    marks["backward"] = time.perf_counter()
+    optimizer.step()
+    optimizer.zero_grad()
+    marks["optimizer"] = time.perf_counter()
+    for hook in hooks:
+        hook.remove()
+    text, unet = (marks[f"{part} out"] - marks[f"{part} in"] for part in ("text_encoder", "unet"))
+    seconds = {
+        "text encoder": text, "UNet, forward": unet, "backward": marks["backward"] - marks["loss"],
+        "optimizer": marks["optimizer"] - marks["backward"],
+        "all else": marks["loss"] - marks["start"] - text - unet,
+    }  # fmt: skip
+    return {name: 1000 * value for name, value in seconds.items()}
+
+
+subject = session.components
+for module in adapted_modules(subject).values():
+    train_mode(module)
+weights = [p for module in adapted_modules(subject).values() for _, p in trainable_parameters(module)]
+still = torch.optim.AdamW(weights, lr=0.0)  # all of an optimizer's work, but nothing moves
+rounds = [stopwatch(subject, session.dataset, number, still) for number in range(20)]
+spent = {name: statistics.median(times[name] for times in rounds) for name in rounds[0]}
+for module in adapted_modules(subject).values():
+    module.eval()
+plots.show(
+    plots.bars(
+        {name: {"a step": value} for name, value in spent.items()},
+        ylabel="milliseconds",
+        title="The UNet, forward and back, is nearly all of a step",
+    ),
+    alt="Bars: the UNet's forward and the backward pass are long, text encoder, optimizer and all else short",
+)
+assert spent["UNet, forward"] + spent["backward"] > 0.7 * sum(spent.values())
+
+# %% [markdown]
+# **What you should see**: the two passes through the UNet. That the rest is so small is the work of two caches (notebook 05):
+# pictures are encoded once, and each distinct prompt once a step. Without them, the autoencoder alone would take as long as
+# a pass. On a GPU the order stays, the numbers do not.
+#
 # A run is more than its training, though. Count what the UNet does, in *passes* of one picture: a training step takes about
 # three for each picture (the backward pass costs two), four with checkpointing; drawing takes two a solver step, because of
 # guidance. **Predict**: on which does a run with the presets spend most?

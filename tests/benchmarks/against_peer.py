@@ -5,6 +5,9 @@
 The peer is `examples/dreambooth/train_dreambooth_lora.py` of diffusers; it needs torchvision. Both run in this
 environment, alternating; the table has medians and ratios. Equal work comes first: on the peer's own latents, noise,
 timesteps and embeddings our step must give the peer's loss to 1e-5.
+
+One line of the peer is changed in a copy: it takes any UNet of six output channels for one that predicts a variance,
+and the miniature's latents have six.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -76,6 +80,16 @@ def step_seconds(notes: dict) -> float:
     return statistics.median(b - a for a, b in zip(ends, ends[1:], strict=False))
 
 
+def runnable(peer: Path, folder: Path) -> str:
+    """A copy of the peer that trains the miniature. Raises ValueError where it is not the script that we know."""
+    text, old, new = peer.read_text(), "model_pred.shape[1] == 6", "model_pred.shape[1] == 2 * model_input.shape[1]"
+    if text.count(old) != 1:
+        raise ValueError(f"{peer} does not say {old!r} once: is it diffusers' train_dreambooth_lora.py?")
+    copy = folder / peer.name
+    copy.write_text(text.replace(old, new))
+    return str(copy)
+
+
 def our_loss(first: dict[str, torch.Tensor]) -> float:
     """Our step's loss on what the peer's first step worked on, where adapters change nothing yet."""
     components = load_components("miniature")
@@ -98,7 +112,6 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--whole_repeats", type=int, default=1, help="of the whole workflow, which takes minutes")
     args = parser.parse_args()
-    peer = str(args.peer)
     rows = Table()
 
     def compare(what: str, unit: str, values: dict[str, list[float]]) -> None:
@@ -109,12 +122,17 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as root:
         work = Path(root)
+        peer = runnable(args.peer, work)
         os.environ["DBNB_CACHE"] = str(work / "cache")
         drawn = class_images(
             load_components("miniature"), _CONCEPT.class_prompt, 100, resolution=64,
             num_inference_steps=_PRESET["num_inference_steps"], guidance_scale=_PRESET["guidance_scale"],
             batch_size=_PRESET["sample_batch_size"],
         )  # fmt: skip
+        class_folder = work / "class"  # for the peer, which takes every file of a folder for a picture
+        class_folder.mkdir()
+        for path in drawn.paths:
+            shutil.copy(path, class_folder)
         short = ("--num_validation_images", "0", "--checkpointing_steps", "0")
         long = ("--checkpointing_steps", "100000")
         # Frozen, the peer has its own way of encoding prompts once: it gets it.
@@ -126,7 +144,7 @@ def main() -> None:
             seconds, memory = {"peer": [], "ours": []}, {"peer": [], "ours": []}
             for repeat in range(args.repeats):
                 folder = work / f"{name} {repeat}"
-                arguments = peer_arguments(folder / "peer", drawn.paths[0].parent, args.steps, *theirs, *long)
+                arguments = peer_arguments(folder / "peer", class_folder, args.steps, *theirs, *long)
                 for who, target, words in (
                     ("peer", peer, arguments),
                     ("ours", "dbnb", our_arguments(folder / "ours", args.steps, *ours, *short)),
