@@ -136,8 +136,8 @@ def load_adapter(pipeline: DiffusionPipeline, adapter: Path) -> None:
 def reload_pipeline(components: Components, adapter: Path) -> DiffusionPipeline:
     """A fresh pipeline of plain diffusers with the saved adapter: what whoever downloads it will have."""
     pipeline = DiffusionPipeline.from_pretrained(components.base, use_safetensors=True, variant=components.variant)
-    if pipeline.unet.dtype != components.unet.dtype:
-        pipeline.to(dtype=components.unet.dtype)
+    if pipeline.unet.dtype != components.dtype:
+        pipeline.to(dtype=components.dtype)
     pipeline.to(components.device)
     pipeline.scheduler = build_pipeline(components).scheduler
     load_adapter(pipeline, adapter)
@@ -159,7 +159,7 @@ def verify_reload(components: Components, adapter: Path, concept: Concept, confi
     ]  # fmt: skip
     difference = int(np.abs(pictures[0] - pictures[1]).max())
     # In half precision the reloaded adapter is rounded as well, which the trained one is not.
-    if difference > (2 if components.unet.dtype == torch.float32 else 32):
+    if difference > (2 if components.dtype == torch.float32 else 32):
         raise ValueError(
             f"{adapter} reloads to another picture (difference {difference}/255): compare versions of diffusers."
         )

@@ -111,9 +111,15 @@ class Components:
         """Whether the UNet enlarges a small picture (DeepFloyd IF's second stage): it sees two pictures at once."""
         return self.vae is None and self.unet.config.in_channels == 6
 
+    # Read off one weight: the UNet's own properties walk through all of its modules, milliseconds at each step.
     @property
     def device(self) -> torch.device:
-        return self.unet.device
+        return self.unet.conv_in.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the base's weights; adapters are float32."""
+        return self.unet.conv_in.weight.dtype
 
     @property
     def downsampling(self) -> int:
@@ -319,8 +325,9 @@ def embed_prompts(
         length = _token_length(tokenizer, architecture, max_length)
         tokens = tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
         masked = architecture.always_masked or getattr(encoder.config, "use_attention_mask", False)
-        mask = {"attention_mask": tokens.attention_mask.to(encoder.device)} if masked else {}
-        output = encoder(tokens.input_ids.to(encoder.device), **mask, **({"output_hidden_states": True} if two else {}))
+        tokens = tokens.to(components.device)
+        mask = {"attention_mask": tokens.attention_mask} if masked else {}
+        output = encoder(tokens.input_ids, **mask, **({"output_hidden_states": True} if two else {}))
         # SDXL takes the last layer but one of both encoders, and the second one's pooled output.
         hidden.append(output.hidden_states[-2] if two else output[0])
         pooled = output[0] if two else None

@@ -61,7 +61,7 @@ def build_pipeline(components: Components) -> DiffusionPipeline:
     pipeline.scheduler = fast_solver(components.noise_scheduler)
     pipeline.set_progress_bar_config(disable=True)
     if getattr(pipeline, "safety_checker", None) is not None:
-        pipeline.safety_checker.to(dtype=components.unet.dtype)
+        pipeline.safety_checker.to(dtype=components.dtype)
     return pipeline.to(components.device)
 
 
@@ -213,7 +213,7 @@ def class_images(
         num_inference_steps=num_inference_steps,
         guidance_scale=guidance_scale,
         scheduler=f"{DPMSolverMultistepScheduler.__name__}, {SOLVER}",
-        dtype=str(components.unet.dtype).removeprefix("torch."),
+        dtype=str(components.dtype).removeprefix("torch."),
         seed=seed,
         diffusers=diffusers.__version__,
     )

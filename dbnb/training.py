@@ -16,6 +16,7 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -168,7 +169,7 @@ def training_step(
         hidden, pooled = embed_prompts(components, batch["prompts"], max_length=tokenizer_max_length)
     else:
         hidden, pooled = stack_embeds([prompt_embeds[prompt] for prompt in batch["prompts"]])
-    dtype, seen = components.unet.dtype, noisy
+    dtype, seen = components.dtype, noisy
     if components.upscales:
         seen = torch.cat([noisy, _enlarged(components, batch, latents, timesteps, seed)], dim=1)
     pooled = None if pooled is None else pooled.to(dtype)
@@ -349,9 +350,10 @@ def load_checkpoint(folder: Path, components: Components, optimizer, identity: d
             of_parameter = re.compile(rf"optimizer\.(\w+)\.{re.escape(part)}\.{re.escape(name)}")
             found = {match[1]: value for key, value in tensors.items() if (match := of_parameter.fullmatch(key))}
             if found:
-                # The step count stays on the CPU, as AdamW keeps it.
+                # The step count stays on the CPU but in a fused AdamW, as torch keeps it.
+                on_cpu = () if optimizer.defaults.get("fused") else ("step",)
                 optimizer.state[parameter] = {
-                    key: value.clone() if key == "step" else value.clone().to(parameter.device)
+                    key: value.clone() if key in on_cpu else value.clone().to(parameter.device)
                     for key, value in found.items()
                 }
     return state
@@ -417,10 +419,10 @@ def _cut_log(path: Path, step: int) -> list[dict[str, Any]]:
     return lines
 
 
-def optimizer_class(config: DreamBoothConfig) -> type[torch.optim.Optimizer]:
-    """AdamW, or bitsandbytes' with state in 8 bits. Raises ValueError where that is not installed."""
+def optimizer_class(config: DreamBoothConfig) -> Callable[..., torch.optim.Optimizer]:
+    """AdamW in one kernel, or bitsandbytes' with state in 8 bits. Raises ValueError where that is not installed."""
     if not config.use_8bit_adam:
-        return torch.optim.AdamW
+        return partial(torch.optim.AdamW, fused=True)
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from peft.tuners import lora
 
 from dbnb.adapters import adapted_modules, adapter_table, add_adapters, train_mode, trainable_parameters
 from dbnb.models import encode_prompts, load_components
@@ -84,3 +85,44 @@ def test_the_same_seed_gives_the_same_adapters_and_leaves_global_randomness_alon
         assert torch.equal(torch.get_rng_state(), state)
         states.append([p.clone() for _, p in trainable_parameters(components.unet)])
     assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
+
+
+@pytest.mark.parametrize("part", ["unet", "text_encoder"])
+def test_on_a_cpu_training_takes_one_product_and_computes_what_peft_computes(components, part, monkeypatch):
+    add_adapters(components, rank=4, lora_alpha=8, train_text_encoder=True)
+    module = components.modules()[part]
+    layer = next(m for m in module.modules() if isinstance(m, lora.Linear))
+    layer.lora_B["default"].weight.data.normal_()
+    x = torch.randn(2, 5, layer.in_features, requires_grad=True)
+
+    def compute(forward):
+        layer.zero_grad()
+        x.grad = None
+        y = forward(x)
+        y.square().sum().backward()
+        return y, x.grad, layer.lora_A["default"].weight.grad, layer.lora_B["default"].weight.grad
+
+    ours, theirs = compute(layer), compute(lambda x: lora.Linear.forward(layer, x))
+    for mine, other in zip(ours, theirs, strict=True):
+        assert (mine - other).abs().max() <= 1e-5 * other.abs().max()
+    asked = []
+    monkeypatch.setattr(lora.Linear, "forward", lambda self, x, *_, **__: asked.append(1))
+    layer(x)
+    assert not asked
+    with torch.no_grad():  # pictures are drawn the way that whoever loads the adapter draws them
+        layer(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        layer(x)
+    module.disable_adapters()
+    layer(x)
+    assert len(asked) == 3
+
+
+@pytest.mark.parametrize("options", [dict(lora_dropout=0.5), dict(use_dora=True)], ids=str)
+def test_dropout_and_dora_are_pefts_own(components, options, monkeypatch):
+    add_adapters(components, rank=4, **options)
+    layer = next(m for m in components.unet.modules() if isinstance(m, lora.Linear))
+    asked = []
+    monkeypatch.setattr(lora.Linear, "forward", lambda self, x, *_, **__: asked.append(1))
+    layer(torch.randn(2, 5, layer.in_features))
+    assert asked

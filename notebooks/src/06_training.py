@@ -345,7 +345,7 @@ groups = [
     {"params": [p for _, p in trainable_parameters(components.unet)], "lr": config.learning_rate},
     {"params": [p for _, p in trainable_parameters(components.text_encoder)], "lr": config.text_encoder_learning_rate},
 ]
-optimizer = torch.optim.AdamW(groups)
+optimizer = torch.optim.AdamW(groups, fused=True)
 parameters = [p for group in groups for p in group["params"]]
 log = []
 for step in range(config.max_train_steps):
