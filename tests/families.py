@@ -51,7 +51,7 @@ def _vae(scaling_factor: float = 0.18215) -> AutoencoderKL:
     )  # fmt: skip
 
 
-def _schedule(**changed) -> DDPMScheduler:
+def schedule(**changed) -> DDPMScheduler:
     options = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1)
     return DDPMScheduler(**options | changed)
 
@@ -69,7 +69,7 @@ def _clip_tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer.from_pretrained(miniature.path() / "tokenizer")
 
 
-def _unsafe() -> dict:
+def no_safety_checker() -> dict:
     return dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False)
 
 
@@ -77,7 +77,7 @@ def _sd1():
     words = _clip_tokenizer()
     return StableDiffusionPipeline(
         vae=_vae(), text_encoder=CLIPTextModel(_clip_config(words)), tokenizer=words, unet=_unet(),
-        scheduler=_schedule(), **_unsafe(),
+        scheduler=schedule(), **no_safety_checker(),
     )  # fmt: skip
 
 
@@ -86,7 +86,7 @@ def _sd2():
     return StableDiffusionPipeline(
         vae=_vae(), text_encoder=CLIPTextModel(_clip_config(words, hidden_act="gelu")), tokenizer=words,
         unet=_unet(use_linear_projection=True, attention_head_dim=(2, 4)),
-        scheduler=_schedule(prediction_type="v_prediction"), **_unsafe(),
+        scheduler=schedule(prediction_type="v_prediction"), **no_safety_checker(),
     )  # fmt: skip
 
 
@@ -98,7 +98,7 @@ def _sdxl():
     )  # fmt: skip
     return StableDiffusionXLPipeline(
         vae=_vae(0.13025), text_encoder=CLIPTextModel(_clip_config(words)), tokenizer=words, unet=unet,
-        text_encoder_2=CLIPTextModelWithProjection(_clip_config(words)), tokenizer_2=words, scheduler=_schedule(),
+        text_encoder_2=CLIPTextModelWithProjection(_clip_config(words)), tokenizer_2=words, scheduler=schedule(),
         add_watermarker=False,
     )  # fmt: skip
 
@@ -115,7 +115,7 @@ def _alt():
     text_encoder_class = ARCHITECTURES["RobertaSeriesModelWithTransformation"].text_encoder_class()
     return AltDiffusionPipeline(
         vae=_vae(), text_encoder=text_encoder_class(config), tokenizer=words, unet=_unet(),
-        scheduler=_schedule(), **_unsafe(),
+        scheduler=schedule(), **no_safety_checker(),
     )  # fmt: skip
 
 
@@ -135,7 +135,7 @@ def _deepfloyd(cls, **changed):
     further = {"image_noising_scheduler": DDPMScheduler(beta_schedule="squaredcos_cap_v2")} if changed else {}
     return cls(
         tokenizer=words, text_encoder=encoder, unet=_unet(**options | changed), scheduler=schedule, watermarker=None,
-        **further, **_unsafe(),
+        **further, **no_safety_checker(),
     )  # fmt: skip
 
 

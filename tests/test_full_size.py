@@ -15,7 +15,7 @@ import sys
 import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
-from families import _schedule, _unsafe
+from families import no_safety_checker, schedule
 from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -42,7 +42,7 @@ def _write(folder) -> dict[str, int]:
     finally:
         torch.set_default_dtype(torch.float32)
     parts = {"text_encoder": text_encoder, "unet": unet, "vae": vae}
-    pipeline = StableDiffusionPipeline(tokenizer=words, scheduler=_schedule(), **parts, **_unsafe())
+    pipeline = StableDiffusionPipeline(tokenizer=words, scheduler=schedule(), **parts, **no_safety_checker())
     pipeline.save_pretrained(folder)
     return {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
 

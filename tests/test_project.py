@@ -21,18 +21,28 @@ def _requirements() -> list[Requirement]:
     return [Requirement(line) for line in [*PROJECT["dependencies"], *(line for extra in extras for line in extra)]]
 
 
-def _constraints() -> dict[str, Version]:
-    lines = (ROOT / "constraints" / "linux-cpu.txt").read_text().splitlines()
-    pairs = (line.split("==") for line in lines if line and not line.startswith("#"))
+def _constraints(name: str) -> dict[str, Version]:
+    lines = (line.split("#")[0].strip() for line in (ROOT / "constraints" / name).read_text().splitlines())
+    pairs = (line.split("==") for line in lines if line)
     return {name.lower().replace("_", "-"): Version(version) for name, version in pairs}
 
 
 def test_constraints_pin_every_dependency_at_or_above_its_floor():
-    pinned = _constraints()
+    pinned = _constraints("linux-cpu.txt")
     for requirement in _requirements():
         name = requirement.name.lower().replace("_", "-")
         assert name in pinned, f"{name} is not in constraints/linux-cpu.txt"
         assert requirement.specifier.contains(pinned[name]), f"{requirement} against {pinned[name]}"
+
+
+def test_what_colab_has_is_at_or_above_every_floor():
+    pinned, names = _constraints("colab.txt"), set()
+    for requirement in _requirements():
+        name = requirement.name.lower().replace("_", "-")
+        if name in pinned:
+            names.add(name)
+            assert requirement.specifier.contains(pinned[name]), f"{requirement} against {pinned[name]}"
+    assert {"diffusers", "transformers", "peft", "accelerate", "ipywidgets"} <= names
 
 
 def test_environment_takes_everything_from_pyproject_under_the_constraints():
@@ -51,6 +61,7 @@ def test_ci_runs_the_commands_of_the_readme():
     for command in (
         "pip install -c constraints/linux-cpu.txt -e . && python -m dbnb",
         'pip install -c constraints/linux-cpu.txt -e ".[test]" && pytest',
+        'pip install -c constraints/colab.txt -e ".[test]" && pytest tests',
     ):
         assert command in readme
         assert command.replace("pip install", "pip install --quiet") in ci

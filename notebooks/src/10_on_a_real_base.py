@@ -233,7 +233,14 @@ print({base: f"{rates['miniature'] / rate:.0f} times lower" for base, rate in ra
 # first; training it needs more memory and a careful rate.
 #
 # **The cell to change.** On a GPU, take out the `#` and put in your folder. On a small card, add
-# `gradient_checkpointing=True`.
+# `gradient_checkpointing=True`. On Colab, upload the photographs into that folder first:
+#
+# ```python
+# from google.colab import files
+# from dbnb.concept import save_uploads
+#
+# save_uploads(files.upload(), "my photographs")
+# ```
 
 # %%
 settings = dict(base="miniature", class_word="dog", identifier="sks")
