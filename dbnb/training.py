@@ -542,7 +542,7 @@ def _train(config, components, dataset, on_step, on_validation) -> list[dict[str
 
     def shared_mean(*values: torch.Tensor | None) -> list[float]:
         """The mean over all processes, None as 0: what one of them meets, all must know before they wait in vain."""
-        numbers = [0.0 if value is None else value.item() for value in values]
+        numbers = [0.0 if value is None else float(value.item()) for value in values]
         return accelerator.reduce(torch.tensor(numbers, device=accelerator.device), "mean").tolist()
 
     log_path = output_dir / "log.jsonl"

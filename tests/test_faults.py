@@ -254,9 +254,10 @@ def _same_adapters(*folders) -> bool:
 def test_ctrl_c_at_any_moment_loses_nothing_and_the_end_is_the_same(tmp_path):
     cache, log, rng, stopped = tmp_path / "cache", tmp_path / "stopped" / "log.jsonl", random.Random(0), 0
     assert "reloads to the same picture" in _start(tmp_path / "whole", cache).communicate(timeout=120)[0]
-    shutil.rmtree(cache)
-    # While libraries load, while class images are drawn, and after any step.
-    for moment in [*(rng.uniform(1.0, 8.0) for _ in range(3)), *sorted(rng.sample(range(1, 55), 4))]:
+    # After any step; then while libraries load and class images are drawn.
+    for moment in [*sorted(rng.sample(range(1, 55), 4)), *(rng.uniform(1.0, 8.0) for _ in range(3))]:
+        if isinstance(moment, float):
+            shutil.rmtree(cache, ignore_errors=True)
         run, started = _start(tmp_path / "stopped", cache), time.monotonic()
         while run.poll() is None and time.monotonic() - started < 60:
             steps = log.read_text().count("\n") if log.exists() else 0
@@ -265,7 +266,7 @@ def test_ctrl_c_at_any_moment_loses_nothing_and_the_end_is_the_same(tmp_path):
             time.sleep(0.01)
         run.send_signal(signal.SIGINT)
         output = run.communicate(timeout=120)[0]
-        stopped += run.returncode == 130 or "Interrupted: step" in output or "KeyboardInterrupt" in output
+        stopped += run.returncode != 0 or "Interrupted: step" in output
         assert not list(cache.rglob(".*.png"))
     assert stopped >= 4
     assert "reloads to the same picture" in _start(tmp_path / "stopped", cache).communicate(timeout=120)[0]

@@ -72,20 +72,28 @@ def test_what_the_safety_checker_blackens_is_drawn_anew_and_never_kept(component
         class_images(components, "a photo of a cat", 1, **OPTIONS)
 
 
+def _pixels(paths):
+    return [np.asarray(Image.open(path), int) for path in paths]
+
+
+def _almost_equal(a, b):
+    """But for rounding: a picture drawn in a batch of another size may differ by one step of 255."""
+    return all(np.abs(x - y).max() <= 1 for x, y in zip(a, b, strict=True))
+
+
 def test_a_torn_image_is_drawn_again(components):
     first = class_images(components, "a photo of a dog", 2, **OPTIONS)
-    whole = _hashes(first.paths)
+    whole = _pixels(first.paths)
     first.paths[1].write_bytes(first.paths[1].read_bytes()[:50])
     again = class_images(components, "a photo of a dog", 2, **OPTIONS)
-    assert again.decision == "top up" and _hashes(again.paths) == whole
+    assert again.decision == "top up" and _almost_equal(_pixels(again.paths), whole)
 
 
 def test_batch_size_changes_nothing(components, tmp_path, monkeypatch):
     one = class_images(components, "a photo of a dog", 4, **(OPTIONS | dict(batch_size=4))).paths
     monkeypatch.setenv("DBNB_CACHE", str(tmp_path / "other"))
     two = class_images(components, "a photo of a dog", 4, **(OPTIONS | dict(batch_size=1))).paths
-    for a, b in zip(one, two, strict=True):
-        assert np.abs(np.asarray(Image.open(a), int) - np.asarray(Image.open(b), int)).max() <= 1
+    assert _almost_equal(_pixels(one), _pixels(two))
 
 
 def test_ones_own_images_come_first_and_are_never_altered(components, class_paths):

@@ -291,39 +291,36 @@ print(f"{middle:.2f} s a step; {config.max_train_steps} steps: {middle * config.
 # %%
 def stopwatch(components, dataset, number: int, optimizer) -> dict[str, float]:
     """Milliseconds of one step, by what they were spent on."""
-    marks = {"start": time.perf_counter()}
-    hooks = []
-    for part in ("text_encoder", "unet"):
-        module = components.modules()[part]
-        start, end = (functools.partial(lambda name, *_: marks.update({name: time.perf_counter()}), f"{part} {edge}")
-                      for edge in ("in", "out"))  # fmt: skip
-        hooks += [module.register_forward_pre_hook(start), module.register_forward_hook(end)]
-    loss = training_step(components, batch_at(dataset, number, 4), seed=0).loss
-    marks["loss"] = time.perf_counter()
-    loss.backward()
-    marks["backward"] = time.perf_counter()
+    start, ended = time.perf_counter(), {"": 0.0}
+
+    def mark(name: str, *_) -> None:
+        ended[name] = 1000 * (time.perf_counter() - start)
+
+    text_encoder, unet = components.text_encoder, components.unet
+    hooks = [
+        text_encoder.register_forward_pre_hook(functools.partial(mark, "batch, noise")),
+        text_encoder.register_forward_hook(functools.partial(mark, "text encoder")),
+        unet.register_forward_hook(functools.partial(mark, "UNet, forward")),
+    ]
+    training_step(components, batch_at(dataset, number, 4), seed=0).loss.backward()
+    mark("loss, backward")
     optimizer.step()
-    optimizer.zero_grad()
-    marks["optimizer"] = time.perf_counter()
+    mark("optimizer")
     for hook in hooks:
         hook.remove()
-    text, unet = (marks[f"{part} out"] - marks[f"{part} in"] for part in ("text_encoder", "unet"))
-    seconds = {
-        "text encoder": text, "UNet, forward": unet, "backward": marks["backward"] - marks["loss"],
-        "optimizer": marks["optimizer"] - marks["backward"],
-        "all else": marks["loss"] - marks["start"] - text - unet,
-    }  # fmt: skip
-    return {name: 1000 * value for name, value in seconds.items()}
+    return {name: ended[name] - before for before, name in zip(ended.values(), list(ended)[1:], strict=False)}
 
 
+# %%
 subject = session.components
-for module in adapted_modules(subject).values():
+cache_latents(session.dataset, subject.vae)  # as `train` does before its first step
+modules = adapted_modules(subject).values()
+for module in modules:
     train_mode(module)
-weights = [p for module in adapted_modules(subject).values() for _, p in trainable_parameters(module)]
-still = torch.optim.AdamW(weights, lr=0.0)  # all of an optimizer's work, but nothing moves
+still = torch.optim.AdamW([p for m in modules for _, p in trainable_parameters(m)], lr=0.0, fused=True)  # moves nothing
 rounds = [stopwatch(subject, session.dataset, number, still) for number in range(20)]
 spent = {name: statistics.median(times[name] for times in rounds) for name in rounds[0]}
-for module in adapted_modules(subject).values():
+for module in modules:
     module.eval()
 plots.show(
     plots.bars(
@@ -331,14 +328,14 @@ plots.show(
         ylabel="milliseconds",
         title="The UNet, forward and back, is nearly all of a step",
     ),
-    alt="Bars: the UNet's forward and the backward pass are long, text encoder, optimizer and all else short",
+    alt="Bars: the UNet's forward and the backward pass are long; batch, text encoder and optimizer are short",
 )
-assert spent["UNet, forward"] + spent["backward"] > 0.7 * sum(spent.values())
+assert spent["UNet, forward"] + spent["loss, backward"] > 0.7 * sum(spent.values())
 
 # %% [markdown]
 # **What you should see**: the two passes through the UNet. That the rest is so small is the work of two caches (notebook 05):
-# pictures are encoded once, and each distinct prompt once a step. Without them, the autoencoder alone would take as long as
-# a pass. On a GPU the order stays, the numbers do not.
+# pictures are encoded once, and each distinct prompt once a step. Without the first, the autoencoder would take a good part of
+# a pass more. On a GPU the order stays, the numbers do not.
 #
 # A run is more than its training, though. Count what the UNet does, in *passes* of one picture: a training step takes about
 # three for each picture (the backward pass costs two), four with checkpointing; drawing takes two a solver step, because of
