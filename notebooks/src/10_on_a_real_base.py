@@ -51,7 +51,6 @@ import tempfile
 import time
 
 import torch
-from accelerate import notebook_launcher
 
 from dbnb import plots, workflow
 from dbnb.adapters import adapted_modules, add_adapters, train_mode, trainable_parameters
@@ -430,6 +429,8 @@ print("one batch of four, and two of two, the same loss:", abs(four - sum(twos) 
 # twenty steps:
 
 # %%
+from accelerate import notebook_launcher
+
 few = DreamBoothConfig(**settings, max_train_steps=20, num_validation_images=0, output_dir=f"{tempfile.mkdtemp()}/few")
 notebook_launcher(workflow.run, (few,), num_processes=max(1, torch.accelerator.device_count()))
 
