@@ -113,3 +113,22 @@ def test_reference_images_are_redrawn_by_strength(config):
     )
     target = np.array([200, 60, 60])
     assert weak.shape == (64, 64, 3) and np.abs(weak - target).mean() < np.abs(strong - target).mean()
+
+
+@pytest.mark.parametrize(
+    "error, code, words",
+    [
+        (KeyboardInterrupt(), 130, "interrupted; class images and checkpoints that were complete are kept"),
+        (torch.OutOfMemoryError("CUDA out of memory\nand a page more"), 2, "lower --train_batch_size"),
+        (FloatingPointError("The loss is nan"), 2, "The loss is nan"),
+    ],
+    ids=["Ctrl-C", "memory", "not finite"],
+)
+def test_what_ends_a_run_is_said_in_one_sentence(monkeypatch, capsys, error, code, words):
+    def ends(config):
+        raise error
+
+    monkeypatch.setattr(workflow, "run", ends)
+    assert main(_SHORT) == code
+    said = capsys.readouterr().err
+    assert said.startswith("dbnb: ") and words in said and said.count("\n") == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -13,7 +14,7 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from dbnb import miniature
-from dbnb.miniature import evaluate, train
+from dbnb.miniature import card, evaluate, pilots, train
 
 
 def test_plain_diffusers_draws_with_it_without_our_package(tmp_path):
@@ -144,7 +145,32 @@ def test_measures_of_the_evaluation():
     assert 20 < evaluate.hue_errors_by_sector(reds, oranges)["0 to 30"] < 40
 
 
-def test_the_evaluation_runs_on_few_pictures(tmp_path):
-    evaluate.main(["--count", "6", "--output", str(tmp_path / "e.json")])
-    result = json.loads((tmp_path / "e.json").read_text())
+def test_the_evaluation_runs_on_few_pictures_and_the_card_tells_it(tmp_path):
+    evaluation = tmp_path / "e.json"
+    evaluate.main(["--count", "6", "--output", str(evaluation)])
+    result = json.loads(evaluation.read_text())
     assert result["judge"]["kind"] > 0.9 and set(result) >= {"autoencoder", "drawn", "composition", "frechet"}
+    base = tmp_path / "base"
+    shutil.copytree(miniature.path(), base)
+    command = ["--base", str(base), "--evaluation", str(evaluation)]
+    with pytest.raises(ValueError, match="no subject experiment"):
+        card.main(command)
+    names = "normalized_subject_fidelity scene_recognised class_diversity_ratio class_subject_similarity".split()
+    result["subjects"] = {"a toy of this test": {"after": dict.fromkeys(names, 0.25)}}
+    evaluation.write_text(json.dumps(result))
+    (base / "grid.png").unlink()
+    card.main(command)
+    text = (base / "README.md").read_text()
+    assert f"PSNR {result['autoencoder']['psnr']:.1f} dB" in text and "| a toy of this test | 0.25 |" in text
+    assert Image.open(base / "grid.png").width > 500
+
+
+def test_pilots_compare_designs_and_the_card_takes_their_table(tmp_path):
+    folder = tmp_path / "run"
+    options = ["--output_dir", str(folder), "--photographs", "96"]
+    train.main([*options, "--batch_sizes", *"288824", "--steps", *"222220", "--until", "decoder"])
+    pilots.main([*options, "--minutes", "0.01", "--count", "2"])
+    result = json.loads((folder / "pilots.json").read_text())
+    assert [design["predicts"] for design in result["designs"]] == list(pilots.DESIGNS)
+    assert all(design["steps"] >= 1 for design in result["designs"])
+    assert "| v, min(SNR + 1, 5) |" in card.pilots(folder)

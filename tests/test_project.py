@@ -61,7 +61,7 @@ def test_ci_runs_the_commands_of_the_readme():
     for command in (
         "pip install -c constraints/linux-cpu.txt -e . && python -m dbnb",
         'pip install -c constraints/linux-cpu.txt -e ".[test]" && pytest',
-        'pip install -c constraints/colab.txt -e ".[test]" && pytest tests',
+        'pip install -c constraints/colab.txt -e ".[test]" && coverage run -m pytest tests && coverage report',
     ):
         assert command in readme
         assert command.replace("pip install", "pip install --quiet") in ci
