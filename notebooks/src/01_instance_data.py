@@ -193,7 +193,7 @@ pieces = [middle[0]["instance_pixels"], *(anywhere[number]["instance_pixels"] fo
 plots.show(
     plots.show_images(
         VaeImageProcessor().postprocess(torch.stack(pieces)), inches=1.3,
-        titles=["middle", *(f"anywhere, sample {number}" for number in range(5))],
+        titles=["middle", *(f"random {number}" for number in range(5))],
         title="A random crop of a wide picture may cut the subject",
     ),
     alt="Six crops of one wide picture: the middle one shows the dog whole, random ones may cut it in two",
