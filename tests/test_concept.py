@@ -110,3 +110,20 @@ def test_token_report_tells_rare_from_common_and_split(components):
     assert rare.rare and len(rare.ids) == 1 and rare.alternatives and "sks" not in rare.alternatives
     assert not common.rare and len(common.ids) == 1 and "common" in common.verdict
     assert not split.rare and len(split.ids) > 1
+
+
+def test_odd_pictures_are_used_or_left_out_with_a_remark(folder):
+    Image.new("RGB", (900, 20), "red").save(folder / "long.png")
+    Image.new("RGB", (900, 5), "red").save(folder / "thread.png")
+    Image.new("RGB", (1, 1), "red").save(folder / "dot.png")
+    frames = [Image.new("RGB", (80, 80), color) for color in ("green", "blue")]
+    frames[0].save(folder / "moves.gif", save_all=True, append_images=frames[1:])
+    (folder / "phone.HEIC").write_bytes(b"ftypheic")
+    paths, notes = inspect_images(folder)
+    remarks = {note.name: (note.used, note.note) for note in notes}
+    assert remarks["long.png"][0] and "very long" in remarks["long.png"][1] and "enlarged" in remarks["long.png"][1]
+    for name in ("thread.png", "dot.png"):
+        assert remarks[name] == (False, "smaller than 16 pixels")
+    assert remarks["moves.gif"][0] and "first frame only" in remarks["moves.gif"][1]
+    assert load_image(folder / "moves.gif").getpixel((0, 0)) == pytest.approx((0, 128, 0), abs=3)
+    assert not remarks["phone.HEIC"][0] and "convert it to JPEG" in remarks["phone.HEIC"][1]

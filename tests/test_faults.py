@@ -11,7 +11,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,7 +24,7 @@ from dbnb import prior
 from dbnb.adapters import add_adapters, trainable_parameters
 from dbnb.concept import Concept, load_image, save_uploads
 from dbnb.config import DreamBoothConfig
-from dbnb.training import checkpoints, load_checkpoint, save_checkpoint
+from dbnb.training import check_start, checkpoints, load_checkpoint, save_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 IDENTITY = {"seed": 0}
@@ -119,6 +121,34 @@ def test_a_full_disk_is_said_and_loses_nothing(state, tmp_path):
         save()
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"] and _all_whole(tmp_path, state) == [1]
+
+
+def test_a_read_only_folder_is_said_before_anything_is_made(monkeypatch, components):
+    folder = Path(tempfile.mkdtemp())  # pytest's own nobody else may enter
+    os.chmod(folder, 0o555)
+    monkeypatch.setenv("DBNB_CACHE", str(folder / "cache"))
+    options = dict(resolution=64, num_inference_steps=1, guidance_scale=1.0, batch_size=1)
+
+    def work():
+        if os.getuid() == 0:  # who may write everywhere
+            os.setuid(65534)
+        said = []
+        for attempt in (
+            lambda: check_start(DreamBoothConfig(output_dir=str(folder / "run"))),
+            lambda: prior.class_images(components, "a photo of a dog", 1, **options),
+        ):
+            try:
+                attempt()
+            except OSError as error:
+                said.append(str(error))
+        right = len(said) == 2 and "choose another --output_dir" in said[0] and "set DBNB_CACHE" in said[1]
+        os._exit(0 if right else 1)
+
+    child = os.fork()
+    if child == 0:
+        work()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0 and not list(folder.iterdir())
+    folder.rmdir()
 
 
 def _damaged(data: bytes, rng: random.Random) -> bytes:

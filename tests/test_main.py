@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+import dbnb
 from dbnb import miniature, workflow
 from dbnb.__main__ import main
 from dbnb.config import DreamBoothConfig, parse_args
@@ -132,3 +133,26 @@ def test_what_ends_a_run_is_said_in_one_sentence(monkeypatch, capsys, error, cod
     assert main(_SHORT) == code
     said = capsys.readouterr().err
     assert said.startswith("dbnb: ") and words in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "changed, words",
+    [
+        (dict(text_encoder_rank=0), "text_encoder_rank=0 must be at least 1"),
+        (dict(validation_steps=-1), "validation_steps=-1 must not be negative"),
+        (dict(mixed_precision="fp8"), "is none of no, fp16, bf16, half"),
+        (dict(export="zip"), "is none of diffusers, kohya"),
+        (dict(export="kohya", use_dora=True), "no place for DoRA"),
+        (dict(snr_gamma=0.0), "snr_gamma=0.0 must be above 0"),
+    ],
+    ids=str,
+)
+def test_settings_that_cannot_work_are_named(changed, words):
+    with pytest.raises(ValueError, match=words):
+        DreamBoothConfig(**changed)
+
+
+def test_modules_load_when_they_are_first_named():
+    assert dbnb.tables.Table is not None
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        dbnb.nothing  # noqa: B018

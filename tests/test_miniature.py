@@ -162,7 +162,8 @@ def test_the_evaluation_runs_on_few_pictures_and_the_card_tells_it(tmp_path):
     card.main(command)
     text = (base / "README.md").read_text()
     assert f"PSNR {result['autoencoder']['psnr']:.1f} dB" in text and "| a toy of this test | 0.25 |" in text
-    assert Image.open(base / "grid.png").width > 500
+    with Image.open(base / "grid.png") as grid:
+        assert grid.width > 500
 
 
 def test_pilots_compare_designs_and_the_card_takes_their_table(tmp_path):

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DDPMScheduler
+from safetensors.torch import load_file
 
 from dbnb.adapters import adapted_modules, add_adapters, trainable_parameters
 from dbnb.config import DreamBoothConfig
@@ -181,19 +182,21 @@ def test_a_resumed_run_equals_the_uninterrupted_one(config, dataset, tmp_path, t
         train_text_encoder=text_encoder, lr_scheduler="cosine", gradient_accumulation_steps=2, lora_dropout=0.1,
         max_train_steps=4,
     )  # fmt: skip
+    options |= dict(checkpointing_steps=1, checkpoints_total_limit=None)
     whole = dataclasses.replace(config, output_dir=str(tmp_path / "whole"), **options)
     expected, log = _trained(whole, dataset, train_text_encoder=text_encoder)
-    parts = dataclasses.replace(
-        config,
-        output_dir=str(tmp_path / "whole"),
-        resume_from_checkpoint=str(tmp_path / "whole/checkpoint-2"),
-        **options,
-    )
-    resumed, log_again = _trained(parts, dataset, train_text_encoder=text_encoder)
-    assert all(torch.equal(a, b) for a, b in zip(_weights(expected), _weights(resumed), strict=True))
-    assert [line["loss"] for line in log] == [line["loss"] for line in log_again]
-    lines = (tmp_path / "whole" / "log.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4]
+    last = load_file(tmp_path / "whole" / "checkpoint-4" / "state.safetensors")  # adapters and optimizer
+    for step in (1, 2, 3):
+        resumed, log_again = _trained(
+            dataclasses.replace(whole, resume_from_checkpoint=str(tmp_path / f"whole/checkpoint-{step}")), dataset,
+            train_text_encoder=text_encoder,
+        )  # fmt: skip
+        assert all(torch.equal(a, b) for a, b in zip(_weights(expected), _weights(resumed), strict=True))
+        assert [line["loss"] for line in log] == [line["loss"] for line in log_again]
+        again = load_file(tmp_path / "whole" / "checkpoint-4" / "state.safetensors")
+        assert last.keys() == again.keys() and all(torch.equal(last[key], again[key]) for key in last)
+        lines = (tmp_path / "whole" / "log.jsonl").read_text().splitlines()
+        assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4]
 
 
 def test_latest_starts_over_where_there_is_none_and_keeps_the_limit(config, dataset, capsys):

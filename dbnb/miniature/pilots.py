@@ -54,7 +54,8 @@ def main(argv: list[str] | None = None) -> None:
         )  # fmt: skip
         pictures = drawings(train.as_pipeline(vae, words, model, schedule), [full_caption(n) for n in names])
         right = accuracy(judge(pictures), np.stack([labels_of(n) for n in names]))
-        results.append({"predicts": name, "steps": train.stage_record("unet", 24, pilot)["step"], **right})
+        steps = torch.load(pilot / "unet.pt", weights_only=True)["step"]
+        results.append({"predicts": name, "steps": steps, **right})
         (folder / "pilots.json").write_text(json.dumps({"minutes": args.minutes, "designs": results}, indent=1) + "\n")
         print(json.dumps(results[-1]), flush=True)
 
