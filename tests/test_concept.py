@@ -127,3 +127,11 @@ def test_odd_pictures_are_used_or_left_out_with_a_remark(folder):
     assert remarks["moves.gif"][0] and "first frame only" in remarks["moves.gif"][1]
     assert load_image(folder / "moves.gif").getpixel((0, 0)) == pytest.approx((0, 128, 0), abs=3)
     assert not remarks["phone.HEIC"][0] and "convert it to JPEG" in remarks["phone.HEIC"][1]
+
+
+def test_words_must_be_there_and_few_pictures_are_remarked(folder):
+    with pytest.raises(ValueError, match="must each be a word"):
+        Concept.from_folder(folder, " ", "dog")
+    for path in sorted(folder.iterdir())[1:]:
+        path.unlink()
+    assert "1 pictures: three to ten" in Concept.from_folder(folder, "sks", "dog").report()

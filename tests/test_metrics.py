@@ -70,3 +70,24 @@ def test_report_normalises_between_floor_and_ceiling():
     assert result["after"]["class_diversity_ratio"] == pytest.approx(0.75)
     assert result["floor"] == {"subject_fidelity": 0.2, "clip_i": 0.5}
     assert "normalized_subject_fidelity" in str(metrics.metrics_table(result))
+
+
+def test_what_a_prompt_set_is_too_small_for_is_left_out(encoders, components):
+    [photo] = _shots(toybox.random_toy("dog", 1), ["beach"])
+    alone = ValidationImages([photo], [], [], [], [photo])
+    numbers = metrics.evaluate(encoders, alone, [photo], "a photo of a dog")
+    assert set(numbers) == {"subject_fidelity", "clip_i", "class_subject_similarity"}
+    assert metrics.ceiling(encoders, components, [photo], [], 64) == {}
+    assert "normalized_subject_fidelity" not in metrics.report(numbers, numbers, {})["after"]
+    assert set(metrics.evaluate(encoders, ValidationImages([photo], [], [], [], []), [photo], "a photo of a dog")) == {
+        "subject_fidelity", "clip_i",
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="at least two"):
+        metrics.diversity(torch.ones(1, 4))
+
+
+def test_where_there_is_no_autoencoder_pictures_stay_as_they_are(components):
+    components.vae = None
+    [photo] = _shots(toybox.random_toy("dog", 1), ["beach"])
+    [same] = metrics.through_vae(components, [photo.resize((64, 64))], 64)
+    assert same.tobytes() == photo.resize((64, 64)).tobytes()

@@ -169,7 +169,11 @@ def test_the_evaluation_runs_on_few_pictures_and_the_card_tells_it(tmp_path):
 def test_pilots_compare_designs_and_the_card_takes_their_table(tmp_path):
     folder = tmp_path / "run"
     options = ["--output_dir", str(folder), "--photographs", "96"]
-    train.main([*options, "--batch_sizes", *"288824", "--steps", *"222220", "--until", "decoder"])
+    done = []
+    for stage in train.STAGES[:-1]:
+        train.main([*options, "--batch_sizes", *"288824", "--steps", *"222220", "--until", stage])
+        done.append(stage)
+        assert sorted(path.stem for path in folder.glob("*.pt") if path.stem != "latents") == sorted(done)
     pilots.main([*options, "--minutes", "0.01", "--count", "2"])
     result = json.loads((folder / "pilots.json").read_text())
     assert [design["predicts"] for design in result["designs"]] == list(pilots.DESIGNS)
