@@ -272,7 +272,7 @@ _COMMAND = (
 def _start(folder, cache, **environment):
     return subprocess.Popen(
         [sys.executable, *_COMMAND, "--output_dir", str(folder)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        env=os.environ | {"DBNB_CACHE": str(cache), **environment}, text=True,
+        env=os.environ | {"DBNB_CACHE": str(cache), "OMP_NUM_THREADS": "1", **environment}, text=True,
     )  # fmt: skip
 
 
