@@ -114,3 +114,7 @@ def test_the_identifier_explorer_answers_and_lets_no_markup_through():
     assert "a good identifier" in answer.value
     field.value = "<script>"
     assert "<script>" not in answer.value and "split into" in answer.value
+    said = answer.value
+    field.value = " "  # nothing typed yet: nothing new to say
+    assert answer.value == said
+    assert widgets.browse({"a": plots.loss_curves([])}, "which").children[1].value[:4] == b"\x89PNG"
