@@ -200,6 +200,8 @@ def training_step(
 
 def _where(record: StepRecord) -> str:
     """Where a step stopped being finite, and what to change."""
+    if torch.isfinite(record.loss):
+        return "Another process met a loss that is not finite, and says what to change,"
     if not torch.isfinite(record.latents).all():
         return "The latents are not finite (an autoencoder in float16 overflows): use --mixed_precision bf16 or no,"
     if not torch.isfinite(record.prediction).all():

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from diffusers import DDPMScheduler
 from safetensors.torch import load_file
 
@@ -234,6 +235,12 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(config, dataset):
     with pytest.raises(FloatingPointError, match="step 1"):
         train(config, components, dataset)
     assert all(torch.equal(a, b) for a, b in zip(before, _weights(components), strict=True))
+
+
+def test_a_loss_that_another_process_met_is_not_put_down_to_this_one(config, dataset, monkeypatch):
+    monkeypatch.setattr(Accelerator, "reduce", lambda self, tensor, how: tensor * torch.nan)
+    with pytest.raises(FloatingPointError, match="Another process"):
+        _trained(config, dataset)
 
 
 def test_ctrl_c_saves_and_returns(config, dataset):
