@@ -123,6 +123,7 @@ def inspect_images(folder: Path, resolution: int = 64) -> tuple[list[Path], list
         with Image.open(path) as raw:
             mode, turned = raw.mode, raw.getexif().get(0x0112, 1) != 1
             animated = getattr(raw, "n_frames", 1) > 1
+            transparent = raw.has_transparency_data and raw.convert("RGBA").getextrema()[3][0] < 255
         width, height = image.size
         if min(width, height) < 16:
             notes.append(ImageNote(path.name, False, f"{width} x {height}", mode, "smaller than 16 pixels"))
@@ -132,6 +133,8 @@ def inspect_images(folder: Path, resolution: int = 64) -> tuple[list[Path], list
             remarks.append("turned upright")
         if animated:
             remarks.append("first frame only")
+        if transparent:
+            remarks.append("transparent: put on white")
         if min(width, height) < resolution:
             remarks.append(f"smaller than the resolution {resolution}: it will be enlarged")
         if max(width, height) > 3 * min(width, height):

@@ -119,6 +119,8 @@ def test_odd_pictures_are_used_or_left_out_with_a_remark(folder):
     frames = [Image.new("RGB", (80, 80), color) for color in ("green", "blue")]
     frames[0].save(folder / "moves.gif", save_all=True, append_images=frames[1:])
     (folder / "phone.HEIC").write_bytes(b"ftypheic")
+    Image.new("RGBA", (80, 80), (255, 0, 0, 0)).save(folder / "cut-out.png")
+    Image.new("RGBA", (80, 80), (255, 0, 0, 255)).save(folder / "screenshot.png")
     paths, notes = inspect_images(folder)
     remarks = {note.name: (note.used, note.note) for note in notes}
     assert remarks["long.png"][0] and "very long" in remarks["long.png"][1] and "enlarged" in remarks["long.png"][1]
@@ -126,6 +128,8 @@ def test_odd_pictures_are_used_or_left_out_with_a_remark(folder):
         assert remarks[name] == (False, "smaller than 16 pixels")
     assert remarks["moves.gif"][0] and "first frame only" in remarks["moves.gif"][1]
     assert load_image(folder / "moves.gif").getpixel((0, 0)) == pytest.approx((0, 128, 0), abs=3)
+    assert remarks["cut-out.png"] == (True, "transparent: put on white")
+    assert "transparent" not in remarks["screenshot.png"][1]
     assert not remarks["phone.HEIC"][0] and "convert it to JPEG" in remarks["phone.HEIC"][1]
 
 
