@@ -66,7 +66,7 @@ class DreamBoothConfig:
     max_train_steps: int | None = _option(None, "optimizer steps")
     learning_rate: float | None = _option(None, "for the UNet's adapters")
     text_encoder_learning_rate: float | None = _option(None, "for the text encoder's adapters")
-    lr_scheduler: str = _option("constant", "one of diffusers' schedules: constant, constant_with_warmup, cosine …")
+    lr_scheduler: str | None = _option(None, "one of diffusers' schedules: constant, constant_with_warmup, cosine …")
     lr_warmup_steps: int = _option(0, "steps until the learning rate is reached")
     adam_beta1: float = _option(0.9, "AdamW")
     adam_beta2: float = _option(0.999, "AdamW")
@@ -75,7 +75,7 @@ class DreamBoothConfig:
     max_grad_norm: float = _option(1.0, "gradients are scaled down to this norm")
     snr_gamma: float | None = _option(None, "min-SNR weighting of the loss, both halves; 5.0 is usual")
     noise_offset: float = _option(0.0, "share of a constant shift in the noise, for darker and lighter pictures; 0.1")
-    gradient_checkpointing: bool | None = _option(None, "recompute activations: less memory, a third more time")
+    gradient_checkpointing: bool | None = _option(None, "recompute activations: less memory, half as much time again")
     mixed_precision: str | None = _option(
         None, "no, fp16, bf16, or half: what a CUDA device does well, else no; adapters stay in float32"
     )
@@ -136,15 +136,16 @@ def _half_precision() -> str:
 # What `None` becomes, by base. The miniature's numbers were measured (its model card); the others' are what the field
 # starts from: adapters at 1e-4, the text encoder frozen, half precision on a GPU, one pair of pictures a step.
 _LARGE = dict(
-    max_train_steps=800, learning_rate=1e-4, text_encoder_learning_rate=1e-5, train_text_encoder=False,
+    max_train_steps=800, learning_rate=1e-4, text_encoder_learning_rate=1e-5, lr_scheduler="constant",
+    train_text_encoder=False,
     num_inference_steps=25, guidance_scale=7.5, sample_batch_size=4, rank=16, train_batch_size=1,
     gradient_checkpointing=False, mixed_precision="half",
 )  # fmt: skip
 PRESETS: dict[str, dict[str, Any]] = {
     "miniature": dict(
-        base="miniature", resolution=64, max_train_steps=400, learning_rate=6e-4, text_encoder_learning_rate=3e-4,
-        train_text_encoder=True, num_inference_steps=20, guidance_scale=2.5, sample_batch_size=25,
-        rank=16, train_batch_size=4, gradient_checkpointing=False, mixed_precision="no",
+        base="miniature", resolution=64, max_train_steps=600, learning_rate=1.5e-3, text_encoder_learning_rate=3e-4,
+        lr_scheduler="cosine", train_text_encoder=True, num_inference_steps=20, guidance_scale=2.5,
+        sample_batch_size=25, rank=16, train_batch_size=4, gradient_checkpointing=False, mixed_precision="no",
     ),
     "sd15": _LARGE | dict(base="stable-diffusion-v1-5/stable-diffusion-v1-5", resolution=512),
     # The original repository was withdrawn; this is the community's copy.

@@ -179,3 +179,10 @@ def test_pilots_compare_designs_and_the_card_takes_their_table(tmp_path):
     assert [design["predicts"] for design in result["designs"]] == list(pilots.DESIGNS)
     assert all(design["steps"] >= 1 for design in result["designs"])
     assert "| v, min(SNR + 1, 5) |" in card.pilots(folder)
+
+
+def test_a_stage_counts_all_sittings_and_no_halts(tmp_path):
+    minutes = [1.0, 2.0, 3.0, 63.0, 64.0, 2.0, 4.0]  # two sittings; in the first the training stood still for an hour
+    lines = [{"step": 50 * (number + 1), "minutes": value} for number, value in enumerate(minutes)]
+    (tmp_path / "unet.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert train.stage_record("unet", 24, tmp_path) == {"step": 350, "batch_size": 24, "minutes": 9.0}

@@ -88,7 +88,12 @@ def test_the_loop_of_notebook_06_is_train(dataset, concept, tmp_path):
     cells = jupytext.read(FOLDER / "src" / "06_training.py").cells
     cell = next(cell for cell in cells if "the-loop" in _tags(cell))
     config = DreamBoothConfig(
-        max_train_steps=4, train_text_encoder=True, output_dir=str(tmp_path), checkpointing_steps=0, validation_steps=0
+        max_train_steps=4,
+        train_text_encoder=True,
+        lr_scheduler="constant",
+        output_dir=str(tmp_path),
+        checkpointing_steps=0,
+        validation_steps=0,
     )
     models = []
     for _ in range(2):

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 _RUN = (
     "--num_class_images 6 --sample_batch_size 2 --num_validation_images 0 --num_inference_steps 2 --rank 2 "
-    "--train_text_encoder --random_flip --learning_rate 1e-4 --text_encoder_learning_rate 1e-4"
+    "--train_text_encoder --random_flip --learning_rate 1e-4 --text_encoder_learning_rate 1e-4 --lr_scheduler constant"
 ).split()
 
 

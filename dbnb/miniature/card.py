@@ -36,7 +36,9 @@ captions of a hundred, without meaning. Reproduce it with
 `python -m dbnb.miniature.train`; the steps taken, and this machine's ({cores} cores) time for them:
 
 {stages}
+
 {note}
+
 {pilots}
 
 ## Measured
@@ -77,7 +79,7 @@ def figures(result: dict) -> str:
         "circle ({}°)".format(any_colors["psnr"], any_colors["hue_error"][worst], worst),
         "judge on its reconstructions": _percent(result["autoencoder"]["judged"]),
         "judge on unseen renders": _percent(result["judge"]),
-        "drawn as asked": _percent(result["drawn"]),
+        "drawn as asked (an accent colour is asked for with an accessory only)": _percent(result["drawn"]),
         "drawn as asked, held-out combinations": _percent(result["composition"]),
         "entropy for 'a photo of a dog' (share of uniform)": _percent(result["diversity"]),
         "the same, of rendered dogs": _percent(result["diversity_of_renders"]),

@@ -252,11 +252,10 @@ def _metrics_of(config: DreamBoothConfig) -> dict:
 def subject_experiment(base: str, folder: Path, count: int, **options) -> dict[str, dict]:
     """Personalise the base to the sample toy and to `count` random ones: what `metrics.json` holds, by run.
 
-    Each is run with and without prior preservation, the sample also with the text encoder frozen. Each gets five
-    photographs to learn from and six more as the ceiling. The runs share the cores out, one thread each: the
+    Each is run with prior preservation, three also without, the sample also with the text encoder frozen. Each
+    gets five photographs to learn from and six more as the ceiling. The runs share the cores out, one thread each: the
     miniature's operations are so small that two runs side by side end sooner than one after the other.
     """
-    variants = {"with prior preservation": {}, "without prior preservation": {"with_prior_preservation": False}}
     toys = {"the sample dog": SAMPLE_TOY}
     for i in range(count):
         kind = toybox.KINDS[(i + 1) % len(toybox.KINDS)]
@@ -270,8 +269,12 @@ def subject_experiment(base: str, folder: Path, count: int, **options) -> dict[s
                 scene = scenes[(number + 3 * i) % len(scenes)]
                 picture = toybox.photograph(toy, scene=scene, seed=1000 * number + start + i, size=256)
                 picture.save(folder / name / part / f"{i:02d}.png")
-        frozen = {"text encoder frozen": {"train_text_encoder": False}} if toy is SAMPLE_TOY else {}
-        for variant, changed in (variants | frozen).items():
+        variants: dict[str, dict] = {"with prior preservation": {}}
+        if number < 3:
+            variants["without prior preservation"] = {"with_prior_preservation": False}
+        if toy is SAMPLE_TOY:
+            variants["text encoder frozen"] = {"train_text_encoder": False}
+        for variant, changed in variants.items():
             configs[f"{name}, {variant}"] = DreamBoothConfig(
                 base=base, class_word=toy.kind, instance_data_dir=str(folder / name / "photos"),
                 reference_data_dir=str(folder / name / "references"), output_dir=str(folder / name / variant),

@@ -38,7 +38,7 @@ _TIMED = Path(__file__).with_name("timed.py")
 _CONCEPT = Concept.from_folder(None, "sks", "dog")
 _PRESET = PRESETS["miniature"]
 _WARM = 10  # steps that are not counted
-_SAME = {name: _PRESET[name] for name in ("rank", "train_batch_size", "learning_rate")}
+_SAME = {name: _PRESET[name] for name in ("rank", "train_batch_size", "learning_rate", "lr_scheduler")}
 
 
 def peer_arguments(folder: Path, class_folder: Path, steps: int, *further: str) -> list[str]:
