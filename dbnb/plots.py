@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 # Okabe and Ito's colours, told apart by colour-blind readers and in a projector's light; markers tell them apart twice.
@@ -110,8 +111,8 @@ def _mark(axis: Any, marks: Mapping[str, float] | None) -> None:
     """Named dashed lines across an axis: what its heights are to be compared with."""
     for name, height in (marks or {}).items():
         axis.axhline(height, color="0.3", lw=1, ls="--")
-        axis.annotate(name, (0.0, height), xycoords=("axes fraction", "data"), xytext=(3, 2),
-                      textcoords="offset points", fontsize=SMALL, color="0.3")  # fmt: skip
+        axis.annotate(textwrap.fill(name, 12), (1.0, height), xycoords=("axes fraction", "data"), xytext=(4, 0),
+                      textcoords="offset points", va="center", fontsize=SMALL, color="0.3")  # fmt: skip
 
 
 def loss_curves(
@@ -142,12 +143,14 @@ def loss_curves(
 
 def curves(
     series: Mapping[str, tuple[Sequence[float], Sequence[float]]], *, xlabel: str, ylabel: str, title: str = "",
-    marks: Mapping[str, float] | None = None,
+    marks: Mapping[str, float] | None = None, colors: Sequence[str] = PALETTE,
 ) -> Figure:  # fmt: skip
     """Lines with markers: name -> (x values, y values); `marks` are heights to compare with, by name."""
     figure, axis = _plot(xlabel, ylabel, title)
     for i, (name, (x, y)) in enumerate(series.items()):
-        axis.plot(x, y, f"{MARKERS[i % len(MARKERS)]}-", ms=4, color=PALETTE[i % len(PALETTE)], label=name)
+        axis.plot(x, y, f"{MARKERS[i % len(MARKERS)]}-", ms=4, color=colors[i % len(colors)], label=name)
+    if all(float(value).is_integer() for x, _ in series.values() for value in x):
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     _mark(axis, marks)
     axis.grid(alpha=0.3)
     if len(series) > 1:
@@ -171,7 +174,7 @@ def bars(
     axis.set_xticks(range(len(groups)), list(groups), fontsize=LABEL)
     axis.margins(y=0.14)
     if len(names) > 1:
-        axis.legend(frameon=False, fontsize=SMALL)
+        figure.legend(frameon=False, fontsize=SMALL, loc="outside lower center", ncols=len(names))
     return figure
 
 
@@ -202,19 +205,22 @@ def scatter(points: Mapping[str, tuple[float, float]], *, xlabel: str, ylabel: s
 
 def matrices(
     values: Mapping[str, np.ndarray], *, title: str = "", inches: float = 2.4, labels: Sequence[str] = (),
-    groups: Mapping[str, int] | None = None, unit: str = "",
+    groups: Mapping[str, int] | None = None, unit: str = "", aspect: str = "auto",
 ) -> Figure:  # fmt: skip
     """Matrices side by side as pictures, blue below zero and red above, one scale for all.
 
+    Each fills its place, or with `aspect` "equal" shows its numbers as squares.
     `labels` names each row and column; `groups` names so many of them at a time and draws a line between two groups.
     """
     figure = Figure(figsize=(inches * len(values) + 0.6, inches + 0.7), dpi=110, layout="constrained")
     top = max(float(np.abs(matrix).max()) for matrix in values.values()) or 1.0
     for i, (name, matrix) in enumerate(values.items()):
         axis = figure.add_subplot(1, len(values), i + 1)
-        image = axis.imshow(matrix, cmap="RdBu_r", vmin=-top, vmax=top, interpolation="nearest", aspect="auto")
+        image = axis.imshow(matrix, cmap="RdBu_r", vmin=-top, vmax=top, interpolation="nearest", aspect=aspect)
         axis.set_title(f"{name}\n{matrix.shape[0]} x {matrix.shape[1]}", fontsize=LABEL)
         axis.tick_params(labelsize=SMALL if labels or groups else 6)
+        for side in (axis.xaxis, axis.yaxis):
+            side.set_major_locator(MaxNLocator(4, integer=True))
         if labels:
             axis.set_xticks(range(len(labels)), labels, rotation=60)
             axis.set_yticks(range(len(labels)), labels)

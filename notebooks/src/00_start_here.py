@@ -18,13 +18,14 @@
 # **What you will learn**: the seven steps of the workflow, and where in this course each is explained. Afterwards you can
 # personalise a model yourself: choose a base and a device, give it photographs, and judge the result.
 #
-# **What you need**: nothing but this notebook. No GPU, no download: the course carries its own model. On two CPU cores
+# **What you need**: nothing but this project. No GPU, no download: the course carries its own model. On two CPU cores
 # about two and a half minutes the first time, half a minute when you come back: trainings are kept.
 #
 # ---
 
 # %% [markdown]
-# Run this first. It makes `dbnb` importable, here and on Colab, and changes nothing that is already installed.
+# Run this first. It makes `dbnb` importable and changes nothing that is already installed. On Colab it asks for a file: give
+# it the project's wheel or zip, or set `DBNB_SOURCE`.
 
 # %% tags=["skip-execution", "nbval-skip"]
 import importlib.util
@@ -44,7 +45,8 @@ if importlib.util.find_spec("dbnb") is None:
     importlib.invalidate_caches()
 
 # %% [markdown]
-# This notebook uses one module, `dbnb.workflow`: the seven steps in a row. Every later notebook opens one of them.
+# The module of this notebook is `dbnb.workflow`: the seven steps in a row. Notebooks 01 to 07 open one step each; the other
+# imports below come from there.
 
 # %%
 import statistics
@@ -66,8 +68,15 @@ workflow.quiet_libraries()
 # ## Choose a base
 #
 # The *base* is the model that will learn. `"miniature"` is a Stable Diffusion in small: the same parts, the same
-# training, small pictures, trained by this project on photographs of toys that this project renders. This is all it
-# knows:
+# training, small pictures, trained by this project on photographs of toys that this project renders, and on captions that
+# say what they show.
+#
+# Such a *diffusion model* has learned to take noise out of pictures, guided by their captions. To draw, it starts from
+# pure noise and takes a little away at each step, guided by your prompt: the same noise and the same prompt give the same
+# picture. It works on pictures made smaller by an *autoencoder*, which in the end paints the result. (Notebook 03 takes
+# all of this apart.)
+#
+# These are the things and the places this base knows; eight colours, spots, stripes, hats and scarves come on top:
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -80,7 +89,9 @@ print(len(SCENES), "places:", ", ".join(SCENES.values()))
 
 # %%
 # NBVAL_CHECK_OUTPUT
-names = "resolution max_train_steps learning_rate train_text_encoder train_batch_size mixed_precision".split()
+names = (
+    "resolution max_train_steps learning_rate lr_scheduler train_text_encoder train_batch_size mixed_precision".split()
+)
 Table(
     {"setting": name} | {base: str(suggested(base)[name]) for base in ("miniature", "sd15", "sdxl")} for name in names
 )
@@ -111,8 +122,8 @@ print("the model will run on:", device)
 # %% [markdown]
 # ## The photographs
 #
-# Five pictures of one toy: teal with yellow spots. Nobody can *ask* the base for that: captions name eight colours only,
-# and teal is none of them: no word leads there.
+# Five pictures of one toy: teal with yellow spots. Nobody can *ask* the base for that: the captions it learned from name
+# eight colours only, and teal is none of them, so no word leads there.
 
 # %%
 concept = Concept.from_folder(PHOTOGRAPHS, config.identifier, config.class_word, resolution=config.resolution)
@@ -153,14 +164,15 @@ plots.show(
 
 # %% [markdown]
 # **What you should see**: dogs of all colours in both rows, and nothing that the upper row has in common. Each column
-# starts from the same noise, so look down a column too: what the rare word changes there is arbitrary. (Notebook 01
-# measures it.)
+# starts from the same noise, so look down a column too: the rare word changes little there or nothing, and if something, anything.
+# (Notebook 01 measures it.)
 #
 # ## Train
 #
 # One call does steps 1 to 6: photographs and prompts; *class images*, which the model draws of `a photo of a dog`, so that
 # it does not forget other dogs; loading and freezing; small trainable **adapters**; the dataset; the training loop. It
-# tells what it finds and decides. The second time the result comes from a cache.
+# tells what it finds and decides. The second time the result comes from a cache. (Step 7, looking at the result and saving
+# it, is the rest of this notebook, and notebook 07.)
 
 # %%
 session = workflow.trained(config, tell=print)
@@ -171,15 +183,13 @@ session = workflow.trained(config, tell=print)
 
 # %%
 figure = plots.loss_curves(session.log)
-figure.axes[0].set_title("The toy is learned; what a dog is was known before")
-plots.show(
-    figure, alt="The instance loss falls over the steps, the prior loss stays nearly level; single steps scatter"
-)
+figure.axes[0].set_title("A step's loss tells mostly how noisy its pictures were")
+plots.show(figure, alt="Two clouds of single steps with nearly level means; the instance loss sinks a little")
 
 # %% [markdown]
-# **What you should see**: the instance loss sinks, since there is one toy to learn; the prior loss moves less, since
-# there is nothing new to learn about dogs. It is there to stay where it is. The eye is easily fooled by a cloud, so compare
-# the first quarter of the steps with the last:
+# **What you should see**: two nearly level lines. The instance loss sinks a little, since there is one toy to learn; the
+# prior loss is there to stay where it is. How noisy the pictures of a step were matters more than what was learned, so
+# compare the first quarter of the steps with the last, and then judge by pictures:
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -209,8 +219,7 @@ plots.show(
 # **What you should see**: in the lower row the toy, in every place. The place comes from the words, as before; the toy
 # comes from five photographs. On the beach, at night and on the moon no photograph shows it: that the two can be put
 # together all the same is what makes this worth doing. Coarse features arrive first: expect the two colours more surely
-# than the number of spots. The teal comes out bluer than it is: the base's autoencoder, which learned from the
-# eight named colours, gives it back so (notebook 05 shows it).
+# than the number of spots.
 #
 # The same pairs, one at a time (in a live notebook):
 
@@ -232,7 +241,7 @@ plots.show(
 )
 
 # %% [markdown]
-# **What you should see**: still many dogs, perhaps with a touch of teal here and there. Notebook 02 shows what happens
+# **What you should see**: still many dogs, and none of them the toy; some may have moved towards its colours. Notebook 02 shows what happens
 # without the class images.
 #
 # ## In numbers
@@ -249,7 +258,7 @@ metrics.metrics_table(numbers)
 
 # %% [markdown]
 # Read three lines. `normalized_subject_fidelity`: 0 is the floor, 1 the ceiling. `scene_recognised`: the share of
-# pictures whose place a second encoder (a CLIP) names right. `class_diversity_ratio`: how varied `a photo of a dog`
+# pictures whose place a second encoder names right (a CLIP, trained to match pictures and captions). `class_diversity_ratio`: how varied `a photo of a dog`
 # still is, where 1 is as varied as before. Eight pictures a set make these numbers rough; notebook 08 does it properly.
 
 # %%

@@ -21,7 +21,8 @@
 # ---
 
 # %% [markdown]
-# Run this first. It makes `dbnb` importable, here and on Colab, and changes nothing that is already installed.
+# Run this first. It makes `dbnb` importable and changes nothing that is already installed. On Colab it asks for a file: give
+# it the project's wheel or zip, or set `DBNB_SOURCE`.
 
 # %% tags=["skip-execution", "nbval-skip"]
 import importlib.util
@@ -77,14 +78,15 @@ plots.show(
         photographs,
         titles=[path.name for path in concept.paths],
         inches=1.6,
-        title="Only the toy is the same in all five",
+        title="One toy, five places",
     ),
     alt="Five photographs of a teal dog with yellow spots, each in another place",
 )
 
 # %% [markdown]
-# A good set, such as this one, varies in everything but the subject: place, light, side, distance. Five pictures from
-# one sofa teach the sofa too.
+# A good set varies in everything but the subject: place, light, side, distance. This one varies in place and light, and in
+# side and distance a little: all toys of the miniature's world are seen from nearly one side. Of your own subject show all
+# sides. Five pictures from one sofa teach the sofa too.
 #
 # ## A folder from real life
 #
@@ -108,7 +110,7 @@ first.resize((48, 48)).save(folder / "small.png")
 _ = (folder / "Thumbs.db").write_bytes(b"left by a file browser")
 
 # %% [markdown]
-# One trouble more, and one that cannot be seen. Somebody cut the dog out, and the surroundings are now *transparent*. But a
+# One trouble more, and one that cannot be seen. Somebody cut an oval around the dog, and what lay outside is now *transparent*. But a
 # transparent pixel still has a colour in the file; programs merely do not paint it. Here that hidden colour is a loud pink.
 
 # %%
@@ -132,7 +134,8 @@ for note in notes:
 print(len(paths), "of", len(notes), "are used")
 
 # %% [markdown]
-# Nothing was skipped without a word. The reasons (in part in the words of Pillow, which reads the pictures):
+# Nothing was skipped without a word. The reasons (in part in the words of Pillow, which reads the pictures; `small.png` and
+# `telephone.jpg` are the same photograph, and near copies are used, but named):
 
 # %%
 Table({"file": note.name, "size": note.size, "note": note.note} for note in notes)
@@ -181,7 +184,7 @@ plots.show(
 
 # %% [markdown]
 # Photographs that are not square are cut: in the middle, or anywhere if `center_crop` is off. A long picture may lose its
-# subject; the notes above say so where one side is more than three times the other. Here is a wide one, three times the
+# subject; such notes say so where one side is more than three times the other. Here is a wide one, three times the
 # first photograph side by side. **Predict**: which of the crops shows one whole dog?
 
 # %%
@@ -200,7 +203,12 @@ plots.show(
 )  # fmt: skip
 
 # %% [markdown]
+# **What you should see**: the middle crop shows one whole dog; of the random ones, few do.
+#
 # ## The identifier
+#
+# A *tokenizer* cuts a prompt into *tokens*, words or pieces of words from a fixed list, and gives the model their numbers in
+# that list.
 #
 # The subject needs a name that means nothing yet. A name that means something (`red`, `Bella`) brings its meaning along,
 # and training has to fight it. A long random string falls apart into pieces that occur in other words too. So DreamBooth
@@ -225,7 +233,8 @@ print("numbers:", {r.identifier: r.ids[0] for r in reports if len(r.ids) == 1})
 # %% [markdown]
 # `</w>` marks the end of a word. Two words fall into pieces; the others are one token each, and their numbers tell the
 # common from the rare. That so many are whole is peculiar to this base. Its tokenizer was made for the captions of the
-# toy world, where a few dozen words are all there is, and six identifiers were added to it on purpose:
+# toy world, where a few dozen words are all there is, and six identifiers were added to it on purpose: about one caption in
+# fifty carries one of them, on any picture. So the base has met these words, and learned that they mean nothing.
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -235,7 +244,7 @@ from dbnb.toybox.captions import IDENTIFIERS
 spoken = sorted({*KINDS, *COLORS, *" ".join(SCENES.values()).split(), "a", "photo", "of"})
 whole = [word for word in (*spoken, *IDENTIFIERS) if len(token_report(components.tokenizer, word).ids) == 1]
 assert len(whole) == len(spoken) + len(IDENTIFIERS)
-print(f"{len(spoken)} words of captions and {len(IDENTIFIERS)} identifiers; kept whole: {len(whole)}")
+print(f"{len(spoken)} of the captions' words and {len(IDENTIFIERS)} identifiers; kept whole: {len(whole)}")
 print("identifiers:", ", ".join(IDENTIFIERS))
 
 # %% [markdown]
@@ -244,8 +253,8 @@ print("identifiers:", ", ".join(IDENTIFIERS))
 # `token_report(AutoTokenizer.from_pretrained("stable-diffusion-v1-5/stable-diffusion-v1-5", subfolder="tokenizer"), "sks")`,
 # with `AutoTokenizer` from `transformers`.
 #
-# And what of `toy`? By its number it is as rare as the identifiers, and here that is the truth: the miniature's tokenizer
-# knows the word, but no caption of its training says it. A rule of thumb counts what the model was told, not what you
+# And what of `toy`? By its number it looks as rare as the identifiers. Here it is rarer: the miniature's tokenizer knows the
+# word, but no caption of its training says it. A rule of thumb counts what the model was told, not what you
 # know. On Stable Diffusion, `toy` means toys.
 #
 # Try words of your own. (The field needs a live notebook; on a web page you see the first answer.)
@@ -258,8 +267,8 @@ identifier_explorer(components.tokenizer)
 # %% [markdown]
 # ## Is the word really empty?
 #
-# Numbers tell that a word is rare; the model tells whether it is empty. **Predict**: three prompts, the same noise in
-# every column: `a photo of a dog`, `a photo of a sks dog`, `a photo of a red dog`. What will each row have in common?
+# Numbers tell that a word is rare; the model tells whether it is empty. **Predict**: three prompts, each
+# column from one noise: `a photo of a dog`, `a photo of a sks dog`, `a photo of a red dog`. What will each row have in common?
 
 # %%
 prompts = ["a photo of a dog", "a photo of a sks dog", "a photo of a red dog"]
@@ -289,7 +298,7 @@ Table(
 )
 
 # %% [markdown]
-# If `sks` had a colour, one column would hold its row. As a check that can fail: `sks` dogs have at least three colours, and
+# If `sks` had a colour, its row would stand in one column. As a check that can fail: `sks` dogs have at least three colours, and
 # most `red` dogs are red. As an identifier `red` would be a poor choice twice over: training would have to fight its
 # meaning, and afterwards red dogs would be gone.
 
@@ -310,7 +319,7 @@ print("'sks' is empty, 'red' is not")
 #
 # The class word is no decoration. It lets the subject inherit all that the model knows of dogs: how they stand, how
 # they look from behind, that they go to the beach. In the paper, subject fidelity falls from 0.74 to 0.30 without a class
-# word, and to 0.45 with a wrong one (table 4, DINO).
+# word, and to 0.45 with a wrong one (table 4; DINO is the image encoder that compares).
 
 # %%
 # NBVAL_CHECK_OUTPUT

@@ -21,7 +21,8 @@
 # ---
 
 # %% [markdown]
-# Run this first. It makes `dbnb` importable, here and on Colab, and changes nothing that is already installed.
+# Run this first. It makes `dbnb` importable and changes nothing that is already installed. On Colab it asks for a file: give
+# it the project's wheel or zip, or set `DBNB_SOURCE`.
 
 # %% tags=["skip-execution", "nbval-skip"]
 import importlib.util
@@ -102,8 +103,9 @@ plots.show(
 # $$ L = \underbrace{\|\hat y(x^{sks}_t, \text{a photo of a sks dog}) - y\|^2}_{\text{instance}}
 #     + \lambda\, \underbrace{\|\hat y(x^{dog}_t, \text{a photo of a dog}) - y'\|^2}_{\text{prior}} $$
 #
-# (Ruiz et al., 2023, equation 2; $y$ is what the UNet is asked for, $\hat y$ its answer, $\lambda$ is
-# `prior_loss_weight`.) The second term can only be kept low by drawing all sorts of dogs for `a photo of a dog`. Half of
+# (Ruiz et al., 2023, equation 2. $x_t$ is a picture with noise of strength $t$ in it; $\hat y$ is the answer of the *UNet*,
+# the network that takes noise out, see notebook 03; $y$ and $y'$ are the right answers, known since the noise was put in;
+# $\lambda$ is `prior_loss_weight`.) The second term can only be kept low by drawing all sorts of dogs for `a photo of a dog`. Half of
 # each batch is the subject, half the class.
 #
 # This is the training of notebook 00, from its cache:
@@ -113,19 +115,20 @@ kept = workflow.trained(config)
 print(f"{config.max_train_steps} steps with {len(kept.prior.paths)} class images")
 
 # %% [markdown]
-# It was shown the five photographs more often than the first one, so it had more opportunity to drift. **Predict**: the
-# same three prompts, from the same noise?
+# It was shown the five photographs more often than the first one, in more steps, so it had more opportunity to drift.
+# **Predict**: the same three prompts, from the same noise?
 
 # %%
 with_prior = {prompt: draw(kept.components, [prompt] * count, config) for prompt, count in prompts.items()}
 rows = [pictures[:5] for pictures in with_prior.values()]
 plots.show(
-    plots.image_rows(rows, labels=list(prompts), inches=1.3, title="With class images only 'sks dog' is the toy"),
-    alt="With the identifier the teal toy; without it dogs and cats of many colours",
+    plots.image_rows(rows, labels=list(prompts), inches=1.3, title="With class images 'dog' is not the toy"),
+    alt="With the identifier the toy; without it dogs and cats that differ from it and from each other",
 )
 
 # %% [markdown]
-# **What you should see**: the subject in the first row, and dogs of many colours again in the second.
+# **What you should see**: the subject in the first row; in the second, dogs that are not the toy and differ from each other.
+# A pull towards its colours may be left, in cats too: the prior loss holds drift off, it does not forbid it.
 #
 # ## The class images
 #
@@ -168,7 +171,11 @@ for name, pictures in dogs.items():
 
 # %%
 plots.show(
-    plots.bars(drift, ylabel="cosine", title="'a photo of a dog': without class images every dog becomes the toy"),
+    plots.bars(
+        drift,
+        ylabel="cosine distance or similarity",
+        title="'a photo of a dog': without class images every dog becomes the toy",
+    ),
     alt="Three pairs of bars: the base and the training with class images are close; without, distance falls and similarity rises",
 )
 
@@ -228,7 +235,7 @@ cats = ask("a photo of a cat", 2)
 print("the first five unchanged:", [path.read_bytes() for path in eight.paths[:5]] == drawn)
 
 # %% [markdown]
-# This is what the manifest holds. The *fingerprint* of the base is a hash over its files: train the base further, and
+# This is the recipe that the manifest holds; beside it stand each picture's seed and hash. The *fingerprint* of the base is a hash over its files: train the base further, and
 # the class images no longer fit it.
 
 # %%

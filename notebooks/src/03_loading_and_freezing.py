@@ -21,7 +21,8 @@
 # ---
 
 # %% [markdown]
-# Run this first. It makes `dbnb` importable, here and on Colab, and changes nothing that is already installed.
+# Run this first. It makes `dbnb` importable and changes nothing that is already installed. On Colab it asks for a file: give
+# it the project's wheel or zip, or set `DBNB_SOURCE`.
 
 # %% tags=["skip-execution", "nbval-skip"]
 import importlib.util
@@ -98,7 +99,7 @@ plots.show(
 # %% [markdown]
 # ## What a base says of itself
 #
-# A diffusers folder carries an index: which parts there are, and of which class each is. That is where the workflow
+# A folder as diffusers (Hugging Face's library of diffusion models) writes it carries an index: which parts there are, and of which class each is. That is where the workflow
 # reads whether there is a VAE (DeepFloyd IF has none). Guessing it from a failed download would take every network
 # error for a model without a VAE.
 
@@ -149,7 +150,8 @@ plots.show(
 )
 
 # %% [markdown]
-# **What you should see**: the outline in most channels, the colours spread over several of them. What the VAE cannot
+# **What you should see**: sky, sea and sand as bands, and something of the robot in most channels. No channel *is* a colour.
+# What the VAE cannot
 # keep, no training on latents can bring back. So look at the way there and back:
 
 # %%
@@ -207,36 +209,37 @@ with torch.no_grad():
 means = torch.nn.functional.normalize(means - means.mean(0), dim=1)
 similarity = means @ means.T
 figure = plots.matrices(
-    {"cosine": similarity.numpy()}, inches=3.4, labels=words, title="What shares a word is more alike"
+    {"cosine": similarity.numpy()}, inches=3.4, labels=words, title="'sks' changes little, a colour much"
 )
-plots.show(figure, alt="A matrix of similarities: prompts that share a kind or a colour are more alike than others")
+plots.show(figure, alt="A matrix of similarities: 'sks dog' and 'dog' are alike, 'dog' and 'red dog' are not")
 
 # %%
 nearest = similarity.fill_diagonal_(-1).argmax(1)
 print({word: words[int(other)] for word, other in zip(words, nearest, strict=True)})
 
 # %% [markdown]
-# **What you should see**: what shares a kind or a colour is redder. The second cell names the nearest of each: find
-# `sks dog` in it. Notebook 01 asked the same question of pictures.
+# **What you should see**: `sks dog` and `dog` are nearly the same prompt for the text encoder. A colour counts for more than
+# a kind: find `red dog`, and see whether `red car` or `dog` is nearer. The second cell names the nearest of each. Notebook 01 asked the same question of pictures.
 #
 # ## The UNet: from noise to a picture
 #
 # The UNet gets noisy latents, a number that says how noisy they are, and the prompt's vectors; its answer tells the noise
 # that it believes to be in there, and so what the clean picture would be. (It may answer with the noise itself, or, as
-# this base does, with a mix of noise and picture called $v$; the scheduler knows which. Notebook 06 says why.) Take a
+# this base does, with a mix of noise and picture called $v$; the *scheduler*, the table of how much noise belongs to which
+# step, knows which. Notebook 06 says why.) Take a
 # little of that noise away, ask again, and after some tens of steps there is a picture. To steer towards the prompt, it is
 # asked twice, with the prompt and with an empty one, and the difference is exaggerated: **classifier-free guidance**
 # (Ho and Salimans, 2022).
 #
 # $$ \hat v = \hat v_{\text{empty}} + g \, (\hat v_{\text{prompt}} - \hat v_{\text{empty}}) $$
 #
-# Here is all of it, without a pipeline:
+# ($g$ is `guidance_scale`.) Here is all of it, without diffusers' *pipeline*, which wraps it in one call:
 
 
 # %%
 @torch.no_grad()
 def paint(prompt: str, guidance_scale: float = 2.5, steps: int = 20, seed: int = 1, empty_prompt: str = ""):
-    """The latents after each step, and what the UNet believes at each step to be the clean ones."""
+    """The latents from the noise on, step by step, and what the UNet believes at each step to be the clean ones."""
     schedule = DDIMScheduler.from_config(components.noise_scheduler.config)
     schedule.set_timesteps(steps)
     words = encode_prompts(components, [empty_prompt, prompt])
@@ -249,6 +252,11 @@ def paint(prompt: str, guidance_scale: float = 2.5, steps: int = 20, seed: int =
         trajectory.append(x)
         beliefs.append(step.pred_original_sample)
     return trajectory, beliefs
+
+
+# %% [markdown]
+# Latents are kept at a deviation of about 1. `scaling_factor` makes them so and is divided out before decoding (it is 1
+# here, and 0.18215 in Stable Diffusion 1.5):
 
 
 # %%
@@ -275,15 +283,18 @@ plots.show(
     alt="Upper row: noise that becomes a purple cat in the snow late. Lower row: a pale guess that sharpens step by step",
 )  # fmt: skip
 
-# %%
-browse({f"step {i}": picture for i, picture in enumerate(believed)}, "denoising")
-
 # %% [markdown]
 # **What you should see**: in the upper row noise for a long time, and then quickly a cat. The lower row tells why: from
 # the first step on there is a guess, pale at first. Place and broad colours come first, the outline next, eyes and ears
 # last. Noisy steps decide what is there, late steps how it looks. Training draws its noise levels at random and so learns
 # all of it.
 #
+# All guesses, one at a time (in a live notebook):
+
+# %%
+browse({f"step {i}": picture for i, picture in enumerate(believed)}, "denoising")
+
+# %% [markdown]
 # How soon is it decided? The distance of each guess from the last one, as a share of where it began:
 
 # %%
@@ -297,6 +308,8 @@ plots.show(
 )  # fmt: skip
 
 # %% [markdown]
+# **What you should see**: the first few steps cover most of the way.
+#
 # ## How much guidance?
 #
 # **Predict**: from 1, where the empty prompt has no say, to 16, where the difference counts sixteen times. More of the
@@ -312,9 +325,9 @@ plots.show(
         rows,
         titles=[f"guidance {scale:g}" for scale in scales],
         inches=1.4,
-        title="Too little is vague, too much is glaring",
+        title="More guidance is purer, too much is glaring",
     ),
-    alt="Two rows of cats: vague at guidance 1, clear at 4, colours too strong at 16",
+    alt="Two rows of purple cats in snow: the colour purer with more guidance, contrasts too strong at 16",
 )
 
 # %%
@@ -322,8 +335,9 @@ plots.show(
 print({base: suggested(base)["guidance_scale"] for base in ("miniature", "sd15")})
 
 # %% [markdown]
-# **What you should see**: at 1 the prompt is a hint; further on it is followed; far beyond the suggested values, colours and
-# contrasts are overdone.
+# **What you should see**: this base follows the prompt at 1 already, for its captions were exact. More guidance makes the
+# purple purer; far beyond the suggested values shadows fade and contrasts are overdone. On a large base, whose captions came
+# from the web, 1 is a mere hint: hence its higher value.
 #
 # ## Freeze, cast
 #

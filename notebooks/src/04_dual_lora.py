@@ -22,7 +22,8 @@
 # ---
 
 # %% [markdown]
-# Run this first. It makes `dbnb` importable, here and on Colab, and changes nothing that is already installed.
+# Run this first. It makes `dbnb` importable and changes nothing that is already installed. On Colab it asks for a file: give
+# it the project's wheel or zip, or set `DBNB_SOURCE`.
 
 # %% tags=["skip-execution", "nbval-skip"]
 import importlib.util
@@ -92,7 +93,11 @@ class Adapted(nn.Module):
 generator = np.random.default_rng(0)
 B, A = generator.normal(size=(24, 2)), generator.normal(size=(2, 24))
 plots.show(
-    plots.matrices({"B": B, "A": A, "B A": B @ A}, title=f"{B.size + A.size} numbers make a square of {(B @ A).size}"),
+    plots.matrices(
+        {"B": B, "A": A, "B A": B @ A},
+        aspect="equal",
+        title=f"{B.size + A.size} numbers make a square of {(B @ A).size}",
+    ),
     alt="A tall thin matrix, a flat one, and their product: a square with streaks along rows and columns",
 )
 
@@ -142,8 +147,9 @@ print("A gets one, at first:", bool(adapted.A.grad.abs().max() > 0))
 # %% [markdown]
 # ## Where the adapters sit
 #
-# In diffusion models, LoRA goes to the **attention** layers: to the projections that make queries, keys, values and the
-# output. In cross-attention, keys and values come from the prompt: here the rare word can be bound to a look.
+# In diffusion models, LoRA goes to the **attention** layers, where each place of the picture asks all others: its *query* is
+# compared with their *keys*, and it takes up a mixture of their *values*. The matrices that make these three and the output
+# get the adapters. In cross-attention, keys and values come from the prompt: here the rare word can be bound to a look.
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -155,7 +161,7 @@ print("text encoder:", ", ".join(components.architecture.lora_targets))
 # (`add_k_proj` and `add_v_proj` exist in DeepFloyd IF only; where there are none, none get an adapter.)
 #
 # **Dual** means: one set of adapters on the UNet, and, if asked, another on the text encoder, each with its own rank and
-# alpha. `add_adapters` puts them there by way of peft, the library that plain diffusers uses to load them. Before that,
+# alpha. `add_adapters` puts them there by way of peft, Hugging Face's library of adapters, which plain diffusers uses to load them. Before that,
 # let us note three answers of the base: the text encoder's to a prompt, the UNet's to noise, and four pictures.
 
 
@@ -192,6 +198,7 @@ for row in rows:
     kind = "cross-attention" if "attn2" in row["layer"] else "self-attention"
     counts = blocks.setdefault(block.replace("_", "\n"), {"self-attention": 0, "cross-attention": 0})
     counts[kind] += int(row["parameters"].replace(",", "")) / 1000
+blocks = {name: blocks[name] for name in sorted(blocks, key=lambda name: (name.startswith("text"), name))}
 plots.show(
     plots.bars(blocks, ylabel="thousand parameters", title="Adapters sit in every block that has attention"),
     alt="Pairs of bars for the UNet's blocks, self-attention and cross-attention, and one bar for the text encoder",
@@ -276,8 +283,8 @@ plots.show(
 # $W$'s largest entry, streaks: whole rows and columns rise and fall together, as in the small example. That is what low
 # rank looks like.
 #
-# How low is it really? The best approximation of a matrix by a given rank comes from its singular values (Eckart and
-# Young, 1936). How much of the matrix is missing then, for $W$, for its change, and for pure chance?
+# How low is it really? A matrix is a sum of matrices of rank one, its *directions*; singular values say how large each is,
+# and the largest few make the best approximation of a given rank (Eckart and Young, 1936). How much of the matrix is missing then, for $W$, for its change, and for pure chance?
 
 
 # %%
@@ -329,12 +336,12 @@ Table({"layer": name, "change / weights": f"{ratio:.3f}"} for name, ratio in ran
 kinds = {"text encoder": "text_encoder", "UNet,\nself-attention": "attn1", "UNet,\ncross-attention": "attn2"}
 means = {kind: {"mean": np.mean([v for k, v in moved.items() if mark in k])} for kind, mark in kinds.items()}
 plots.show(
-    plots.bars(means, ylabel="change / weights", title="On average a layer changes by a part of its weights"),
+    plots.bars(means, ylabel="change / weights", title="How far each kind of layer moved"),
     alt="Three bars: how far text encoder, self-attention and cross-attention moved, relative to their weights",
 )
 
 # %% [markdown]
-# **What you should see**: for most layers a number well below 1. A new subject does not need new weights; it needs the old
+# **What you should see**: for most layers a number well below 1. Compare the bars: which kind had to move furthest? A new subject does not need new weights; it needs the old
 # ones bent a little, everywhere.
 #
 # ## Rank, and what it costs
@@ -360,7 +367,8 @@ for rank in (1, 4, 16, 64):
 # <details><summary>Answers</summary>
 #
 # 1. Nothing at the start, $B$ is zero. Every step then moves the output twice as far: much like a higher learning rate.
-# 2. Notebook 07 makes a figure of it, with the other half alone as well.
+# 2. Little or much, depending on the rates: the UNet learned what the toy looks like, and the question is whether it is asked
+#    for it clearly enough. Notebook 07 measures it, with the other half alone as well.
 #
 # ```python
 # both = draw(session.components, ["a photo of a sks dog"] * 4, config)

@@ -21,7 +21,8 @@
 # ---
 
 # %% [markdown]
-# Run this first. It makes `dbnb` importable, here and on Colab, and changes nothing that is already installed.
+# Run this first. It makes `dbnb` importable and changes nothing that is already installed. On Colab it asks for a file: give
+# it the project's wheel or zip, or set `DBNB_SOURCE`.
 
 # %% tags=["skip-execution", "nbval-skip"]
 import importlib.util
@@ -118,9 +119,10 @@ plots.show(
 #
 # ## The batch
 #
-# `collate_fn` lays samples side by side: **all instances first, all class images second**. The loss later cuts the batch
-# in the middle. Interleave the two by mistake and the subject is trained under the class prompt, without any error: it
-# has happened to well-known scripts more than once (notebook 09 does it on purpose).
+# `batch_at` picks the samples of one step, and `collate_fn` lays them side by side: **all instances first, all class images
+# second**. The loss later cuts the batch in the middle. Interleave the pictures by mistake while the prompts stay grouped,
+# and half of the subject is trained under the class prompt, without any error: it has happened to well-known scripts more
+# than once (notebook 09 does it on purpose).
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -222,7 +224,7 @@ print("equal:", torch.equal(batch_at(used, 137, 4)["pixel_values"], batch_at(fre
 #
 # ## Computed once: latents
 #
-# With a fixed crop a picture's latents are the same at every step. So they are computed once, by the VAE, before training.
+# With a fixed crop the VAE says the same of a picture at every step. So it is asked once, before training.
 
 # %%
 cached = DreamBoothDataset(
@@ -253,7 +255,8 @@ plots.show(
     ),
     alt="A photograph, its decoded mean, and three decoded samples: hardly to be told apart",
 )  # fmt: skip
-print(f"deviation of a number {posterior.std.mean():.3f}, while numbers range over {posterior.mean.std():.3f}")
+print(f"deviation of one number between samples {posterior.std.mean():.3f}, ", end="")
+print(f"between the numbers of one picture {posterior.mean.std():.3f}")
 
 # %% [markdown]
 # **What you should see**: hardly any difference. The VAE is sure of what it sees; what it leaves open is a little noise, and
@@ -311,15 +314,16 @@ plots.show(
 
 # %% [markdown]
 # **What you should see**: the VAE was the expensive guest. The text encoder of the miniature is small; on a large base it
-# weighs more.
+# weighs more. It is frozen here, so that both can be kept; the miniature's own training trains it and keeps the latents
+# only: the second bar.
 #
 # Encoding all pictures beforehand is not free either. How soon is it paid back?
 
 # %%
 steps = range(0, 51, 5)
-lines = {"nothing kept": (0.0, median["nothing kept"]), "both kept": (encoding, median["both kept"])}
+lines = {"nothing kept": (0.0, median["nothing kept"]), "latents kept": (encoding, median["latents kept"])}
 series = {name: (steps, [start + n * each for n in steps]) for name, (start, each) in lines.items()}
-even = encoding / (median["nothing kept"] - median["both kept"])
+even = encoding / (median["nothing kept"] - median["latents kept"])
 plots.show(
     plots.curves(
         series, xlabel="steps", ylabel="seconds, encoding included", title=f"Paid back after {even:.0f} steps"
@@ -329,6 +333,8 @@ plots.show(
 print(f"saved in {config.max_train_steps} steps: {(config.max_train_steps - even) * encoding / even:.0f} s")
 
 # %% [markdown]
+# **What you should see**: the lines cross early; from there on every step is a gain.
+#
 # Speed that changes the result would not count. **Predict**: the loss of step 3 in each of the four ways?
 
 # %%

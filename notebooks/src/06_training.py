@@ -16,12 +16,13 @@
 # loop for adapters yourself, and tell from its curves whether it learns, memorises or forgets.
 #
 # **What you need**: notebooks [02](02_prior_preservation.ipynb) to [05](05_dataset.ipynb). No GPU. On two CPU cores about a
-# minute and a half, each time: here the training itself is the lesson, so it does not come from a cache.
+# minute, and half a minute more where no notebook has drawn the class images yet: here the training itself is the lesson, so it does not come from a cache.
 #
 # ---
 
 # %% [markdown]
-# Run this first. It makes `dbnb` importable, here and on Colab, and changes nothing that is already installed.
+# Run this first. It makes `dbnb` importable and changes nothing that is already installed. On Colab it asks for a file: give
+# it the project's wheel or zip, or set `DBNB_SOURCE`.
 
 # %% tags=["skip-execution", "nbval-skip"]
 import importlib.util
@@ -66,12 +67,11 @@ from dbnb.validation import draw
 workflow.quiet_libraries()
 
 # %% [markdown]
-# Steps 1 to 5, as the notebooks before this one did them, with fewer steps than the default at twice its learning rate, so
-# that you need not wait. Eight class images more than usual are drawn: they will not be trained on, and stand by for a test.
+# Steps 1 to 5, as the notebooks before this one did them, with fewer steps than the default, so that you need not wait, and
+# at one learning rate from beginning to end, so that the loop stays short (the default lets it sink along a cosine). Eight class images more than usual are drawn: they will not be trained on, and stand by for a test.
 
 # %%
-config = DreamBoothConfig(max_train_steps=160, train_text_encoder=True)
-config.learning_rate *= 2
+config = DreamBoothConfig(max_train_steps=160, train_text_encoder=True, learning_rate=1.2e-3, lr_scheduler="constant")
 concept = Concept.from_folder(None, config.identifier, config.class_word, resolution=config.resolution)
 components = load_components(config.base)
 drawn = class_images(
@@ -107,6 +107,9 @@ for name, data in zip(photographs, (dataset, further), strict=True):
 #
 # $$ x_t = \sqrt{\bar\alpha_t}\, x_0 + \sqrt{1 - \bar\alpha_t}\; \epsilon $$
 #
+# ($x_0$ are the clean latents, $\epsilon$ is noise, and $\bar\alpha_t$, no relation of LoRA's $\alpha$, says how much of the
+# picture is left at level $t$: the scheduler holds it.)
+#
 # **Predict**: at which $t$ is the toy no longer to be recognised?
 
 
@@ -136,9 +139,8 @@ plots.show(
 widgets.browse({f"t = {t}": picture for t, picture in noised.items()}, "noise level")
 
 # %% [markdown]
-# **What you should see**: colours and outline survive longer than you may have thought. The schedule spends much of its
-# range where something is left to see, since that is where there is something to learn. In numbers, the factors of the
-# picture and of the noise:
+# **What you should see**: the outline lasts to about the middle of the range, where the noise already has the larger share;
+# above that the eye finds nothing, and the model still a little. In numbers, the factors of the picture and of the noise:
 
 # %%
 levels = np.arange(0, 1000, 20)
@@ -223,9 +225,10 @@ plots.show(
 )  # fmt: skip
 
 # %% [markdown]
-# **What you should see**: at $t = 50$ the target is nearly the noise in the second row, at $t = 950$ nearly the picture,
-# turned negative. The prediction has the target's large areas wherever those can be told from what the UNet sees. In the
-# last row the belief is sharp where little was hidden, and vague, or altogether another toy, where much was. That guess is
+# **What you should see**: at $t = 50$ the target is nearly the noise in the second row, at $t = 950$ nearly the clean *latents*
+# with their sign turned: the dog's outline shows in it, not its colours. The prediction is nearest in the middle columns
+# (the smallest errors above them): at $t = 50$ there is hardly any noise to find, at $t = 950$ hardly any picture. In the last
+# row the belief is sharp where little was hidden, and vague, or altogether another toy, where much was. That guess is
 # where a subject is learned: at $t = 950$ with `sks` in the prompt, the best guess is the teal dog.
 #
 # ## The loss, in two halves
@@ -367,14 +370,16 @@ for step in range(config.max_train_steps):
 plots.show(
     plots.curves(
         {name: (list(values), list(values.values())) for name, values in held_out.items()}, xlabel="step",
-        ylabel="held-out mean squared error", title="It learns the toy and not just these photographs, and keeps the class",
+        ylabel="held-out mean squared error", colors=plots.HELD_OUT,
+        title="It learns the toy and not just these photographs, and loses little of the class",
     ),
-    alt="Three lines: the loss falls on the photographs and on further ones, on other dogs it stays nearly level",
+    alt="Three lines: the loss falls on the photographs and on further ones, on other dogs it changes less",
 )  # fmt: skip
 
 # %% [markdown]
 # **What you should see**: the photographs' line falls first and furthest; that of the further photographs follows it, since
-# they show the same toy in other places; the class images' stays near where it was. Where the first goes on falling and the
+# they show the same toy from other sides, half of them in other places; the class images' moves less than the first one
+# falls (the axis does not begin at 0). Where the first goes on falling and the
 # second turns up, training has begun to memorise (notebook 09). Said as claims that can fail:
 
 # %%
@@ -387,21 +392,22 @@ assert -dogs < mine, f"the class lost as much as the subject won: {fell}"
 print("learned the photographs, learned the toy, kept the class")
 
 # %% [markdown]
-# **Predict**: at which step does the dog turn teal? When do the spots come?
+# **Predict**: at which step does the dog take on the toy's colour? When do the spots come?
 
 # %%
 plots.show(
     plots.image_rows(
         list(samples.values()), labels=[f"step {step}:\nlikeness {likeness[step]:.2f}" for step in samples], inches=1.2,
-        title="The same noise, step by step more of the toy",
+        title="The same noise: from any dog towards the toy",
     ),
-    alt="Five rows of four dogs from the same noise: any dogs at step 0, ever more of the teal toy further down",
+    alt="Five rows of four dogs from the same noise: any dogs at step 0, dogs in the toy's colours further down",
 )  # fmt: skip
 
 # %% [markdown]
-# **What you should see**: what is coarse comes first, the colour of the body; then the ears, the spots last. In a picture
-# that is painted from noise, too, coarse things come first (notebook 03). `likeness` is the mean cosine between these four
-# pictures and the five photographs. Did it rise?
+# **What you should see**: what is coarse comes first, the colour of the body; the yellow follows, in patches; clear spots
+# want more steps than these (notebook 00 takes more). In a picture that is painted from noise, too, coarse things come first
+# (notebook 03). `likeness` is the mean cosine between these four pictures and the five photographs: it may fall in between.
+# Did it rise in all?
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -413,7 +419,7 @@ print("nearer to the photographs than at first:", last > first)
 # ## The loop, and `train`
 #
 # `train` in `dbnb.training` is this loop with what a long run needs besides: checkpoints, resuming, schedules, mixed
-# precision, accumulation. A test of this project runs the cell above and `train`, and compares the adapters bit for bit.
+# precision, accumulation. A test of this project runs the cell under *The loop* and `train`, and compares the adapters bit for bit.
 # Here are its first five steps, on a fresh copy of the base:
 
 # %%
@@ -437,8 +443,8 @@ print(len(pairs), "losses; train and the cell agree:", all(abs(a - b) < 1e-3 * b
 # ## On your own
 #
 # 1. Which levels are hard? Plot the error of single samples against $t$. (4 minutes)
-# 2. Run twenty steps with a learning rate of 0.02. What do you notice first, the held-out losses or the
-#    pictures? (3 minutes)
+# 2. Run twenty steps with a learning rate of 0.02. What do the held-out losses say after them, and
+#    what the pictures? (3 minutes)
 # 3. The line of the further photographs does not start where that of the photographs starts. Does that say anything about
 #    the training? (think)
 #
@@ -458,7 +464,7 @@ print(len(pairs), "losses; train and the cell agree:", all(abs(a - b) < 1e-3 * b
 # plots.show(plots.curves({"samples": (t, error)}, xlabel="t", ylabel="error"), alt="the error of samples against t")
 # ```
 #
-# 2. The losses jump up within a few steps, and the pictures fall apart with them.
+# 2. Both losses are far above their beginnings, and the pictures have fallen apart with them.
 #
 # ```python
 # burnt = load_components(config.base)

@@ -14,7 +14,7 @@
 # the upload.
 #
 # **What you will learn**: how to look at a result fairly; what the UNet's and the text encoder's adapters each
-# contribute; what is in an adapter file and what is lost if it is not. Afterwards you can hand a result to somebody who
+# contribute; what is in an adapter file, and what is lost where its header is missing. Afterwards you can hand a result to somebody who
 # has never heard of `dbnb`.
 #
 # **What you need**: notebook [06](06_training.ipynb). No GPU. On two CPU cores less than a minute, plus about two minutes
@@ -23,7 +23,8 @@
 # ---
 
 # %% [markdown]
-# Run this first. It makes `dbnb` importable, here and on Colab, and changes nothing that is already installed.
+# Run this first. It makes `dbnb` importable and changes nothing that is already installed. On Colab it asks for a file: give
+# it the project's wheel or zip, or set `DBNB_SOURCE`.
 
 # %% tags=["skip-execution", "nbval-skip"]
 import importlib.util
@@ -168,8 +169,8 @@ plots.show(
 )  # fmt: skip
 
 # %% [markdown]
-# **What you should see**: at 0.3 the old dog, touched up; at 0.9 nearly a new picture. In between the toy may stand in the
-# old dog's place and pose.
+# **What you should see**: at 0.3 the old dog, touched up; at 0.9 the toy, mostly still in the old place and pose, now and then
+# a new picture.
 #
 # ## Saved: one file, both adapters
 #
@@ -193,7 +194,7 @@ Table([*sizes, {"part": "all parts", **sums}])
 
 # %% [markdown]
 # **What you should see**: nothing for the VAE, which has no adapters, and a file well below the base's size. On a miniature,
-# rank 16 is a lot; on Stable Diffusion the same file has a few megabytes beside gigabytes.
+# rank 16 is a lot; on Stable Diffusion 1.5 the same file has some twelve megabytes beside gigabytes.
 #
 # Inside are matrices with telling names (here the first and the last two), and a header with what the matrices alone do
 # not say.
@@ -215,7 +216,8 @@ print("ranks and alphas:", {key: stored[key] for key in sorted(stored) if key.en
 # ## Loaded elsewhere: plain diffusers
 #
 # Nothing of `dbnb` is needed to use the adapter. This is what anyone who downloads it writes; only the base's folder would
-# be another one:
+# be another one. Loading is two lines. The two with `solver` exchange the base's scheduler for the fast one that `draw` uses
+# (DPM-Solver++, Lu et al., 2022): only the same solver draws the same pictures.
 
 # %%
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
@@ -292,8 +294,8 @@ plots.show(
 widgets.browse({f"{s:g}": by_strength[s][0] for s in strengths}, "strength")
 
 # %% [markdown]
-# **What you should see**: a passage from some dog to the toy, often through dogs that are half of each. Beyond 1, contrast
-# and colours are overdone, and likeness gains little or falls. Where a result is a little overtrained, 0.8 is a cheap
+# **What you should see**: a passage from some dog to the toy, often through dogs that are half of each. Beyond 1, contrasts
+# are overdone, and likeness gains little or falls. Where a result is a little overtrained, 0.8 is a cheap
 # remedy. Two claims that can fail:
 
 # %%
@@ -319,14 +321,14 @@ plots.show(
         list(by_half.values()), labels=[f"{name}:\nlikeness {scores[name]:.2f}" for name in by_half],
         title=f"Nearest to the toy: {max(scores, key=scores.get)}",
     ),
-    alt="Four rows of dogs on a beach: any dogs; with one half of the adapters partly the toy; with both the toy",
+    alt="Four rows of dogs on a beach: with neither half any dogs, with one alone more or less of the toy, with both the toy",
 )  # fmt: skip
 
 # %% [markdown]
-# **What you should see**: the text encoder can only ask for what the frozen UNet can already paint, so its row has dogs of
-# colours that *have* been painted before. The UNet learned what the toy looks like; without the text encoder's half it is
-# asked for it less clearly. How much each is worth alone differs from base to base, so read it off the numbers. One claim
-# holds whatever they are:
+# **What you should see**: the text encoder can only ask for what the frozen UNet can already paint, so its row stays near the
+# base's. The UNet learned what the toy looks like, and at these rates it carries nearly all. On another base, or at other
+# rates, the text encoder's share may be larger: compare what each gains alone with what both gain. One claim holds whatever
+# the numbers are:
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -343,14 +345,14 @@ print("with both halves nearer to the toy than with neither")
 # %%
 run = dataclasses.replace(config, output_dir=str(output))
 workflow.before_after(before, after, concept, further).savefig(output / "before_after.png")
-losses = plots.loss_curves(session.log, title="The toy is learned, the class is held")
+losses = plots.loss_curves(session.log, title="Two clouds and their means: the measures tell more")
 losses.savefig(output / "loss.png")
 (output / "metrics.json").write_text(json.dumps(numbers, indent=2))
 (output / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in session.log))
 run.save(output / "config.json")
 card = export.model_card(concept, run, numbers, has_text_encoder=True)
 card.save(output / "README.md")
-plots.show(losses, alt="The loss of the photographs falls over the steps, that of the class images stays level")
+plots.show(losses, alt="Two clouds of losses, of photographs and of class images; their running means wander")
 
 # %%
 print(card.text[: card.text.index("## Settings")].strip())
@@ -371,7 +373,7 @@ print("would be uploaded:", ", ".join(name for name in files if name in would_go
 print("stays here:", ", ".join(name for name in files if name not in would_go))
 
 # %% [markdown]
-# Without `dry_run` it uses the token that `hf auth login` stored; a token never belongs into a notebook. And look at
+# Without `dry_run` it uses the token that `hf auth login` stored; a token never belongs in a notebook. And look at
 # `before_after.png` before you share it: its first row shows your photographs.
 
 # %%
@@ -401,8 +403,9 @@ folder.cleanup()
 # export.save_adapters(session.components, Path(mine.name))
 # p = StableDiffusionPipeline.from_pretrained(miniature.path())
 # p.load_lora_weights(mine.name, weight_name="pytorch_lora_weights.safetensors")
+# p.scheduler = solver
 # p.set_progress_bar_config(disable=True)
-# plots.show(plots.show_images(p(["a photo of a sks cat"] * 4).images), alt="four cats with something of the toy")
+# plots.show(plots.show_images(p(["a photo of a sks cat"] * 4, **sampling).images), alt="four cats with something of the toy")
 # mine.cleanup()
 # ```
 #
@@ -412,7 +415,7 @@ folder.cleanup()
 # ## In short
 #
 # - Same prompts, same noise, before and after, all shown; then numbers.
-# - UNet and text encoder each carry a part, and each has a strength of its own.
+# - UNet and text encoder each have a strength of their own; which carries more, a look at each alone tells.
 # - One file with its ranks and alphas loads into plain diffusers and draws the same pictures; a card says what it is.
 #
 # Next: [08 Measuring](08_measuring.ipynb), numbers that hold.

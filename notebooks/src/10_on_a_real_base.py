@@ -22,7 +22,8 @@
 # ---
 
 # %% [markdown]
-# Run this first. It makes `dbnb` importable, here and on Colab, and changes nothing that is already installed.
+# Run this first. It makes `dbnb` importable and changes nothing that is already installed. On Colab it asks for a file: give
+# it the project's wheel or zip, or set `DBNB_SOURCE`.
 
 # %% tags=["skip-execution", "nbval-skip"]
 import importlib.util
@@ -64,7 +65,7 @@ from dbnb.training import batch_at, training_step
 from dbnb.validation import validation_images
 
 workflow.quiet_libraries()
-print("this machine:", torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device")
+print("this machine:", "a CUDA device" if torch.cuda.is_available() else "no CUDA device")
 
 # %% [markdown]
 # ## What fills the memory?
@@ -112,7 +113,8 @@ plots.show(
 )  # fmt: skip
 
 # %% [markdown]
-# **What you should see**: adapters that are nearly nothing. What is frozen needs no gradients and no moments, and that is why
+# **What you should see**: no: activations for Stable Diffusion 2.1 and XL; weights for 1.5, and by far for DeepFloyd IF, whose
+# text encoder is so large. Adapters are nearly nothing everywhere. What is frozen needs no gradients and no moments, and that is why
 # LoRA fits where fine-tuning does not. How much would fine-tuning take for the UNet's weights, gradients and moments in
 # `float32`?
 
@@ -156,7 +158,8 @@ few, many, kept = (memory(SD, *options)["activations"] for options in ((False, 2
 print(f"8 pictures keep {many / few:.1f} times what 2 keep; checkpointing leaves less than half: {kept < few / 2}")
 
 # %% [markdown]
-# **What you should see**: the last two bars are what makes a small card do. What checkpointing costs in time can be measured
+# **What you should see**: only eight pictures without checkpointing go past the smallest card; with it, eight take less than two
+# without. What checkpointing costs in time can be measured
 # here, on the miniature: six steps each way, the median of the last five.
 
 # %%
@@ -293,6 +296,8 @@ def stopwatch(components, dataset, number: int, optimizer) -> dict[str, float]:
     start, ended = time.perf_counter(), {"": 0.0}
 
     def mark(name: str, *_) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # a GPU works on while Python goes ahead
         ended[name] = 1000 * (time.perf_counter() - start)
 
     text_encoder, unet = components.text_encoder, components.unet
@@ -337,7 +342,8 @@ assert spent["UNet, forward"] + spent["loss, backward"] > 0.7 * sum(spent.values
 # a pass more. On a GPU the order stays, the numbers do not.
 #
 # A run is more than its training, though. Count what the UNet does, in *passes* of one picture: a training step takes about
-# three for each picture (the backward pass costs two), four with checkpointing; drawing takes two a solver step, because of
+# two for each picture (the backward pass costs one, since frozen weights need no gradients of their own), three with
+# checkpointing; drawing takes two a solver step, because of
 # guidance. **Predict**: on which does a run with the presets spend most?
 
 
@@ -345,7 +351,7 @@ assert spent["UNet, forward"] + spent["loss, backward"] > 0.7 * sum(spent.values
 def passes(config: DreamBoothConfig) -> dict[str, float]:
     """Thousands of UNet passes of one picture, by purpose."""
     drawing = 2 * config.num_inference_steps / 1000
-    of_step = 2 * config.train_batch_size * (4 if config.gradient_checkpointing else 3) / 1000
+    of_step = 2 * config.train_batch_size * (3 if config.gradient_checkpointing else 2) / 1000
     return {
         "class images": config.num_class_images * drawing,
         "training": config.max_train_steps * of_step,
@@ -360,7 +366,7 @@ plots.show(
 )
 
 # %%
-each = middle / (2 * config.train_batch_size * (4 if config.gradient_checkpointing else 3))
+each = middle / (2 * config.train_batch_size * (3 if config.gradient_checkpointing else 2))
 for purpose, thousands in passes(config).items():
     print(f"{purpose:17} {thousands:5.1f} thousand passes, at this speed {thousands * 1000 * each / 60:.1f} minutes")
 
@@ -418,30 +424,37 @@ print("one batch of four, and two of two, the same loss:", abs(four - sum(twos) 
 # accelerate launch --multi_gpu --num_processes 2 -m dbnb --base sd15 --instance_data_dir photos/ --class_word dog
 # ```
 #
-# `train_batch_size` counts for each process: two with 4 make what one with 8 makes, to the last digits. The first process
-# alone writes. A checkpoint goes on in another number of processes too, if the product stays the same.
+# `train_batch_size` counts for each process: two with 4 make what one with 8 makes, but for rounding. The first process
+# alone writes. A checkpoint goes on in another number of processes too, if processes times `train_batch_size` stays the same.
 #
 # Several machines take `--num_machines`, `--machine_rank` and the first one's `--main_process_ip` besides, on each of them.
 # (Tested by this project: two processes on one processor, against one. Not tested: several cards, several machines.)
 #
-# In a notebook, accelerate's `notebook_launcher` starts the same function, in as many processes as there are cards. Restart
-# the kernel first where a cell above has already used one, since processes cannot share it. Here it is one process, and
-# twenty steps:
+# In a notebook, accelerate's `notebook_launcher` starts the same function, in as many processes as there are cards. Whoever
+# has touched a card cannot share it: with several cards, restart the kernel first and run only the imports, the line
+# `settings = …` and this cell. Here it is one process, and twenty steps:
 
 # %%
 from accelerate import notebook_launcher
 
-few = DreamBoothConfig(**settings, max_train_steps=20, num_validation_images=0, output_dir=f"{tempfile.mkdtemp()}/few")
-notebook_launcher(workflow.run, (few,), num_processes=max(1, torch.accelerator.device_count()))
+output_dir = f"{tempfile.mkdtemp()}/few"
+
+
+def twenty_steps() -> None:
+    """The settings are made here, in each process: they too ask what the card can do."""
+    workflow.run(DreamBoothConfig(**settings, max_train_steps=20, num_validation_images=0, output_dir=output_dir))
+
+
+notebook_launcher(twenty_steps, num_processes=max(1, torch.accelerator.device_count()))
 
 # %% [markdown]
-# **What you should see**: what `python -m dbnb` tells, down to the adapter that reloads. For adapters of a few megabytes and a
+# **What you should see**: what `python -m dbnb` tells, down to the adapter that reloads. For adapters of some megabytes and a
 # few photographs one card is nearly always enough. Often several cards are better used for several trainings, one each, say
 # with several seeds (notebook 08 asks for them):
 #
 # ```bash
-# CUDA_VISIBLE_DEVICES=0 python -m dbnb --base sd15 --seed 0 --output_dir runs/seed-0 &
-# CUDA_VISIBLE_DEVICES=1 python -m dbnb --base sd15 --seed 1 --output_dir runs/seed-1 &
+# CUDA_VISIBLE_DEVICES=0 python -m dbnb --base sd15 --instance_data_dir photos/ --seed 0 --output_dir runs/seed-0 &
+# CUDA_VISIBLE_DEVICES=1 python -m dbnb --base sd15 --instance_data_dir photos/ --seed 1 --output_dir runs/seed-1 &
 # ```
 #
 # ## Before you share it
@@ -459,7 +472,7 @@ notebook_launcher(workflow.run, (few,), num_processes=max(1, torch.accelerator.d
 #
 # <details><summary>Answers</summary>
 #
-# 1. The same as at rank 16: the adapters grow fourfold and are still small.
+# 1. Nearly the same as at rank 16: the adapters grow fourfold, and that costs few of many pictures.
 #
 # ```python
 # for rank in (16, 64):
