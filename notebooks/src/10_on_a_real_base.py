@@ -301,11 +301,9 @@ def stopwatch(components, dataset, number: int, optimizer) -> dict[str, float]:
         ended[name] = 1000 * (time.perf_counter() - start)
 
     text_encoder, unet = components.text_encoder, components.unet
-    hooks = [
-        text_encoder.register_forward_pre_hook(functools.partial(mark, "batch, noise")),
-        text_encoder.register_forward_hook(functools.partial(mark, "text encoder")),
-        unet.register_forward_hook(functools.partial(mark, "UNet, forward")),
-    ]
+    hooks = [text_encoder.register_forward_pre_hook(functools.partial(mark, "batch, noise")),
+             text_encoder.register_forward_hook(functools.partial(mark, "text encoder")),
+             unet.register_forward_hook(functools.partial(mark, "UNet, forward"))]  # fmt: skip
     training_step(components, batch_at(dataset, number, 4), seed=0).loss.backward()
     mark("loss, backward")
     optimizer.step()
