@@ -35,6 +35,12 @@ def _slider(options: Sequence[str], description: str):
     )  # fmt: skip
 
 
+def _image(value: bytes):
+    import ipywidgets
+
+    return ipywidgets.Image(value=value, format="png", layout={"align_self": "flex-start"})  # else it fills the page
+
+
 def browse(pictures: Mapping[str, Image.Image | Figure], description: str, *, width: int = 256):
     """A slider over named pictures, all there from the start, so that moving it waits for nothing."""
     try:
@@ -46,7 +52,7 @@ def browse(pictures: Mapping[str, Image.Image | Figure], description: str, *, wi
         return plots.html(first, alt=f"{description}: {', '.join(pictures)}")
     data = {name: _png(picture, width) for name, picture in pictures.items()}
     slider = _slider(list(data), description)
-    image = ipywidgets.Image(value=data[slider.value], format="png")
+    image = _image(data[slider.value])
 
     def change(event) -> None:
         image.value = data[event["new"]]
@@ -75,7 +81,7 @@ def before_after(
         )
     slider = _slider(list(data), "prompt")
     buttons = ipywidgets.ToggleButtons(options=["before", "after"], value="after")
-    image = ipywidgets.Image(value=data[slider.value][buttons.value], format="png")
+    image = _image(data[slider.value][buttons.value])
 
     def change(event) -> None:
         image.value = data[slider.value][buttons.value]
