@@ -137,9 +137,8 @@ def _half_precision() -> str:
 # starts from: adapters at 1e-4, the text encoder frozen, half precision on a GPU, one pair of pictures a step.
 _LARGE = dict(
     max_train_steps=800, learning_rate=1e-4, text_encoder_learning_rate=1e-5, lr_scheduler="constant",
-    train_text_encoder=False,
-    num_inference_steps=25, guidance_scale=7.5, sample_batch_size=4, rank=16, train_batch_size=1,
-    gradient_checkpointing=False, mixed_precision="half",
+    train_text_encoder=False, num_inference_steps=25, guidance_scale=7.5, sample_batch_size=4, rank=16,
+    train_batch_size=1, gradient_checkpointing=False, mixed_precision="half",
 )  # fmt: skip
 PRESETS: dict[str, dict[str, Any]] = {
     "miniature": dict(
