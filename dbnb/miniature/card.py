@@ -110,17 +110,30 @@ def subjects(result: dict) -> str:
     ).markdown()
 
 
+def _chance(drawings: int) -> float:
+    """How far two shares of equal truth may lie apart, in points: twice the deviation of a difference, at one half."""
+    return 200 * (0.5 / drawings) ** 0.5
+
+
 def pilots(base: Path) -> str:
     """The comparison that chose the design, as a table; "" where none was made."""
     if not (base / "pilots.json").exists():
         return ""
     result = json.loads((base / "pilots.json").read_text())
     rows = Table(
-        {"the UNet predicts": design["predicts"], "steps": f"{design['steps']:,}"}
+        {
+            "the UNet predicts": design["predicts"],
+            "parameters": f"{design['parameters'] / 1e6:.1f} M",
+            "steps": f"{design['steps']:,}",
+        }
         | {name: f"{100 * design[name]:.0f} %" for name in ("kind", "body", "scene")}
         for design in result["designs"]
     )
-    text = f"Chosen by pilots of {result['minutes']:g} minutes each (`dbnb.miniature.pilots`); drawn as asked:"
+    text = (
+        f"What the UNet predicts was chosen by pilots of {result['minutes']:g} minutes each (`dbnb.miniature.pilots`). "
+        f"Of {result['drawings']} pictures drawn as asked (a difference under {_chance(result['drawings']):.0f} points "
+        "may be chance):"
+    )
     return f"{text}\n\n{rows.markdown()}"
 
 

@@ -102,13 +102,13 @@ def vae() -> AutoencoderKL:
     )
 
 
-def unet() -> UNet2DConditionModel:
+def unet(block_out_channels: tuple[int, int, int] = (48, 96, 192)) -> UNet2DConditionModel:
     """Noise predictor on (B, 6, 16, 16). Attention at the highest level too, since LoRA paints only where it is."""
     return UNet2DConditionModel(
         sample_size=RESOLUTION // 4,
         in_channels=LATENT_CHANNELS,
         out_channels=LATENT_CHANNELS,
-        block_out_channels=(48, 96, 192),
+        block_out_channels=block_out_channels,
         down_block_types=("CrossAttnDownBlock2D",) * 2 + ("DownBlock2D",),
         up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 2,
         layers_per_block=1,

@@ -1,6 +1,6 @@
 """Short trainings of several designs, which chose the miniature's: `python -m dbnb.miniature.pilots`.
 
-Each trains the UNet from the same first weights, on the same latents and captions in the same order, for the same time;
+Each trains the UNet from the same seed, on the same latents and captions in the same order, for the same time;
 the judge reads what it then draws. The result, `pilots.json`, is shipped with the base and stands in its card.
 """
 
@@ -17,12 +17,14 @@ from dbnb.miniature import design, path, train
 from dbnb.miniature.data import draw, held_out, labels_of
 from dbnb.miniature.evaluate import Judge, accuracy, drawings, full_caption
 
-# Name -> what the UNet predicts, and the weight of its squared error by the signal-to-noise ratio.
+# Name -> what the UNet predicts, the weight of its squared error by the signal-to-noise ratio, its widths.
+_WIDTHS = (48, 96, 192)
 DESIGNS = {
-    "the noise, min-SNR 5": ("epsilon", lambda snr: snr.clamp(max=5.0) / snr),
-    "the noise, weighted as v": ("epsilon", lambda snr: (snr + 1.0).clamp(max=5.0) / snr),
-    "v, all errors alike": ("v_prediction", torch.ones_like),
-    "v, min(SNR + 1, 5)": ("v_prediction", train.v_weights),
+    "the noise, min-SNR 5": ("epsilon", lambda snr: snr.clamp(max=5.0) / snr, _WIDTHS),
+    "the noise, weighted as v": ("epsilon", lambda snr: (snr + 1.0).clamp(max=5.0) / snr, _WIDTHS),
+    "v, all errors alike": ("v_prediction", torch.ones_like, _WIDTHS),
+    "v, min(SNR + 1, 5)": ("v_prediction", train.v_weights, _WIDTHS),
+    "v, min(SNR + 1, 5), narrower": ("v_prediction", train.v_weights, (32, 64, 128)),
 }
 
 
@@ -32,6 +34,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output_dir", type=Path, default=Path("runs/miniature"), help="where train.py has trained")
     parser.add_argument("--photographs", type=int, default=train.PHOTOGRAPHS)
     parser.add_argument("--minutes", type=float, default=7.0, help="for each design")
+    parser.add_argument("--mixed_precision", choices=("no", "bf16"), default="no")
     parser.add_argument("--count", type=int, default=100, help="drawings that the judge reads")
     args = parser.parse_args(argv)
     folder, words, judge = args.output_dir, design.tokenizer(), Judge(path())
@@ -41,22 +44,25 @@ def main(argv: list[str] | None = None) -> None:
     names = (draw("test", index)[1] for index in range(8 * args.count))
     names = [n for n in names if not held_out(n["kind"], n["body"], n["scene"])][: args.count]
     results = []
-    for name, (prediction_type, weigh) in DESIGNS.items():
+    for name, (prediction_type, weigh, widths) in DESIGNS.items():
         torch.manual_seed(0)
         clip = train.restore("clip", design.clip(words), folder)
         schedule = design.scheduler()
         schedule.register_to_config(prediction_type=prediction_type)
-        made_from = {"prediction_type": prediction_type}
+        made_from = {"prediction_type": prediction_type, "block_out_channels": widths}
         pilot = folder / "pilots" / name.replace(" ", "-").replace(",", "")
+        unet = design.unet(widths)
         model, _ = train.train_unet(
             data, vae, latents, words, clip, seed=0, batch_size=24, lr=8e-4, steps=10**6, minutes=args.minutes,
-            folder=pilot, made_from=made_from, noise_schedule=schedule, weigh=weigh,
+            folder=pilot, made_from=made_from, noise_schedule=schedule, weigh=weigh, unet=unet,
+            mixed_precision=args.mixed_precision,
         )  # fmt: skip
         pictures = drawings(train.as_pipeline(vae, words, model, schedule), [full_caption(n) for n in names])
         right = accuracy(judge(pictures), np.stack([labels_of(n) for n in names]))
         steps = torch.load(pilot / "unet.pt", weights_only=True)["step"]
-        results.append({"predicts": name, "steps": steps, **right})
-        (folder / "pilots.json").write_text(json.dumps({"minutes": args.minutes, "designs": results}, indent=1) + "\n")
+        results.append({"predicts": name, "parameters": unet.num_parameters(), "steps": steps, **right})
+        file = {"minutes": args.minutes, "drawings": args.count, "designs": results}
+        (folder / "pilots.json").write_text(json.dumps(file, indent=1) + "\n")
         print(json.dumps(results[-1]), flush=True)
 
 

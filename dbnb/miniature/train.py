@@ -376,10 +376,11 @@ def as_pipeline(vae, words, model: Denoiser, noise_schedule) -> StableDiffusionP
 def train_unet(
     data: Photographs, vae, latents: torch.Tensor, words, clip, seed: int, batch_size: int, lr: float,
     mixed_precision: str = "no", noise_schedule: DDPMScheduler | None = None,
-    weigh: Callable[[torch.Tensor], torch.Tensor] = v_weights, **options
+    weigh: Callable[[torch.Tensor], torch.Tensor] = v_weights, unet: UNet2DConditionModel | None = None, **options
 ):  # fmt: skip
     """Denoising; one caption in ten is empty, for guidance. `weigh` gives the errors' weights by their SNR.
 
+    `unet` and `noise_schedule` are the design's where they are not given.
     `mixed_precision` "bf16" pays (a quarter more samples a second) where the processor multiplies bfloat16 itself.
     """
     noise_schedule = noise_schedule or design.scheduler()
@@ -387,7 +388,7 @@ def train_unet(
     text_encoder.load_state_dict(
         {key.removeprefix("text_model."): v for key, v in clip.text_model.state_dict().items()}
     )
-    model = Denoiser(design.unet(), text_encoder).to(memory_format=torch.channels_last)
+    model = Denoiser(unet or design.unet(), text_encoder).to(memory_format=torch.channels_last)
     # Plain products: on a CPU torch's fused attention is slow where heads are as narrow as here, above all in bfloat16.
     model.unet.set_attn_processor(AttnProcessor())
 

@@ -44,8 +44,8 @@ _SAME = {name: _PRESET[name] for name in ("rank", "train_batch_size", "learning_
 def peer_arguments(folder: Path, class_folder: Path, steps: int, *further: str) -> list[str]:
     """The peer's options."""
     return [
-        "--pretrained_model_name_or_path", str(miniature.path()), "--instance_data_dir", str(SAMPLE_DIR / "photos"),
-        "--class_data_dir", str(class_folder), "--with_prior_preservation", "--num_class_images", "100",
+        "--pretrained_model_name_or_path", str(miniature.path()), "--class_data_dir", str(class_folder),
+        "--with_prior_preservation", "--num_class_images", "100",
         "--instance_prompt", _CONCEPT.instance_prompt, "--class_prompt", _CONCEPT.class_prompt, "--resolution", "64",
         "--center_crop", "--seed", "0", "--max_train_steps", str(steps), "--output_dir", str(folder), *_both(), *further
     ]  # fmt: skip
@@ -57,7 +57,8 @@ def our_arguments(folder: Path, steps: int, *further: str) -> list[str]:
 
 
 def _both() -> list[str]:
-    return [word for name, value in _SAME.items() for word in (f"--{name}", str(value))]
+    same = _SAME | {"instance_data_dir": SAMPLE_DIR / "photos"}
+    return [word for name, value in same.items() for word in (f"--{name}", str(value))]
 
 
 def run(target: str, arguments: list[str], cache: Path) -> tuple[dict, dict[str, torch.Tensor]]:
@@ -158,18 +159,22 @@ def main() -> None:
                         print(f"{name}: the same loss, but for {difference:.1e}", flush=True)
             compare(f"a training step, {name}", "s", seconds)
             compare(f"peak memory, {name}", "MiB", memory)
-        seconds = {"peer": [], "ours": []}
-        for repeat in range(args.whole_repeats):
-            folder = work / f"whole {repeat}"
-            words = peer_arguments(
-                folder / "peer", folder / "class", 400, "--train_text_encoder",
-                "--validation_prompt", _CONCEPT.instance_prompt,
-            )  # fmt: skip
-            seconds["peer"].append(run(peer, words, folder / "cache")[0]["seconds"])
-            words = our_arguments(folder / "ours", 400, "--train_text_encoder", "--num_validation_images", "4")
-            seconds["ours"].append(run("dbnb", words, folder / "cache")[0]["seconds"])
-        if args.whole_repeats:
-            compare("100 class images, 400 steps, validation images", "s", seconds)
+        # The peer's defaults: the text encoder frozen; four pictures after the first epoch, four at the end.
+        pictures = ("--num_validation_images", "4", "--validation_steps", "0")
+        settings = {
+            "text encoder trained": (("--train_text_encoder",), ("--train_text_encoder",)),
+            "the peer's defaults": ((), ("--no_train_text_encoder",)),
+        }
+        for name, (theirs, ours) in settings.items() if args.whole_repeats else ():
+            seconds = {"peer": [], "ours": []}
+            for repeat in range(args.whole_repeats):
+                folder = work / f"whole {name} {repeat}"
+                validation = ("--validation_prompt", _CONCEPT.instance_prompt)
+                words = peer_arguments(folder / "peer", folder / "class", 400, *theirs, *validation)
+                seconds["peer"].append(run(peer, words, folder / "cache")[0]["seconds"])
+                words = our_arguments(folder / "ours", 400, *ours, *pictures)
+                seconds["ours"].append(run("dbnb", words, folder / "cache")[0]["seconds"])
+            compare(f"100 class images, 400 steps, validation images, {name}", "s", seconds)
     print(f"\n{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}; batch, rank: {_SAME}\n")
     print(rows.markdown())
 
