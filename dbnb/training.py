@@ -551,14 +551,18 @@ def _train(config, components, dataset, on_step, on_validation) -> list[dict[str
     log = _cut_log(log_path, first) if writes else []
     accumulate = config.gradient_accumulation_steps
     modules = adapted_modules(components).values()
+
+    def to_training() -> None:
+        for module in modules:
+            train_mode(module)
+
     bar = tqdm(
         range(first, config.max_train_steps), initial=first, total=config.max_train_steps, desc="train",
         disable=not writes,
     )  # fmt: skip
+    to_training()
     with _interrupts() as interrupted:
         for step in bar:
-            for module in modules:
-                train_mode(module)
             # Dropout is the one draw that torch makes itself: seeding it by the step keeps steps independent.
             torch.manual_seed(config.seed * 1_000_003 + step + (accelerator.process_index << 32))
             started, sums = time.perf_counter(), {"loss": 0.0, "instance_loss": 0.0, "prior_loss": 0.0}
@@ -603,6 +607,7 @@ def _train(config, components, dataset, on_step, on_validation) -> list[dict[str
             bar.set_postfix({key: f"{value:.3f}" for key, value in sums.items() if key != "loss"})
             if on_step is not None and writes:
                 on_step(step, record)
+                to_training()  # it may have drawn
             due = config.checkpointing_steps and (step + 1) % config.checkpointing_steps == 0
             if due and writes:
                 save(step + 1)
@@ -614,6 +619,7 @@ def _train(config, components, dataset, on_step, on_validation) -> list[dict[str
                 for module in modules:
                     module.eval()
                 on_validation(step + 1)
+                to_training()
             if step + 1 < config.max_train_steps and any(shared_mean(torch.tensor(interrupted()))):
                 if writes and not due:
                     save(step + 1)
