@@ -143,7 +143,7 @@ _LARGE = dict(
 PRESETS: dict[str, dict[str, Any]] = {
     "miniature": dict(
         base="miniature", resolution=64, max_train_steps=600, learning_rate=1.5e-3, text_encoder_learning_rate=3e-4,
-        lr_scheduler="cosine", train_text_encoder=True, num_inference_steps=20, guidance_scale=2.5,
+        lr_scheduler="cosine", train_text_encoder=True, num_inference_steps=10, guidance_scale=2.5,
         sample_batch_size=25, rank=16, train_batch_size=4, gradient_checkpointing=False, mixed_precision="no",
     ),
     "sd15": _LARGE | dict(base="stable-diffusion-v1-5/stable-diffusion-v1-5", resolution=512),

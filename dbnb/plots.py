@@ -193,13 +193,14 @@ def histogram(
 
 
 def scatter(points: Mapping[str, tuple[float, float]], *, xlabel: str, ylabel: str, title: str = "") -> Figure:
-    """Named points."""
-    figure, axis = _plot(xlabel, ylabel, title, size=(6.4, 4.0))
-    for name, (x, y) in points.items():
-        axis.plot(x, y, "o", color=PALETTE[0])
-        axis.annotate(name, (x, y), xytext=(5, 4), textcoords="offset points", fontsize=LABEL)
-    axis.margins(x=0.25, y=0.1)
+    """Named points, each with a mark of its own: labels beside them would cover each other where they are close."""
+    figure, axis = _plot(xlabel, ylabel, title, size=(7.2, 4.0))
+    for i, (name, (x, y)) in enumerate(points.items()):
+        color = PALETTE[(i + i // len(MARKERS)) % len(PALETTE)]
+        axis.plot(x, y, MARKERS[i % len(MARKERS)], ms=7, color=color, label=name, alpha=0.85)
+    axis.margins(0.1)
     axis.grid(alpha=0.3)
+    figure.legend(loc="outside right center", frameon=False, fontsize=LABEL)
     return figure
 
 

@@ -123,10 +123,12 @@ def scheduler() -> DDPMScheduler:
 
     Asked for the noise, so small a model draws places and colours that fall apart: where nearly all is noise, an answer
     can be nearly right and say nothing about the picture. There v is the picture (Salimans and Ho, 2022).
+
+    Drawing begins at the noisiest timestep, where the noise that it is given belongs ("trailing", Lin et al., 2023).
     """
     return DDPMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1,
-        prediction_type="v_prediction",
+        prediction_type="v_prediction", timestep_spacing="trailing",
     )  # fmt: skip
 
 

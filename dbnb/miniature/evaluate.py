@@ -159,10 +159,10 @@ def nearest(pictures: np.ndarray, photos: np.ndarray) -> np.ndarray:
     return torch.cat(distances).numpy() / np.sqrt(known.shape[1])
 
 
-def drawings(pipeline, prompts: list[str], seed: int = 5) -> np.ndarray:
-    """One picture a prompt at the default sampling settings: (N, 64, 64, 3) uint8."""
+def drawings(pipeline, prompts: list[str], seed: int = 5, **settings) -> np.ndarray:
+    """One picture a prompt at the default sampling settings, but for `settings`: (N, 64, 64, 3) uint8."""
     seeds = [image_seed(seed, index) for index in range(len(prompts))]
-    images = draw_images(pipeline, prompts, seeds, resolution=64, batch_size=25, **_SETTINGS)
+    images = draw_images(pipeline, prompts, seeds, resolution=64, batch_size=25, **(_SETTINGS | settings))
     return np.stack([np.asarray(image) for image in images])
 
 

@@ -19,7 +19,7 @@
 # personalise a model yourself: choose a base and a device, give it photographs, and judge the result.
 #
 # **What you need**: nothing but this project. No GPU, no download: the course carries its own model. On two CPU cores
-# about two and a half minutes the first time, half a minute when you come back: trainings are kept.
+# about two minutes the first time, a quarter of a minute when you come back: trainings are kept.
 #
 # ---
 

@@ -15,7 +15,7 @@
 # **What you will learn**: what *language drift* is, why pictures drawn by the model itself hold it off, and what a cache
 # must know before it may say "I have these already". Afterwards you can tell drift when you see it, and measure it.
 #
-# **What you need**: notebook [01](01_instance_data.ipynb). About 45 seconds on two CPU cores if notebook 00 has run, whose
+# **What you need**: notebook [01](01_instance_data.ipynb). About half a minute on two CPU cores if notebook 00 has run, whose
 # training is used again; two minutes more if not; 20 seconds when you come back.
 #
 # ---

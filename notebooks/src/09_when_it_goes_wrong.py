@@ -455,7 +455,9 @@ for path in concept.paths:
 turned = SHORT | dict(instance_data_dir=str(lying), with_prior_preservation=False)
 fallen = workflow.trained(dataclasses.replace(config, **turned))
 models["trained lying"] = fallen.components
-compare("good", "trained lying", title="colours without a shape", alt="Above the toy upright; below shapes in its colours")
+compare(
+    "good", "trained lying", title="colours without a shape", alt="Above the toy upright; below shapes in its colours"
+)
 
 # %% [markdown]
 # **Seen**: the toy's colours without its shape. The base has never seen a dog lie, and fifty steps break the dog rather than

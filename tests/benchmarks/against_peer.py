@@ -117,7 +117,8 @@ def main() -> None:
 
     def compare(what: str, unit: str, values: dict[str, list[float]]) -> None:
         theirs, ours = (statistics.median(values[name]) for name in ("peer", "ours"))
-        rows.append({"": what, "peer": f"{theirs:.3g} {unit}", "ours": f"{ours:.3g} {unit}",
+        digits = 3 if theirs < 1 else 0
+        rows.append({"": what, "peer": f"{theirs:.{digits}f} {unit}", "ours": f"{ours:.{digits}f} {unit}",
                      "peer / ours": f"{theirs / ours:.2f}"})  # fmt: skip
         print(rows[-1], flush=True)
 
