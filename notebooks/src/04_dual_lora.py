@@ -341,8 +341,9 @@ plots.show(
 )
 
 # %% [markdown]
-# **What you should see**: for most layers a number well below 1. Compare the bars: which kind had to move furthest? A new subject does not need new weights; it needs the old
-# ones bent a little, everywhere.
+# **What you should see**: numbers well below 1 for most layers: the old weights are bent, not replaced. Furthest moved
+# cross-attention, where the picture looks at the words and a rare word can be bound to a look; least the text encoder, which
+# trains at a lower rate.
 #
 # ## Rank, and what it costs
 

@@ -116,7 +116,8 @@ plots.show(
 
 # %% [markdown]
 # **What you should see**: places stay what they were before training, also those without a photograph, and the dog in them
-# is the toy. One pair at a time, changed in place, shows best what moved (in a live notebook):
+# is the toy. The night suffers most: no photograph was dark, and dark pictures are the first to look burnt (the section on
+# strength has a remedy). One pair at a time, changed in place, shows best what moved (in a live notebook):
 
 # %%
 widgets.before_after(before.scenes, after.scenes, places)
@@ -326,14 +327,31 @@ plots.show(
 
 # %% [markdown]
 # **What you should see**: the text encoder can only ask for what the frozen UNet can already paint, so its row stays near the
-# base's. The UNet learned what the toy looks like, and at these rates it carries nearly all. On another base, or at other
-# rates, the text encoder's share may be larger: compare what each gains alone with what both gain. One claim holds whatever
-# the numbers are:
+# base's. The UNet learned what the toy looks like; alone it does as well as both. Is the other half idle, then?
+# **Predict**: the same for `a photo of a dog`, which is not to mean the toy:
+
+# %%
+of_class = {name: drawn(*strengths, prompt=concept.class_prompt, count=6) for name, strengths in halves.items()}
+leaked = {name: likeness(pictures) for name, pictures in of_class.items()}
+plots.show(
+    plots.image_rows(
+        list(of_class.values()), labels=[f"{name}:\nlikeness {leaked[name]:.2f}" for name in of_class],
+        title=f"'{concept.class_prompt}': with the UNet's half alone every dog is the toy",
+    ),
+    alt="Four rows of dogs for the bare class prompt: the toy with the UNet's half alone, any dogs in the other three",
+)  # fmt: skip
 
 # %%
 # NBVAL_CHECK_OUTPUT
 assert scores["both"] > scores["neither"], scores
-print("with both halves nearer to the toy than with neither")
+assert leaked["UNet alone"] > leaked["both"] + 0.2, leaked
+print("with both halves 'sks dog' is the toy, and 'dog' is not; with the UNet's half alone both are")
+
+# %% [markdown]
+# **What you should see**: nobody named the toy, and with the UNet's half alone it stands in every picture. `sks` hardly
+# changes an embedding of the base (notebook 03), so the UNet cannot tell the two prompts apart. That one is the toy and the
+# other is not is the text encoder's doing: it does not paint, it tells apart. Hence its worth on this base (notebook 08). A
+# large base has embeddings that differ more, and its text encoder often stays frozen.
 
 # %% [markdown]
 # ## The card
@@ -415,7 +433,7 @@ folder.cleanup()
 # ## In short
 #
 # - Same prompts, same noise, before and after, all shown; then numbers.
-# - UNet and text encoder each have a strength of their own; which carries more, a look at each alone tells.
+# - UNet and text encoder each have a strength of their own: here the one paints the toy, the other tells when it is meant.
 # - One file with its ranks and alphas loads into plain diffusers and draws the same pictures; a card says what it is.
 #
 # Next: [08 Measuring](08_measuring.ipynb), numbers that hold.

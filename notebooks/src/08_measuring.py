@@ -329,7 +329,8 @@ Table(
 # **What you should see**: two rows that stand out. *No prior preservation* draws the toy as well as the default, but nothing
 # else any more: the bare class is as much like the toy as the toy's own pictures are, about a fifth of its variety is
 # left. *Text encoder frozen* costs a third of the fidelity, and variety too: `sks` changes the text's embedding only a
-# little, so what the UNet learns for `sks dog` reaches `dog` as well. Trained, the text encoder moves the two apart.
+# little, so what the UNet learns for `sks dog` reaches `dog` as well. Trained, the text encoder tells the two apart
+# (notebook 07 shows it).
 #
 # Do fidelity and variety pull against each other, or does one setting give both? Both in one figure: the best place is at
 # the upper right.

@@ -343,7 +343,7 @@ compare(
 )  # fmt: skip
 
 # %% [markdown]
-# **Seen**: teal among the dogs, although there were class images. **The check**: look at one batch with its prompts
+# **Seen**: the toy's blue and yellow among the dogs, although there were class images. **The check**: look at one batch with its prompts
 # (notebook 05), or let the computer look: is each picture of the first half an instance image?
 
 
