@@ -144,7 +144,7 @@ def test_images_from_prompts_and_from_references(family, base, settings, concept
     assert all(image.size == (32, 32) for image in [*images.subject, *images.scenes, *images.classes, *images.redrawn])
     again = from_references(base, concept.images()[:2], concept.instance_prompt, settings)
     assert all(np.array_equal(a, b) for a, b in zip(images.redrawn, again, strict=True))
-    options = dict(resolution=32, num_inference_steps=2, batch_size=2)
+    options = dict(resolution=32, num_inference_steps=2, guidance_scale=2.0, batch_size=2)
     if name == "if2":
         with pytest.raises(ValueError, match="class_data_dir"):
             class_images(base, concept.class_prompt, 3, **options)
