@@ -5,6 +5,7 @@ Built in notebook 07.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -113,7 +114,11 @@ def from_references(
         return draw(components, [prompt] * len(references), config, references=references)
     pipeline = build_pipeline(components)
     # A family's image-to-image pipeline is named after its text-to-image one; diffusers' own list lacks AltDiffusion.
-    pipeline = getattr(diffusers, type(pipeline).__name__.replace("Pipeline", "Img2ImgPipeline")).from_pipe(pipeline)
+    # Its from_pipe would cast every part to float32: a half-precision base would train on at twice the memory.
+    image_to_image = getattr(diffusers, type(pipeline).__name__.replace("Pipeline", "Img2ImgPipeline"))
+    known = inspect.signature(image_to_image.__init__).parameters
+    settings = {name: value for name, value in pipeline.config.items() if name in known}
+    pipeline = image_to_image(**(settings | {n: part for n, part in pipeline.components.items() if n in known}))
     pipeline.set_progress_bar_config(disable=True)
     size = (config.resolution, config.resolution)
     images = [ImageOps.fit(image, size, Image.Resampling.LANCZOS) for image in references]

@@ -153,6 +153,19 @@ def test_images_from_prompts_and_from_references(family, base, settings, concept
         assert made.decision == "generate" and len(made.paths) == 3
 
 
+def test_redrawing_leaves_number_formats_alone(family, settings, concept):
+    _, folder = family
+    half = load_components(folder, weight_dtype=torch.bfloat16)
+    add_adapters(half, rank=2)
+
+    def formats():
+        return [p.dtype for module in half.modules().values() for p in module.parameters()]
+
+    before = formats()
+    from_references(half, concept.images()[:1], concept.instance_prompt, settings)
+    assert formats() == before and set(before) == {torch.bfloat16, torch.float32}
+
+
 def test_an_unknown_architecture_is_named_with_what_is_known(family):
     name, folder = family
     path = folder / "text_encoder" / "config.json"
