@@ -161,11 +161,10 @@ def main() -> None:
             compare(f"a training step, {name}", "s", seconds)
             compare(f"peak memory, {name}", "MiB", memory)
         # The peer's defaults: the text encoder frozen; four pictures after the first epoch, four at the end.
-        pictures, bf16 = ("--num_validation_images", "4", "--validation_steps", "0"), ("--mixed_precision", "bf16")
+        pictures = ("--num_validation_images", "4", "--validation_steps", "0")
         settings = {
             "text encoder trained": (("--train_text_encoder",), ("--train_text_encoder",)),
             "the peer's defaults": ((), ("--no_train_text_encoder",)),
-            "the peer's defaults, bfloat16 in both": (bf16, ("--no_train_text_encoder", *bf16)),
         }
         for name, (theirs, ours) in settings.items() if args.whole_repeats else ():
             seconds = {"peer": [], "ours": []}
