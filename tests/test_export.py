@@ -22,13 +22,13 @@ from dbnb.adapters import adapted_modules, add_adapters, trainable_parameters
 from dbnb.prior import build_pipeline
 
 
-def _shake(components, seed=0):
+def _shake(components, seed=0, scale=0.05):
     """Give the adapters weights that matter, without training."""
     rng = torch.Generator().manual_seed(seed)
     for module in adapted_modules(components).values():
         for name, p in trainable_parameters(module):
             if "lora_B" in name:
-                p.data.normal_(0, 0.05, generator=rng)
+                p.data.normal_(0, scale, generator=rng)
 
 
 def _draw(pipeline):
@@ -90,7 +90,7 @@ def test_the_kohya_file_draws_the_same_picture_through_diffusers_own_reader(comp
 @pytest.mark.parametrize("part", ["unet", "text_encoder"])
 def test_each_half_of_the_file_matters(components, tmp_path, part):
     add_adapters(components, rank=4, train_text_encoder=True)
-    _shake(components)
+    _shake(components, scale=0.1)
     whole = _draw(export.reload_pipeline(components, export.save_adapters(components, tmp_path)))
     tensors = load_file(tmp_path / export.WEIGHT_NAME)
     with safe_open(tmp_path / export.WEIGHT_NAME, "pt") as file:
@@ -98,8 +98,7 @@ def test_each_half_of_the_file_matters(components, tmp_path, part):
     (tmp_path / "half").mkdir()
     half = tmp_path / "half" / export.WEIGHT_NAME
     save_file({key: value for key, value in tensors.items() if not key.startswith(f"{part}.")}, half, metadata)
-    # Far more than a reload may differ by. One half of the adapters moves a picture of three steps by little.
-    assert np.abs(_draw(export.reload_pipeline(components, half)) - whole).max() > 5
+    assert np.abs(_draw(export.reload_pipeline(components, half)) - whole).max() > 10
 
 
 def test_a_file_that_is_no_adapter_of_this_base_is_refused_and_changes_nothing(components, tmp_path):

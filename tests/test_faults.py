@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import random
@@ -16,7 +15,6 @@ import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -195,7 +193,8 @@ def test_a_damaged_picture_is_a_picture_or_a_sentence(concept, tmp_path, suffix)
 
 def test_a_damaged_cache_is_drawn_again_and_never_used(components, tmp_path, monkeypatch):
     monkeypatch.setenv("DBNB_CACHE", str(tmp_path))
-    options = dict(resolution=64, num_inference_steps=1, guidance_scale=1.0, batch_size=2)
+    # One at a time: in a batch of another size a pixel may round otherwise.
+    options = dict(resolution=64, num_inference_steps=1, guidance_scale=1.0, batch_size=1)
     found = prior.class_images(components, "a photo of a dog", 2, **options)
     folder = found.paths[0].parent
     whole = {path: path.read_bytes() for path in folder.iterdir() if path.suffix in (".png", ".json")}
@@ -208,11 +207,7 @@ def test_a_damaged_cache_is_drawn_again_and_never_used(components, tmp_path, mon
         path.write_bytes(whole[path])
     found.paths[1].write_bytes(whole[found.paths[1]][:100])
     again = prior.class_images(components, "a photo of a dog", 2, **options)
-    assert again.decision == "top up" and again.paths == found.paths
-    assert again.paths[0].read_bytes() == whole[found.paths[0]]
-    # Drawn alone instead of in a pair, a pixel may be rounded otherwise.
-    drawn, was = (np.asarray(Image.open(f), dtype=int) for f in (again.paths[1], io.BytesIO(whole[found.paths[1]])))
-    assert np.abs(drawn - was).max() <= 1
+    assert again.decision == "top up" and {p: p.read_bytes() for p in again.paths}.items() <= whole.items()
 
 
 @pytest.mark.parametrize("word", ["<script>", "dog\n# injected", "dog](http://x)", "`dog`", "a|b"])

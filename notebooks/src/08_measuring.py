@@ -272,8 +272,9 @@ def measure(name: str) -> dict:
 path = next((p for p in (Path("ablation.json"), Path("notebooks/ablation.json")) if p.is_file()), Path("ablation.json"))
 file = json.loads(path.read_text()) if path.is_file() else {}
 names = (
-    "max_train_steps learning_rate text_encoder_learning_rate lr_scheduler rank num_class_images guidance_scale".split()
-)
+    "max_train_steps learning_rate text_encoder_learning_rate lr_scheduler rank num_class_images "
+    "num_inference_steps guidance_scale"
+).split()
 made_by = {"base": fingerprint(base.base), "pictures": COUNT} | {name: getattr(config, name) for name in names}
 stored = file["rows"] if file.get("made_by") == made_by else {}
 print(f"{len(stored)} rows of {len(ROWS)} are stored; computed on: {file['machine'] if stored else 'none'}")

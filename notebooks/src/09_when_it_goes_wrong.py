@@ -343,8 +343,8 @@ compare(
 )  # fmt: skip
 
 # %% [markdown]
-# **Seen**: the toy's blue and yellow among the dogs, although there were class images. **The check**: look at one batch with its prompts
-# (notebook 05), or let the computer look: is each picture of the first half an instance image?
+# **Seen**: the toy's blue and yellow among the dogs, although there were class images. **The check**: look at one batch
+# with its prompts (notebook 05), or let the computer look: is each picture of the first half an instance image?
 
 
 # %%

@@ -369,8 +369,8 @@ for purpose, thousands in passes(config).items():
     print(f"{purpose:17} {thousands:5.1f} thousand passes, at this speed {thousands * 1000 * each / 60:.1f} minutes")
 
 # %% [markdown]
-# **What you should see**: training costs most here, but on the large bases, which want more solver steps for a picture, pictures
-# cost as much, or more. Class images are drawn once and kept.
+# **What you should see**: training costs most here, but on the large bases, which want more solver steps for a picture,
+# pictures cost as much, or more. Class images are drawn once and kept.
 # `num_validation_images` is yours to lower: 8 tell most of what 32 tell. (These minutes are a plan from one number; drawing
 # in batches is faster than that.)
 #
