@@ -122,7 +122,7 @@ class DreamBoothConfig:
     def save(self, path: Path) -> None:
         """Write the settings as JSON."""
         with whole(path) as temporary:
-            temporary.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+            temporary.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n", encoding="utf-8")
 
 
 def _half_precision() -> str:
@@ -170,12 +170,14 @@ def suggested(base: str) -> dict[str, Any]:
     base = next((name for name, preset in PRESETS.items() if preset["base"] == base), base)
     if base in PRESETS or not (folder / "unet" / "config.json").is_file():
         return PRESETS.get(base, PRESETS["sd15"])
-    resolution = json.loads((folder / "unet" / "config.json").read_text()).get("sample_size")
+    resolution = json.loads((folder / "unet" / "config.json").read_text(encoding="utf-8")).get("sample_size")
     family = "sdxl" if (folder / "text_encoder_2").is_dir() else "sd15"
     if not (folder / "vae" / "config.json").is_file():
         family = "if"
     elif resolution is not None:
-        levels = json.loads((folder / "vae" / "config.json").read_text()).get("block_out_channels", [0] * 4)
+        levels = json.loads((folder / "vae" / "config.json").read_text(encoding="utf-8")).get(
+            "block_out_channels", [0] * 4
+        )
         resolution *= 2 ** (len(levels) - 1)
         if resolution <= PRESETS["miniature"]["resolution"]:
             family = "miniature"

@@ -287,7 +287,7 @@ def save_checkpoint(
         save_file(tensors, temporary / "state.safetensors")
         digest = hashlib.sha256((temporary / "state.safetensors").read_bytes()).hexdigest()
         state = {"step": step, "run": identity, "versions": versions(), "tensors": digest, **further}
-        (temporary / "state.json").write_text(json.dumps(state | {"sha256": _seal(state)}, indent=1))
+        (temporary / "state.json").write_text(json.dumps(state | {"sha256": _seal(state)}, indent=1), encoding="utf-8")
         for path in temporary.iterdir():  # on the disk before the rename makes it count
             with path.open("rb+") as file:
                 os.fsync(file.fileno())
@@ -321,7 +321,7 @@ def load_checkpoint(folder: Path, components: Components, optimizer, identity: d
     Raises ValueError where it cannot be read, or naming each field in which its run and this one differ.
     """
     try:
-        state = json.loads((folder / "state.json").read_text())
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         data = (folder / "state.safetensors").read_bytes()
         if state.pop("sha256") != _seal(state) or state["tensors"] != hashlib.sha256(data).hexdigest():
             raise ValueError("it is not what was written")
@@ -410,14 +410,14 @@ def _cut_log(path: Path, step: int) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     lines = []
-    for text in path.read_text().splitlines():
+    for text in path.read_text(encoding="utf-8").splitlines():
         try:
             lines.append(json.loads(text))
         except ValueError:  # the line that a killed run was writing
             break
     lines = [line for line in lines if line["step"] <= step]
     with whole(path) as temporary:
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     return lines
 
 
@@ -600,7 +600,7 @@ def _train(config, components, dataset, on_step, on_validation) -> list[dict[str
             line = {"step": step + 1, **sums, **rates, "seconds": round(time.perf_counter() - started, 4)}
             log.append(line)
             if writes:
-                with log_path.open("a") as file:
+                with log_path.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(line) + "\n")
             if config.report_to != "none":
                 accelerator.log(sums | rates, step=step + 1)
