@@ -27,7 +27,7 @@ import torch.nn.functional as F
 import transformers
 from accelerate import Accelerator
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-from diffusers.optimization import SchedulerType, get_scheduler
+from diffusers.optimization import get_scheduler
 from diffusers.training_utils import compute_snr
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
@@ -36,7 +36,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from tqdm.auto import tqdm
 
 from dbnb.adapters import adapted_modules, train_mode, trainable_parameters
-from dbnb.config import DreamBoothConfig
+from dbnb.config import DreamBoothConfig, check_libraries
 from dbnb.dataset import (
     NOISE,
     OFFSET,
@@ -434,9 +434,7 @@ def optimizer_class(config: DreamBoothConfig) -> Callable[..., torch.optim.Optim
 
 def check_start(config: DreamBoothConfig) -> None:
     """Raise the ValueError, FileNotFoundError or OSError now that training would meet after all else is done."""
-    known = [kind.value for kind in SchedulerType]
-    if config.lr_scheduler not in known:
-        raise ValueError(f"lr_scheduler={config.lr_scheduler!r} is none of {', '.join(known)}.")
+    check_libraries(config)
     optimizer_class(config)
     wanted = config.resume_from_checkpoint
     if wanted not in (None, "latest") and not Path(wanted).is_dir():
@@ -564,7 +562,7 @@ def _train(config, components, dataset, on_step, on_validation) -> list[dict[str
     with _interrupts() as interrupted:
         for step in bar:
             # Dropout is the one draw that torch makes itself: seeding it by the step keeps steps independent.
-            torch.manual_seed(config.seed * 1_000_003 + step + (accelerator.process_index << 32))
+            torch.manual_seed((config.seed * 1_000_003 + step + (accelerator.process_index << 32)) % 2**64)
             started, sums = time.perf_counter(), {"loss": 0.0, "instance_loss": 0.0, "prior_loss": 0.0}
             for micro in range(accumulate):
                 number = (step * accumulate + micro) * share + accelerator.process_index
@@ -586,7 +584,7 @@ def _train(config, components, dataset, on_step, on_validation) -> list[dict[str
             if share > 1:
                 gradients = [p.grad for p in parameters if p.grad is not None]
                 vector_to_parameters(accelerator.reduce(parameters_to_vector(gradients), "mean"), gradients)
-            norm = accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
+            norm = accelerator.clip_grad_norm_(parameters, config.max_grad_norm or math.inf)
             # With fp16 the scaler meets infinite gradients by design: it skips the step and scales down.
             if not torch.isfinite(norm) and accelerator.scaler is None:
                 raise FloatingPointError(f"A gradient is not finite at step {step + 1}: lower the learning rate.")
