@@ -50,6 +50,9 @@ class DreamBoothConfig:
     pre_compute_text_embeddings: bool = _option(True, "encode each prompt once, where the text encoder is frozen")
     tokenizer_max_length: int | None = _option(None, "tokens a prompt is padded to")
 
+    lora_layers: str | None = _option(
+        None, "which layers of the UNet get adapters: attention, all, or names such as to_q,to_v,conv1"
+    )
     rank: int | None = _option(None, "rank of the UNet's adapters")
     lora_alpha: float | None = _option(None, "scale of the UNet's adapters (default: the rank)")
     lora_dropout: float = _option(0.0, "dropout in the UNet's adapters")
@@ -138,13 +141,14 @@ def _half_precision() -> str:
 _LARGE = dict(
     max_train_steps=800, learning_rate=1e-4, text_encoder_learning_rate=1e-5, lr_scheduler="constant",
     train_text_encoder=False, num_inference_steps=25, guidance_scale=7.5, sample_batch_size=4, rank=16,
-    train_batch_size=1, gradient_checkpointing=False, mixed_precision="half",
+    lora_layers="attention", train_batch_size=1, gradient_checkpointing=False, mixed_precision="half",
 )  # fmt: skip
 PRESETS: dict[str, dict[str, Any]] = {
     "miniature": dict(
         base="miniature", resolution=64, max_train_steps=600, learning_rate=1.5e-3, text_encoder_learning_rate=3e-4,
         lr_scheduler="cosine", train_text_encoder=True, num_inference_steps=10, guidance_scale=2.5,
-        sample_batch_size=25, rank=16, train_batch_size=4, gradient_checkpointing=False, mixed_precision="no",
+        sample_batch_size=25, rank=16, lora_layers="all", train_batch_size=4, gradient_checkpointing=False,
+        mixed_precision="no",
     ),
     "sd15": _LARGE | dict(base="stable-diffusion-v1-5/stable-diffusion-v1-5", resolution=512),
     # The original repository was withdrawn; this is the community's copy.

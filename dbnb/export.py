@@ -113,16 +113,17 @@ def load_adapter(pipeline: DiffusionPipeline, adapter: Path) -> None:
     layers = {key: match for key in shapes if (match := _LAYER.match(key))}
     if not layers:
         raise ValueError(f"{adapter.name} holds no LoRA layers in diffusers' names: is it an adapter?")
-    sizes = {
-        f"{part}.{name.removeprefix('text_model.')}": (module.out_features, module.in_features)
+    weights = {
+        f"{part}.{name.removeprefix('text_model.')}": list(module.weight.shape)
         for part in {match[1] for match in layers.values()}
         for name, module in (getattr(pipeline, part).named_modules() if hasattr(pipeline, part) else ())
-        if hasattr(module, "in_features")
+        if isinstance(module, torch.nn.Linear | torch.nn.Conv2d)
     }
 
     def fits(key: str, part: str, name: str, half: str) -> bool:
-        out_features, in_features = sizes.get(f"{part}.{name}", (None, None))
-        return shapes[key][1] == in_features if half in ("A", "down") else shapes[key][0] == out_features
+        # A has the layer's inputs and kernel, B its outputs.
+        weight, shape = weights.get(f"{part}.{name}", []), shapes[key]
+        return shape[1:] == weight[1:] if half in ("A", "down") else bool(weight) and shape[0] == weight[0]
 
     strange = [key for key, match in layers.items() if not fits(key, *match.groups())]
     if strange:

@@ -251,6 +251,7 @@ def run_identity(config: DreamBoothConfig, components: Components, dataset: Drea
         "images": digest.hexdigest()[:16],
         "adapters": {
             part: {name: getattr(module.peft_config["default"], name) for name in _ADAPTER_FIELDS}
+            | {"layers": sorted(module.peft_config["default"].target_modules)}
             for part, module in adapted_modules(components).items()
         },
         "train_batch_size": config.train_batch_size * processes().num_processes,  # of all: that decides the result

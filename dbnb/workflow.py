@@ -17,7 +17,7 @@ from filelock import FileLock
 from PIL import Image, ImageOps
 
 from dbnb import export, metrics, plots
-from dbnb.adapters import adapted_modules, add_adapters
+from dbnb.adapters import adapted_modules, add_adapters, lora_targets
 from dbnb.concept import SAMPLE_DIR, Concept, inspect_images, load_image, token_report
 from dbnb.config import DreamBoothConfig
 from dbnb.dataset import DreamBoothDataset
@@ -117,6 +117,7 @@ def prepare(
         if rest := cut_off(components, prompt, config.tokenizer_max_length):
             tell(f"{prompt!r} is too long: {rest!r} is not read.")
 
+    lora_targets(components.unet, config.lora_layers)  # a name that no layer has is met before class images are drawn
     prior = None
     if config.with_prior_preservation:
         prior = class_images(
@@ -126,12 +127,19 @@ def prepare(
         )  # fmt: skip
         tell(f"class images: {prior.decision} ({prior.reason})")
     add_adapters(
-        components, rank=config.rank, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout,
-        train_text_encoder=config.train_text_encoder, text_encoder_rank=config.text_encoder_rank,
+        components,
+        lora_layers=config.lora_layers,
+        rank=config.rank,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        train_text_encoder=config.train_text_encoder,
+        text_encoder_rank=config.text_encoder_rank,
         text_encoder_lora_alpha=config.text_encoder_lora_alpha,
-        text_encoder_lora_dropout=config.text_encoder_lora_dropout, use_dora=config.use_dora,
-        use_rslora=config.use_rslora, seed=config.seed,
-    )  # fmt: skip
+        text_encoder_lora_dropout=config.text_encoder_lora_dropout,
+        use_dora=config.use_dora,
+        use_rslora=config.use_rslora,
+        seed=config.seed,
+    )
     dataset = DreamBoothDataset(
         concept.paths, concept.instance_prompt, class_paths=prior.paths if prior else (),
         class_prompt=concept.class_prompt, size=config.resolution, center_crop=config.center_crop,

@@ -47,8 +47,14 @@ def _draw(pipeline):
         dict(rank=4, lora_alpha=8, train_text_encoder=True, text_encoder_rank=2, text_encoder_lora_alpha=1),
         dict(rank=4, train_text_encoder=True, use_rslora=True),
         dict(rank=4, train_text_encoder=True, use_dora=True),
+        dict(rank=4, lora_layers="all"),
+        dict(rank=4, lora_layers="all", lora_alpha=8, train_text_encoder=True),
+        dict(rank=4, lora_layers="all", use_rslora=True),
+        dict(rank=4, lora_layers="all", use_dora=True),
+        dict(rank=4, lora_layers="all", lora_dropout=0.3),
+        dict(rank=4, lora_layers="to_q,conv1,conv_shortcut"),
     ],
-    ids=["unet only", "both", "alpha is not rank", "rslora", "dora"],
+    ids=lambda options: ", ".join(f"{name}={value}" for name, value in options.items()),
 )
 def test_saved_adapters_draw_the_same_picture_in_plain_diffusers(components, tmp_path, options):
     base = _draw(build_pipeline(components))
@@ -70,12 +76,20 @@ _READS_FLAT_CLIP = pytest.mark.skipif(
 )
 
 
+@pytest.mark.parametrize("lora_layers", ["attention", "all"])
 @pytest.mark.parametrize("train_text_encoder", [False, pytest.param(True, marks=_READS_FLAT_CLIP)])
-def test_the_kohya_file_draws_the_same_picture_through_diffusers_own_reader(components, tmp_path, train_text_encoder):
+def test_the_kohya_file_draws_the_same_picture_through_diffusers_own_reader(
+    components, tmp_path, train_text_encoder, lora_layers
+):
     add_adapters(
-        components, rank=4, lora_alpha=8, train_text_encoder=train_text_encoder, text_encoder_rank=2,
+        components,
+        rank=4,
+        lora_alpha=8,
+        lora_layers=lora_layers,
+        train_text_encoder=train_text_encoder,
+        text_encoder_rank=2,
         text_encoder_lora_alpha=1,
-    )  # fmt: skip
+    )
     _shake(components)
     path = export.save_kohya(components, tmp_path)
     with safe_open(path, "pt") as file:
