@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import compute_snr
@@ -316,6 +317,16 @@ def checkpoints(output_dir: Path, up_to: float = math.inf) -> list[Path]:
     return [found[step] for step in sorted(found) if step <= up_to]
 
 
+def prune_checkpoints(output_dir: Path, step: int, limit: int | None) -> None:
+    """Remove all but the newest `limit` checkpoints to step `step`; None or a number below 1 keeps all of them.
+
+    Higher steps are an earlier run's: they must not push out what was just written.
+    """
+    if limit is not None and limit > 0:
+        for old in checkpoints(output_dir, step)[:-limit]:
+            shutil.rmtree(old)
+
+
 def load_checkpoint(folder: Path, components: Components, optimizer, identity: dict[str, Any]) -> dict[str, Any]:
     """Put a checkpoint's adapters and optimizer state in place; returns the rest: its step, and what was saved with it.
 
@@ -439,6 +450,13 @@ def check_start(config: DreamBoothConfig) -> None:
     if config.lr_scheduler not in known:
         raise ValueError(f"lr_scheduler={config.lr_scheduler!r} is none of {', '.join(known)}.")
     optimizer_class(config)
+    # accelerate leaves out what it cannot import, and says nothing.
+    trackers = [str(tracker) for tracker in get_available_trackers()]
+    if config.report_to not in ("none", "all", *trackers):
+        raise ValueError(
+            f"report_to={config.report_to!r} cannot be used here (installed: {', '.join(trackers) or 'none'}): install "
+            "its package, or choose another tracker."
+        )
     wanted = config.resume_from_checkpoint
     if wanted not in (None, "latest") and not Path(wanted).is_dir():
         raise FileNotFoundError(f"Checkpoint {wanted} does not exist: give its folder, or 'latest'.")
@@ -587,7 +605,8 @@ def _train(config, components, dataset, on_step, on_validation) -> list[dict[str
             if share > 1:
                 gradients = [p.grad for p in parameters if p.grad is not None]
                 vector_to_parameters(accelerator.reduce(parameters_to_vector(gradients), "mean"), gradients)
-            norm = accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
+            # A bound of infinity scales nothing, and still tells the norm.
+            norm = accelerator.clip_grad_norm_(parameters, config.max_grad_norm or math.inf)
             # With fp16 the scaler meets infinite gradients by design: it skips the step and scales down.
             if not torch.isfinite(norm) and accelerator.scaler is None:
                 raise FloatingPointError(f"A gradient is not finite at step {step + 1}: lower the learning rate.")
@@ -612,10 +631,7 @@ def _train(config, components, dataset, on_step, on_validation) -> list[dict[str
             due = config.checkpointing_steps and (step + 1) % config.checkpointing_steps == 0
             if due and writes:
                 save(step + 1)
-                if config.checkpoints_total_limit:
-                    # Higher ones are an earlier run's: they must not push out what was just written.
-                    for old in checkpoints(output_dir, step + 1)[: -config.checkpoints_total_limit]:
-                        shutil.rmtree(old)
+                prune_checkpoints(output_dir, step + 1, config.checkpoints_total_limit)
             if on_validation and writes and config.validation_steps and (step + 1) % config.validation_steps == 0:
                 for module in modules:
                     module.eval()

@@ -30,6 +30,7 @@ from dbnb.training import (
     held_out_loss,
     load_checkpoint,
     optimizer_class,
+    prune_checkpoints,
     run_identity,
     train,
     training_step,
@@ -347,3 +348,32 @@ def test_gradient_checkpointing_changes_no_loss(config, dataset, tmp_path):
         )
         logs.append([line["loss"] for line in _trained(changed, dataset)[1]])
     assert logs[0] == pytest.approx(logs[1], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "limit, kept", [(None, [2, 4, 6, 8]), (-1, [2, 4, 6, 8]), (1, [6, 8]), (2, [4, 6, 8]), (5, [2, 4, 6, 8])]
+)
+def test_a_limit_keeps_the_newest_checkpoints_and_no_limit_keeps_all(tmp_path, limit, kept):
+    for step in (2, 4, 6, 8):  # the last one is an earlier run's
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        for name in ("state.json", "state.safetensors"):
+            (folder / name).touch()
+    prune_checkpoints(tmp_path, 6, limit)
+    assert [path.name for path in checkpoints(tmp_path)] == [f"checkpoint-{step}" for step in kept]
+
+
+def test_a_gradient_norm_of_0_means_no_clipping(config, dataset, tmp_path):
+    logs = []
+    for norm in (0.0, 1e9):
+        changed = dataclasses.replace(config, max_grad_norm=norm, max_train_steps=3, output_dir=str(tmp_path / str(norm)))
+        logs.append([line["loss"] for line in _trained(changed, dataset)[1]])
+    assert logs[0] == logs[1]
+
+
+@pytest.mark.parametrize("name", ["wandb", "foo"])
+def test_a_tracker_that_is_not_installed_is_named_before_anything_is_loaded(config, monkeypatch, name):
+    monkeypatch.setattr("dbnb.training.get_available_trackers", lambda: ["tensorboard"])
+    with pytest.raises(ValueError, match=f"report_to='{name}'"):
+        check_start(dataclasses.replace(config, report_to=name))
+    check_start(dataclasses.replace(config, report_to="tensorboard"))
