@@ -49,6 +49,7 @@ class Result:
     log: list[dict[str, Any]]
     metrics: dict[str, dict[str, float]] | None
     components: Components
+    interrupted: bool = False  # by Ctrl-C, after which there are an adapter and a checkpoint and no more
 
 
 def quiet_libraries() -> None:
@@ -206,7 +207,6 @@ def _run(config: DreamBoothConfig) -> Result:
         log = train(config, components, session.dataset)
         return Result(output_dir / export.WEIGHT_NAME, log, None, components)
     print(components)
-    config.save(output_dir / "config.json")
     before = validation_images(components, concept, config, count=count, references=further) if count else None
 
     def sample(step: int) -> None:
