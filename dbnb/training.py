@@ -605,11 +605,11 @@ def train(
 ) -> list[dict[str, Any]]:
     """Train the adapters for `max_train_steps` and return the log, one dict a step (also in `log.jsonl`).
 
-    Resumes where `config.resume_from_checkpoint` says, bit for bit. Ctrl-C saves a checkpoint and returns (raises
-    KeyboardInterrupt, if that was the last step); SIGTERM saves one, then takes its course. What an earlier run left in the folder is put aside (`set_aside`). Several
-    processes share each batch, `train_batch_size` pairs to each, and only the first calls back and writes. Raises
-    FloatingPointError before the step in which a loss or gradient is not finite, and ValueError where another process
-    trains into the same folder.
+    Resumes where `config.resume_from_checkpoint` says, bit for bit. Ctrl-C saves a checkpoint and returns (or raises
+    KeyboardInterrupt, if that was the last step); SIGTERM saves one and then takes its course. What an earlier run left
+    in the folder is put aside (`set_aside`). Several processes share each batch, `train_batch_size` pairs to each, and
+    only the first calls back and writes. Raises FloatingPointError before the step in which a loss or gradient is not
+    finite, and ValueError where another process trains into the same folder.
     """
     check_start(config)
     with alone(Path(config.output_dir)), _own_precision():
