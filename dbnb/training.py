@@ -34,7 +34,8 @@ from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import compute_snr
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
-from safetensors.torch import load, save_file
+from safetensors.torch import load
+from safetensors.torch import save as serialized
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from tqdm.auto import tqdm
 
@@ -292,8 +293,9 @@ def save_checkpoint(
             for key, value in optimizer.state.get(parameter, {}).items():
                 tensors[f"optimizer.{key}.{part}.{name}"] = torch.as_tensor(value).detach().contiguous()
     try:
-        save_file(tensors, temporary / "state.safetensors")
-        digest = hashlib.sha256((temporary / "state.safetensors").read_bytes()).hexdigest()
+        data = serialized(tensors)  # to memory: safetensors' own files keep others out, whatever the umask says
+        (temporary / "state.safetensors").write_bytes(data)
+        digest = hashlib.sha256(data).hexdigest()
         state = {"step": step, "run": identity, "versions": versions(), "tensors": digest, **further}
         (temporary / "state.json").write_text(json.dumps(state | {"sha256": _seal(state)}, indent=1))
         for path in temporary.iterdir():  # on the disk before the rename makes it count
