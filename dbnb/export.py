@@ -181,6 +181,8 @@ def reload_pipeline(components: Components, adapter: Path) -> DiffusionPipeline:
 
 def _other_layers(trained: torch.nn.Module, reloaded: torch.nn.Module) -> str:
     """Which of two modules' adapters are not the same, weight by weight and scale by scale; "" where all are."""
+    if not getattr(reloaded, "peft_config", None):
+        return f"{type(reloaded).__name__} has no adapter"
     before, after = (
         get_peft_model_state_dict(module, adapter_name=next(iter(module.peft_config))) for module in (trained, reloaded)
     )
@@ -203,9 +205,8 @@ def verify_reload(components: Components, adapter: Path, concept: Concept, confi
     quick = dataclasses.replace(config, num_inference_steps=min(8, config.num_inference_steps), sample_batch_size=2)
     prompts, photographs = [concept.instance_prompt] * 2, concept.images()
     reloaded = reload_pipeline(components, adapter)
-    for part, module in adapted_modules(components).items():
-        if why := _other_layers(module, getattr(reloaded, part)):
-            break
+    others = (_other_layers(module, getattr(reloaded, part)) for part, module in adapted_modules(components).items())
+    why = next(filter(None, others), "")
     predictions, pictures = [], []
     for pipeline in (build_pipeline(components), reloaded):
         seen: list[torch.Tensor] = []

@@ -14,8 +14,12 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 T = TypeVar("T")
-_SHARDED = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_MEGATRON_LM",
-            "ACCELERATE_USE_PARALLELISM_CONFIG")  # fmt: skip
+_SHARDED = (
+    "ACCELERATE_USE_DEEPSPEED",
+    "ACCELERATE_USE_FSDP",
+    "ACCELERATE_USE_MEGATRON_LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG",
+)
 
 
 def processes() -> PartialState:

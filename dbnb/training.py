@@ -584,10 +584,11 @@ def overruled(config: DreamBoothConfig) -> str:
     settings = {
         "ACCELERATE_MIXED_PRECISION": ("no", f"mixed_precision={config.mixed_precision}"),
         "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": (
-            "1", f"gradient_accumulation_steps={config.gradient_accumulation_steps}",
+            "1",
+            f"gradient_accumulation_steps={config.gradient_accumulation_steps}",
         ),
         "ACCELERATE_DYNAMO_BACKEND": ("no", "no compilation"),
-    }  # fmt: skip
+    }
     asked, done = [], []
     for name, (default, setting) in settings.items():
         value = os.environ.get(name) or default

@@ -464,9 +464,7 @@ def test_a_run_from_the_beginning_puts_aside_all_that_an_earlier_one_left_but_it
 def test_a_resumed_run_goes_on_with_its_own_log_and_samples(tmp_path):
     _leave(tmp_path)
     set_aside(tmp_path, 4)
-    stays = {
-        "log.jsonl", "samples/step-000002.png", "logs/dreambooth/events", "checkpoint-2/state.json", "mine.txt"
-    }  # fmt: skip
+    stays = {"log.jsonl", "samples/step-000002.png", "logs/dreambooth/events", "checkpoint-2/state.json", "mine.txt"}
     aside = set(_LEFT) - stays - {"samples/step-000006.png"}
     assert _names(tmp_path) == stays | {f"previous/{name}" for name in aside}
 
@@ -512,8 +510,11 @@ def test_accelerates_environment_changes_nothing_and_is_told_of(
 
 def test_what_accelerates_launcher_sets_by_itself_is_not_told_of(monkeypatch):
     for name, value in (
-        ("MIXED_PRECISION", "no"), ("GRADIENT_ACCUMULATION_STEPS", "1"), ("DYNAMO_BACKEND", "NO"), ("USE_CPU", "False")
-    ):  # fmt: skip
+        ("MIXED_PRECISION", "no"),
+        ("GRADIENT_ACCUMULATION_STEPS", "1"),
+        ("DYNAMO_BACKEND", "NO"),
+        ("USE_CPU", "False"),
+    ):
         monkeypatch.setenv(f"ACCELERATE_{name}", value)
     assert overruled(DreamBoothConfig()) == "" == overruled(DreamBoothConfig(mixed_precision="bf16"))
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
