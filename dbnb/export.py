@@ -87,6 +87,7 @@ def save_adapters(components: Components, output_dir: Path) -> Path:
     metadata = _collate_lora_metadata(adapted_modules(components))
     for of_part in metadata.values():
         of_part["base_model_name_or_path"] = None  # a folder of this machine
+        of_part["lora_dropout"] = 0.0  # of training alone; layers that diffusers adds would drop out while they draw
     path = Path(output_dir) / WEIGHT_NAME
     with whole(path) as temporary:
         pipeline_class.save_lora_weights(output_dir, weight_name=temporary.name, **layers, **metadata)
