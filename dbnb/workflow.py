@@ -49,6 +49,7 @@ class Result:
     log: list[dict[str, Any]]
     metrics: dict[str, dict[str, float]] | None
     components: Components
+    interrupted: bool = False  # by Ctrl-C, after which there are an adapter and a checkpoint and no more
 
 
 def quiet_libraries() -> None:
@@ -191,7 +192,9 @@ def measured(
 def run(config: DreamBoothConfig) -> Result:
     """All seven steps; writes the adapter, figures, log, metrics, settings and card to `config.output_dir`.
 
-    Of several processes the first alone draws before and after, measures and writes; in the others `metrics` is None.
+    A folder holds the results of one run: `training.set_aside` says what becomes of an earlier one's. Of several
+    processes the first alone draws before and after, measures and writes; in the others `metrics` is None. Raises
+    OSError where the upload fails, after all else is done.
     """
     with alone(Path(config.output_dir)):
         return _run(config)
@@ -200,13 +203,17 @@ def run(config: DreamBoothConfig) -> Result:
 def _run(config: DreamBoothConfig) -> Result:
     output_dir = Path(config.output_dir)
     count, further = config.num_validation_images, references(config)
+    if config.push_to_hub and processes().is_main_process:
+        export.check_hub(export.hub_id(config))
     session = prepare(config, tell=processes().print)
     concept, components = session.concept, session.components
     if not processes().is_main_process:
         log = train(config, components, session.dataset)
-        return Result(output_dir / export.WEIGHT_NAME, log, None, components)
+        interrupted = bool(log) and log[-1]["step"] < config.max_train_steps
+        if interrupted:  # whoever ends first, with an exit code that is not 0, has the launcher end the others
+            processes().wait_for_everyone()
+        return Result(output_dir / export.WEIGHT_NAME, log, None, components, interrupted)
     print(components)
-    config.save(output_dir / "config.json")
     before = validation_images(components, concept, config, count=count, references=further) if count else None
 
     def sample(step: int) -> None:
@@ -222,7 +229,8 @@ def _run(config: DreamBoothConfig) -> Result:
     if config.export == "kohya":
         export.save_kohya(components, output_dir)
     if log and log[-1]["step"] < config.max_train_steps:  # interrupted: whoever did it does not wait for pictures
-        return Result(adapter, log, None, components)
+        processes().wait_for_everyone()
+        return Result(adapter, log, None, components, interrupted=True)
     numbers = None
     if before is not None:
         after = validation_images(components, concept, config, count=count, references=further)
@@ -240,8 +248,11 @@ def _run(config: DreamBoothConfig) -> Result:
     with whole(output_dir / "README.md") as temporary:
         export.model_card(concept, config, numbers, has_text_encoder=has_text_encoder).save(temporary)
     difference = export.verify_reload(components, adapter, concept, config)
-    print(f"{adapter.name}: {adapter.stat().st_size / 2**20:.2f} MiB, reloads to the same picture (± {difference}/255)")
+    print(
+        f"{adapter.name}: {adapter.stat().st_size / 2**20:.2f} MiB, reloads to the same picture (no pixel differs by "
+        f"more than {difference}/255)"
+    )
     if config.push_to_hub:
-        names = export.push_to_hub(output_dir, config.hub_model_id or f"{config.identifier}-{config.class_word}")
+        names = export.push_to_hub(output_dir, export.hub_id(config))
         print(f"pushed {', '.join(names)}")
     return Result(adapter, log, numbers, components)
