@@ -2,13 +2,41 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from dbnb.config import parse_args
 
 
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a run as Ctrl-C does."""
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM raises `_Terminated`, so that what is half-written goes and locks are given back."""
+
+    def end(*_) -> None:
+        raise _Terminated
+
+    if threading.current_thread() is not threading.main_thread():  # signals reach only the main thread
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Run the workflow and print where the results are; an expected error is one sentence and exit code 2."""
+    """Run the workflow and print where the results are; returns the exit code.
+
+    0, or after one sentence 2 for an expected error, 130 for Ctrl-C and 143 for SIGTERM.
+    """
     config = parse_args(argv)
     import torch  # after --help has had its chance
 
@@ -17,10 +45,11 @@ def main(argv: list[str] | None = None) -> int:
 
     workflow.quiet_libraries()
     try:
-        result = workflow.run(config)
-    except KeyboardInterrupt:
+        with _terminable():
+            result = workflow.run(config)
+    except KeyboardInterrupt as error:
         print("dbnb: interrupted; class images and checkpoints that were complete are kept.", file=sys.stderr)
-        return 130
+        return 128 + (signal.SIGTERM if isinstance(error, _Terminated) else signal.SIGINT)
     except torch.OutOfMemoryError as error:
         hint = "lower --train_batch_size or --sample_batch_size, or use --gradient_checkpointing"
         print(f"dbnb: Out of memory ({str(error).splitlines()[0]}): {hint}.", file=sys.stderr)
@@ -30,12 +59,13 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     first = processes().is_main_process
     processes().destroy_process_group()
+    code = 128 + signal.SIGINT if result.interrupted else 0
     if not first:
-        return 0
+        return code
     if result.metrics is not None:
         print(metrics.metrics_table(result.metrics))
     print(f"Results are in {config.output_dir}: {', '.join(sorted(p.name for p in result.adapter.parent.iterdir()))}")
-    return 0
+    return code
 
 
 if __name__ == "__main__":

@@ -6,26 +6,56 @@ changes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from types import MethodType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from diffusers import UNet2DConditionModel
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
 from peft.tuners import lora
+from torch.nn.grad import conv2d_input, conv2d_weight
 
 from dbnb.models import Components
 from dbnb.tables import Table
 
-UNET_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_k_proj", "add_v_proj")
-_NARROW = 256  # features: the miniature's layers have at most 192, Stable Diffusion's at least 320
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_k_proj", "add_v_proj")
+_NARROW = 384  # features: the miniature's layers have at most 384, nearly all of Stable Diffusion's more
+_IN_BLOCKS = re.compile(r"(?:down_blocks|mid_block|up_blocks)\.(?:.*\.\d+\.)?(.+)")
+
+
+def lora_targets(unet: UNet2DConditionModel, lora_layers: str = "attention") -> list[str]:
+    """The names of the UNet's layers that get an adapter, as peft's `target_modules`.
+
+    "attention": the projections of the attention layers, which is what LoRA usually adapts. "all": every Linear and
+    Conv2d inside the UNet's blocks as well (feed-forward layers, the resnets' convolutions and time projections,
+    down- and upsamplers). Otherwise names, separated by commas, such as "to_q,to_v,conv1". Raises ValueError for a name
+    that no layer has.
+    """
+    if lora_layers == "attention":
+        return list(ATTENTION)
+    layers = [name for name, layer in unet.named_modules() if isinstance(layer, torch.nn.Linear | torch.nn.Conv2d)]
+    # What a layer is called within its block, such as "conv1" or "attn1.to_q", whatever the block's number.
+    names = sorted({match[1] for name in layers if (match := _IN_BLOCKS.fullmatch(name))})
+    if lora_layers == "all":
+        return names
+    asked = [name.strip() for name in lora_layers.split(",")]
+    for name in asked:
+        if not any(layer == name or layer.endswith(f".{name}") for layer in layers):
+            raise ValueError(
+                f"lora_layers={lora_layers!r}: no layer of this base is called {name!r}; give 'attention', 'all', or "
+                f"names from {', '.join(names)}."
+            )
+    return asked
 
 
 def add_adapters(
     components: Components,
     *,
+    lora_layers: str = "attention",
     rank: int = 16,
     lora_alpha: float | None = None,
     lora_dropout: float = 0.0,
@@ -39,51 +69,103 @@ def add_adapters(
 ) -> None:
     """Put adapters on the UNet and, if asked, on the text encoder; trainable weights are float32 whatever the base's.
 
-    A is drawn from a normal of deviation 1/rank and B is zero (peft's "gaussian"). The same seed gives the same A.
+    `lora_layers` says which layers of the UNet, as `lora_targets` reads it; on the text encoder it is always the
+    attention projections. A is drawn from a normal of deviation 1/rank and B is zero (peft's "gaussian"). The same seed
+    gives the same A. A convolution's A is a convolution of the same kernel, its B one of 1 x 1.
     `use_dora` is Liu et al., 2024; `use_rslora` Kalajdzievski, 2023.
     """
+    targets = lora_targets(components.unet, lora_layers)
     text_encoder_rank, kind = text_encoder_rank or rank, {"use_dora": use_dora, "use_rslora": use_rslora}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        components.unet.add_adapter(_lora_config(rank, lora_alpha, lora_dropout, UNET_TARGETS, **kind))
+        components.unet.add_adapter(_lora_config(rank, lora_alpha, lora_dropout, targets, **kind))
         if train_text_encoder:
             for _, encoder, architecture in components.text_encoders().values():
-                targets = architecture.lora_targets
                 encoder.add_adapter(
-                    _lora_config(text_encoder_rank, text_encoder_lora_alpha, text_encoder_lora_dropout, targets, **kind)
+                    _lora_config(
+                        text_encoder_rank,
+                        text_encoder_lora_alpha,
+                        text_encoder_lora_dropout,
+                        architecture.lora_targets,
+                        **kind,
+                    )
                 )
     # peft creates adapters in the base layer's dtype: half-precision updates would be rounded away.
     cast_training_params([module for module in components.modules().values()], dtype=torch.float32)
     for module in adapted_modules(components).values():
+        module.eval()  # peft's new layers would drop out at once
         for layer in module.modules():
-            if isinstance(layer, lora.Linear) and max(layer.in_features, layer.out_features) <= _NARROW:
+            if isinstance(layer, lora.Linear | lora.Conv2d) and max(layer.base_layer.weight.shape[:2]) <= _NARROW:
                 layer.forward = MethodType(_forward, layer)
 
 
-def _forward(layer: lora.Linear, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+def _forward(layer: lora.Linear | lora.Conv2d, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     """What peft's layer computes, x (W + s B A)' + b (Hu et al., 2021, eq. 3), as one product in training on a CPU.
 
-    There a narrow layer's time goes into the number of operations: peft's three products and their gradients take a
-    tenth of a training step more. Wherever it would not be the same, peft's own way is taken.
+    There a narrow layer's time goes into the number of operations: with peft's three products and their gradients a
+    training step takes a tenth longer. Wherever the result would not be the same, peft's own forward is called.
     """
     weight = layer.base_layer.weight
     same = (
-        torch.is_grad_enabled() and x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
-        and x.dtype == weight.dtype == torch.float32 and not (args or kwargs)
-        and layer.active_adapters == ["default"] and not (layer.disable_adapters or layer.merged)
-        and isinstance(layer.lora_dropout["default"], torch.nn.Identity) and not layer.use_dora.get("default")
-    )  # fmt: skip
+        torch.is_grad_enabled()
+        and x.device.type == "cpu"
+        and not torch.is_autocast_enabled("cpu")
+        and x.dtype == weight.dtype == torch.float32
+        and not (args or kwargs)
+        and layer.active_adapters == ["default"]
+        and not (layer.disable_adapters or layer.merged)
+        and isinstance(layer.lora_dropout["default"], torch.nn.Identity)
+        and not layer.use_dora.get("default")
+    )
     if not same:
-        return lora.Linear.forward(layer, x, *args, **kwargs)
+        return type(layer).forward(layer, x, *args, **kwargs)
     a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-    return F.linear(x, torch.addmm(weight, b, a, alpha=layer.scaling["default"]), layer.base_layer.bias)
+    scale, bias = layer.scaling["default"], layer.base_layer.bias
+    if isinstance(layer, lora.Conv2d) and weight.shape[2:] != (1, 1):
+        return _LowRankConv2d.apply(x, weight, a, b, scale, bias, layer.base_layer.stride, layer.base_layer.padding)
+    folded = torch.addmm(weight.flatten(1), b.flatten(1), a.flatten(1), alpha=scale)
+    if isinstance(layer, lora.Linear):
+        return F.linear(x, folded, bias)
+    product = folded @ x.flatten(2)  # a convolution of 1 x 1: torch has no fast one for narrow layers
+    return (product if bias is None else product + bias[:, None]).unflatten(2, x.shape[2:])
 
 
-def _lora_config(rank: int, alpha: float | None, dropout: float, targets: tuple[str, ...], **kind: bool) -> LoraConfig:
+class _LowRankConv2d(torch.autograd.Function):
+    """A convolution with the kernel W + s B A whose gradients stop at A and B.
+
+    Autograd would form the whole kernel's gradient first, which costs as much as the convolution itself.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, a, b, scale, bias, stride, padding):
+        kernel = torch.addmm(weight.flatten(1), b.flatten(1), a.flatten(1), alpha=scale).view_as(weight)
+        ctx.save_for_backward(x, kernel, a, b)
+        ctx.call = (scale, stride, padding)
+        return F.conv2d(x, kernel, bias, stride, padding)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, kernel, a, b = ctx.saved_tensors
+        scale, stride, padding = ctx.call
+        grad_x = conv2d_input(x.shape, kernel, grad, stride, padding) if ctx.needs_input_grad[0] else None
+        by_channel = grad.transpose(0, 1).flatten(1)  # (outputs, B h w)
+        down = F.conv2d(x, a, None, stride, padding).transpose(0, 1).flatten(1)  # (rank, B h w)
+        grad_b = (by_channel @ down.T).mul_(scale)
+        grad_down = (b.flatten(1).T @ by_channel).mul_(scale)
+        grad_down = grad_down.view(len(a), len(x), *grad.shape[2:]).transpose(0, 1)
+        grad_a = conv2d_weight(x, a.shape, grad_down, stride, padding)
+        return grad_x, None, grad_a, grad_b.view_as(b), None, None, None, None
+
+
+def _lora_config(rank: int, alpha: float | None, dropout: float, targets: Sequence[str], **kind: bool) -> LoraConfig:
     return LoraConfig(
-        r=rank, lora_alpha=rank if alpha is None else alpha, lora_dropout=dropout, init_lora_weights="gaussian",
-        target_modules=list(targets), **kind,
-    )  # fmt: skip
+        r=rank,
+        lora_alpha=rank if alpha is None else alpha,
+        lora_dropout=dropout,
+        init_lora_weights="gaussian",
+        target_modules=list(targets),
+        **kind,
+    )
 
 
 def adapted_modules(components: Components) -> dict[str, torch.nn.Module]:

@@ -10,7 +10,6 @@ import numbers
 import os
 import re
 import sys
-import unicodedata
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -83,6 +82,9 @@ class DreamBoothConfig:
     pre_compute_text_embeddings: bool = _option(True, "encode each prompt once, where the text encoder is frozen")
     tokenizer_max_length: int | None = _option(None, "tokens a prompt is padded to", at_least=1)
 
+    lora_layers: str | None = _option(
+        None, "which layers of the UNet get adapters: attention, all, or names such as to_q,to_v,conv1"
+    )
     rank: int | None = _option(None, "rank of the UNet's adapters", at_least=1)
     lora_alpha: float | None = _option(None, "scale of the UNet's adapters (default: the rank)", above=0)
     lora_dropout: float = _option(0.0, "dropout in the UNet's adapters", at_least=0, below=1)
@@ -156,8 +158,6 @@ class DreamBoothConfig:
                 f"lr_warmup_steps={self.lr_warmup_steps} must be below max_train_steps={self.max_train_steps}: the "
                 "learning rate would never be reached."
             )
-        if self.push_to_hub and self.hub_model_id is None:
-            self.hub_model_id = _repository_name(f"{self.identifier}-{self.class_word}")
         if self.hub_model_id is not None:
             _check_repository(self.hub_model_id)
 
@@ -213,12 +213,6 @@ def _kinds() -> dict[str, type]:
 _KINDS = _kinds()
 
 
-def _repository_name(words: str) -> str:
-    """A name that the hub takes: letters without their accents, everything else a hyphen."""
-    plain = unicodedata.normalize("NFKD", words).encode("ascii", "ignore").decode()
-    return re.sub(r"[^A-Za-z0-9]+", "-", plain).strip("-")[:96].strip("-") or "dreambooth-lora"
-
-
 def _check_repository(repo_id: str) -> None:
     """Raise ValueError where the hub would not take a name."""
     from huggingface_hub.utils import HFValidationError, validate_repo_id  # not for --help
@@ -268,13 +262,14 @@ def _half_precision() -> str:
 _LARGE = dict(
     max_train_steps=800, learning_rate=1e-4, text_encoder_learning_rate=1e-5, lr_scheduler="constant",
     train_text_encoder=False, num_inference_steps=25, guidance_scale=7.5, sample_batch_size=4, rank=16,
-    train_batch_size=1, gradient_checkpointing=False, mixed_precision="half",
+    lora_layers="attention", train_batch_size=1, gradient_checkpointing=False, mixed_precision="half",
 )  # fmt: skip
 PRESETS: dict[str, dict[str, Any]] = {
     "miniature": dict(
         base="miniature", resolution=64, max_train_steps=600, learning_rate=1.5e-3, text_encoder_learning_rate=3e-4,
         lr_scheduler="cosine", train_text_encoder=True, num_inference_steps=10, guidance_scale=2.5,
-        sample_batch_size=25, rank=16, train_batch_size=4, gradient_checkpointing=False, mixed_precision="no",
+        sample_batch_size=25, rank=16, lora_layers="all", train_batch_size=4, gradient_checkpointing=False,
+        mixed_precision="no",
     ),
     "sd15": _LARGE | dict(base="stable-diffusion-v1-5/stable-diffusion-v1-5", resolution=512),
     # The original repository was withdrawn; this is the community's copy.

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
 import re
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +15,10 @@ from diffusers import DiffusionPipeline
 from diffusers.training_utils import _collate_lora_metadata
 from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_kohya
 from huggingface_hub import HfApi, ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from peft import get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
@@ -33,6 +39,16 @@ KOHYA_NAME = "kohya_lora_weights.safetensors"
 PUBLISHED = (WEIGHT_NAME, KOHYA_NAME, "README.md", "before_after.png", "loss.png", "metrics.json")
 
 
+def _scales(module: torch.nn.Module) -> dict[str, float]:
+    """Layer -> what its adapter's product B A is multiplied by: alpha / rank, or alpha / sqrt(rank)."""
+    adapter = next(iter(module.peft_config))
+    return {
+        name: layer.scaling[adapter]
+        for name, layer in module.named_modules()
+        if isinstance(layer, LoraLayer) and adapter in layer.scaling
+    }
+
+
 def adapter_state_dicts(components: Components) -> dict[str, dict[str, torch.Tensor]]:
     """Part -> adapter weights under diffusers' names."""
     states = {}
@@ -50,6 +66,10 @@ def adapter_state_dicts(components: Components) -> dict[str, dict[str, torch.Ten
             names = {".lora_A.": ".lora_linear_layer.down.", ".lora_B.": ".lora_linear_layer.up."}
             for old, new in names.items():
                 state = {key.replace(old, new): value for key, value in state.items()}
+        if part.startswith("text_encoder"):
+            # transformers looks for DoRA's magnitudes under this name; by peft's own it takes the base's instead.
+            magnitude = ".lora_magnitude_vector"
+            state = {f"{key}.weight" if key.endswith(magnitude) else key: value for key, value in state.items()}
         states[part] = {key: value.detach().float().cpu().contiguous() for key, value in state.items()}
     return states
 
@@ -64,25 +84,33 @@ def save_adapters(components: Components, output_dir: Path) -> Path:
         raise ValueError("There is no adapter to save: call add_adapters and train first.")
     pipeline_class = type(build_pipeline(components))
     layers = {f"{part}_lora_layers": state for part, state in states.items()}
+    metadata = _collate_lora_metadata(adapted_modules(components))
+    for of_part in metadata.values():
+        of_part["base_model_name_or_path"] = None  # a folder of this machine
+        of_part["lora_dropout"] = 0.0  # of training alone; layers that diffusers adds would drop out while they draw
     path = Path(output_dir) / WEIGHT_NAME
     with whole(path) as temporary:
-        pipeline_class.save_lora_weights(
-            output_dir, weight_name=temporary.name, **layers, **_collate_lora_metadata(adapted_modules(components))
-        )
+        pipeline_class.save_lora_weights(output_dir, weight_name=temporary.name, **layers, **metadata)
     return path
 
 
 def save_kohya(components: Components, output_dir: Path) -> Path:
-    """Write the adapters under the names, and with the alphas, that ComfyUI and A1111 read; returns the path."""
+    """Write the adapters under the names, and with the alphas, that ComfyUI and A1111 read; returns the path.
+
+    They scale by alpha / rank and know no other way: rsLoRA's alpha / sqrt(rank) is written as alpha * sqrt(rank).
+    Raises ValueError for DoRA, whose magnitudes have no place there.
+    """
     tensors: dict[str, torch.Tensor] = {}
     for part, module in adapted_modules(components).items():
-        prefix = part if part == "unet" else f"{part}.text_model"
-        names = {f"{prefix}.{key.removeprefix('text_model.')}": value
-                 for key, value in get_peft_model_state_dict(module).items()}  # fmt: skip
-        state = convert_state_dict_to_kohya(names)
-        # diffusers writes the rank for alpha, whatever the adapter's alpha is.
-        alpha = torch.tensor(float(module.peft_config["default"].lora_alpha))
-        tensors |= {key: alpha.clone() if key.endswith(".alpha") else v.float().cpu() for key, v in state.items()}
+        if module.peft_config["default"].use_dora:
+            raise ValueError("A kohya file has no place for DoRA's magnitudes: keep to save_adapters.")
+        prefix, weights = part if part == "unet" else f"{part}.text_model", get_peft_model_state_dict(module)
+        for name, scale in _scales(module).items():
+            halves = {f"{half}.weight": weights[f"{name}.{half}.weight"] for half in ("lora_A", "lora_B")}
+            layer = f"{prefix}.{name.removeprefix('text_model.')}"
+            state = convert_state_dict_to_kohya({f"{layer}.{half}": value for half, value in halves.items()})
+            alpha = torch.tensor(float(scale * len(halves["lora_A.weight"])))  # diffusers writes the rank for alpha
+            tensors |= {key: alpha if key.endswith(".alpha") else v.float().cpu() for key, v in state.items()}
     path = Path(output_dir) / KOHYA_NAME
     with whole(path) as temporary:
         save_file({key: value.contiguous() for key, value in tensors.items()}, temporary)
@@ -113,16 +141,17 @@ def load_adapter(pipeline: DiffusionPipeline, adapter: Path) -> None:
     layers = {key: match for key in shapes if (match := _LAYER.match(key))}
     if not layers:
         raise ValueError(f"{adapter.name} holds no LoRA layers in diffusers' names: is it an adapter?")
-    sizes = {
-        f"{part}.{name.removeprefix('text_model.')}": (module.out_features, module.in_features)
+    weights = {
+        f"{part}.{name.removeprefix('text_model.')}": list(module.weight.shape)
         for part in {match[1] for match in layers.values()}
         for name, module in (getattr(pipeline, part).named_modules() if hasattr(pipeline, part) else ())
-        if hasattr(module, "in_features")
+        if isinstance(module, torch.nn.Linear | torch.nn.Conv2d)
     }
 
     def fits(key: str, part: str, name: str, half: str) -> bool:
-        out_features, in_features = sizes.get(f"{part}.{name}", (None, None))
-        return shapes[key][1] == in_features if half in ("A", "down") else shapes[key][0] == out_features
+        # A has the layer's inputs and kernel, B its outputs.
+        weight, shape = weights.get(f"{part}.{name}", []), shapes[key]
+        return shape[1:] == weight[1:] if half in ("A", "down") else bool(weight) and shape[0] == weight[0]
 
     strange = [key for key, match in layers.items() if not fits(key, *match.groups())]
     if strange:
@@ -134,36 +163,80 @@ def load_adapter(pipeline: DiffusionPipeline, adapter: Path) -> None:
 
 
 def reload_pipeline(components: Components, adapter: Path) -> DiffusionPipeline:
-    """A fresh pipeline of plain diffusers with the saved adapter: what whoever downloads it will have."""
-    pipeline = DiffusionPipeline.from_pretrained(components.base, use_safetensors=True, variant=components.variant)
-    if pipeline.unet.dtype != components.dtype:
-        pipeline.to(dtype=components.dtype)
-    pipeline.to(components.device)
+    """A fresh pipeline of plain diffusers with the saved adapter: what whoever downloads it will have.
+
+    Only the parts that carry an adapter are read again; the others are shared with `components`.
+    """
+    options = dict(use_safetensors=True, variant=components.variant)
+    fresh = {}
+    for name, module in adapted_modules(components).items():
+        dtype = next(parameter for parameter in module.parameters() if not parameter.requires_grad).dtype
+        fresh[name] = type(module).from_pretrained(components.base / name, torch_dtype=dtype, **options)
+    parts = components.parts() | components.further | fresh
+    pipeline = DiffusionPipeline.from_pretrained(components.base, **options, **parts).to(components.device)
     pipeline.scheduler = build_pipeline(components).scheduler
     load_adapter(pipeline, adapter)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
+def _other_layers(trained: torch.nn.Module, reloaded: torch.nn.Module) -> str:
+    """Which of two modules' adapters are not the same, weight by weight and scale by scale; "" where all are."""
+    if not getattr(reloaded, "peft_config", None):
+        return f"{type(reloaded).__name__} has no adapter"
+    before, after = (
+        get_peft_model_state_dict(module, adapter_name=next(iter(module.peft_config))) for module in (trained, reloaded)
+    )
+    # Some loaders round to the base's number format.
+    other = [key for key in before if key not in after or not torch.equal(before[key].to(after[key].dtype), after[key])]
+    if other or len(after) != len(before):
+        return f"{len(other)} of {len(before)} tensors are not the trained ones"
+    scales, other_scales = _scales(trained), _scales(reloaded)
+    other = [name for name in scales if not math.isclose(scales[name], other_scales[name], rel_tol=1e-6)]
+    return f"{other[0]} is scaled by {other_scales[other[0]]:g} instead of {scales[other[0]]:g}" if other else ""
+
+
 def verify_reload(components: Components, adapter: Path, concept: Concept, config: DreamBoothConfig) -> int:
     """Largest difference, in 1/255, between what the trained model and the reloaded adapter draw.
 
-    Raises ValueError where it is larger than rounding explains: the file is then not what was trained.
+    Raises ValueError where the file is not what was trained: where its tensors or scales are others, the UNet predicts
+    something else from the same noise and prompt, or the pictures are others as a whole. A single pixel proves nothing:
+    in half precision the reloaded adapter is rounded, and a sampler makes much of a little.
     """
     quick = dataclasses.replace(config, num_inference_steps=min(8, config.num_inference_steps), sample_batch_size=2)
     prompts, photographs = [concept.instance_prompt] * 2, concept.images()
-    pictures = [
-        np.stack([np.asarray(image, dtype=np.int16) for image in
-                  draw(components, prompts, quick, seeds=[1, 2], references=photographs, pipeline=pipeline)])
-        for pipeline in (build_pipeline(components), reload_pipeline(components, adapter))
-    ]  # fmt: skip
-    difference = int(np.abs(pictures[0] - pictures[1]).max())
-    # In half precision the reloaded adapter is rounded as well, which the trained one is not.
-    if difference > (2 if components.dtype == torch.float32 else 32):
-        raise ValueError(
-            f"{adapter} reloads to another picture (difference {difference}/255): compare versions of diffusers."
-        )
-    return difference
+    reloaded = reload_pipeline(components, adapter)
+    others = (_other_layers(module, getattr(reloaded, part)) for part, module in adapted_modules(components).items())
+    why = next(filter(None, others), "")
+    predictions, pictures = [], []
+    for pipeline in (build_pipeline(components), reloaded):
+        seen: list[torch.Tensor] = []
+        hook = pipeline.unet.register_forward_hook(lambda module, inputs, output, seen=seen: seen.append(output[0]))
+        images = draw(components, prompts, quick, seeds=[1, 2], references=photographs, pipeline=pipeline)
+        hook.remove()
+        predictions.append(seen[0].float())  # the first: later ones start from what earlier ones made
+        pictures.append(np.stack([np.asarray(image, dtype=np.int16) for image in images]))
+    error = ((predictions[0] - predictions[1]).norm() / predictions[0].norm()).item()
+    differences = np.abs(pictures[0] - pictures[1])
+    if not why and error > (1e-3 if components.dtype == torch.float32 else 0.05):
+        why = f"the UNet's prediction differs by {error:.1%}"
+    if not why and differences.mean() > 16:
+        why = f"pixels differ by {differences.mean():.0f}/255 on average"
+    if why:
+        raise ValueError(f"{adapter} reloads to another picture ({why}): compare versions of diffusers.")
+    return int(differences.max())
+
+
+def _code(text: str) -> str:
+    """As code within a line of Markdown: the fence is longer than any run of backticks within."""
+    text = " ".join(text.split())
+    fence = "`" * (1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    return f"{fence} {text} {fence}" if "`" in text else f"{fence}{text}{fence}"
+
+
+def _prose(text: str) -> str:
+    """As plain words within a line of Markdown, whatever marks they hold."""
+    return re.sub(r"([!-/:-@\[-`{-~])", r"\\\1", " ".join(text.split()))
 
 
 def model_card(
@@ -171,8 +244,10 @@ def model_card(
 ) -> ModelCard:
     """The card: what it is, how to load it, every hyper-parameter, the metrics, the pictures, a word on consent."""
     hub_id = PRESETS.get(config.base, {}).get("base", config.base)
+    local = config.base not in PRESETS and (Path(hub_id).expanduser().exists() or hub_id.count("/") != 1)
+    base = Path(hub_id).expanduser().resolve().name if local else hub_id
     data = ModelCardData(
-        base_model=hub_id if "/" in hub_id and not Path(hub_id).exists() else None,
+        base_model=hub_id if "/" in hub_id and not local else None,
         library_name="diffusers",
         pipeline_tag="text-to-image",
         tags=["text-to-image", "diffusers", "lora", "dreambooth", "dbnb"],
@@ -181,20 +256,19 @@ def model_card(
     private = {"output_dir", "instance_data_dir", "class_data_dir", "reference_data_dir", "resume_from_checkpoint"}
     private |= {"push_to_hub", "hub_model_id", "base"}
     settings = Table(
-        {"option": name, "value": str(value)}
+        {"option": name, "value": " ".join(str(value).split())}
         for name, value in dataclasses.asdict(config).items()
         if name not in private and value is not None
     )
-    base = hub_id if not Path(hub_id).exists() else Path(hub_id).name
     lines = [
         f"---\n{data.to_yaml()}\n---",
-        f"# {concept.identifier} {concept.class_word}: a DreamBooth LoRA",
-        f"Adapters of rank {config.rank} on the {parts} of `{base}`, trained with dbnb on {len(concept.paths)} "
-        f"photographs. The prompt `{concept.instance_prompt}` draws the subject.",
+        f"# {_prose(f'{concept.identifier} {concept.class_word}')}: a DreamBooth LoRA",
+        f"Adapters of rank {config.rank} on the {parts} of {_code(base)}, trained with dbnb on {len(concept.paths)} "
+        f"photographs. The prompt {_code(concept.instance_prompt)} draws the subject.",
         "```python\nfrom diffusers import DiffusionPipeline\n\n"
         'pipeline = DiffusionPipeline.from_pretrained("<base>")\n'
         f'pipeline.load_lora_weights("<this folder>", weight_name="{WEIGHT_NAME}")\n'
-        f'pipeline("{concept.instance_prompt} on the beach").images[0]\n```',
+        f"pipeline({json.dumps(f'{concept.instance_prompt} on the beach', ensure_ascii=False)}).images[0]\n```",
     ]
     pictures = {"before_after.png": "before and after", "loss.png": "loss"}
     lines += [f"![{text}]({name})" for name, text in pictures.items() if (Path(config.output_dir) / name).is_file()]
@@ -209,14 +283,53 @@ def model_card(
     return ModelCard("\n\n".join(lines) + "\n")
 
 
+def hub_id(config: DreamBoothConfig) -> str:
+    """The repository that an upload goes to: `hub_model_id`, or a name made of identifier and class word."""
+    made = re.sub(r"[^A-Za-z0-9]+", "-", f"{config.identifier}-{config.class_word}").strip("-")
+    return config.hub_model_id or made[:90] or "dreambooth-lora"
+
+
+def check_hub(repo_id: str) -> None:
+    """Ask the hub who we are: without a valid name, token or network, an upload would fail after the training.
+
+    Raises ValueError or OSError in one sentence.
+    """
+    try:
+        validate_repo_id(repo_id)
+        HfApi().whoami()
+    except HFValidationError as error:
+        raise ValueError(
+            f"--hub_model_id {repo_id!r} is no name on the hub ({_first_line(error)}): give owner/name."
+        ) from error
+    except Exception as error:  # huggingface_hub and its HTTP library raise a dozen kinds
+        raise OSError(
+            f"--push_to_hub would fail ({_first_line(error)}): log in with `hf auth login`, check the network, "
+            "or leave it out and upload later."
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0].rstrip('.:')}"
+
+
 def push_to_hub(output_dir: Path, repo_id: str, *, dry_run: bool = False, endpoint: str | None = None) -> list[str]:
     """Upload adapter, card, images and metrics, and nothing else; returns the names of the files.
 
-    The token is whatever huggingface_hub has stored. `dry_run` only lists what would go.
+    The token is whatever huggingface_hub has stored. `dry_run` only lists what would go. Raises OSError where it fails,
+    with the command that repeats just the upload.
     """
     names = [name for name in PUBLISHED if (Path(output_dir) / name).is_file()]
-    if not dry_run:
+    if dry_run:
+        return names
+    try:
         api = HfApi(endpoint=endpoint)
-        api.create_repo(repo_id, exist_ok=True)
+        repo_id = api.create_repo(repo_id, exist_ok=True).repo_id  # with its owner
         api.upload_folder(repo_id=repo_id, folder_path=output_dir, allow_patterns=names, commit_message="dbnb adapter")
+    except Exception as error:  # huggingface_hub and its HTTP library raise a dozen kinds
+        command = ["hf", "upload", repo_id, str(output_dir), "."]
+        command += [word for name in names for word in ("--include", name)]
+        raise OSError(
+            f"The upload to {repo_id} failed ({_first_line(error)}): all results are in {output_dir}, and this repeats "
+            f"just the upload: {shlex.join(command)}"
+        ) from error
     return names

@@ -10,10 +10,16 @@ from pathlib import Path
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """A name beside `path` to write to: it takes the place of `path` when the block ends well, and goes otherwise."""
+    """A name beside `path` to write to: it takes the place of `path` when the block ends well, and goes otherwise.
+
+    Whoever may read what is written here may read this file too: safetensors would keep others out.
+    """
     temporary = path.with_name(f".{uuid.uuid4().hex}{path.suffix}")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         yield temporary
+        temporary.chmod(mode)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

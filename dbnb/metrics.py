@@ -129,7 +129,9 @@ def evaluate(
     subject_fidelity, clip_i: subject images (alone and in scenes) against instance images. clip_t: scene images
     against their prompts. scene_recognised: share of scene images whose own scene CLIP finds likeliest among all.
     class_diversity: mean pairwise distance of class images. class_subject_similarity: class images against instance
-    images (lower is better: the paper's PRES). What a prompt set is too small for is left out.
+    images (lower is better: the paper's PRES). sentence_fidelity: images asked for in other sentences against instance
+    images, and worst_sentence_fidelity the mean of the sentence that does worst. What a prompt set is too small for is
+    left out.
     """
     real, subject = encoders.identity_features(instances), [*images.subject, *images.scenes]
     numbers = {
@@ -147,6 +149,13 @@ def evaluate(
         if len(classes) > 1:
             numbers["class_diversity"] = diversity(classes)
         numbers["class_subject_similarity"] = subject_fidelity(classes, real)
+    if images.sentences:
+        by_sentence: dict[str, list[float]] = {}
+        similarity = (encoders.identity_features(images.sentences) @ real.T).mean(1)
+        for prompt, found in zip(images.sentence_prompts, similarity.tolist(), strict=True):
+            by_sentence.setdefault(prompt, []).append(found)
+        numbers["sentence_fidelity"] = float(similarity.mean())
+        numbers["worst_sentence_fidelity"] = min(sum(found) / len(found) for found in by_sentence.values())
     return numbers
 
 
@@ -169,14 +178,18 @@ def ceiling(
 def report(before: dict, after: dict, top: dict) -> dict[str, dict[str, float]]:
     """What `metrics.json` holds: before, after, floor, ceiling.
 
-    `after` also holds normalized_subject_fidelity = (after - floor) / (ceiling - floor) and class_diversity_ratio =
-    after / before, where those can be formed.
+    `after` also holds normalized_subject_fidelity = (after - floor) / (ceiling - floor), class_diversity_ratio =
+    after / before, and sentence_fidelity_ratio = (sentence_fidelity - floor) / (subject_fidelity - floor), where those
+    can be formed.
     """
     floor = {name: before[name] for name in ("subject_fidelity", "clip_i")}
     after = dict(after)
     span = top.get("subject_fidelity", 0.0) - floor["subject_fidelity"]
     if span > 0:
         after["normalized_subject_fidelity"] = (after["subject_fidelity"] - floor["subject_fidelity"]) / span
+    gained = after["subject_fidelity"] - floor["subject_fidelity"]
+    if gained > 0 and "sentence_fidelity" in after:
+        after["sentence_fidelity_ratio"] = (after["sentence_fidelity"] - floor["subject_fidelity"]) / gained
     if before.get("class_diversity", 0.0) > 0:
         after["class_diversity_ratio"] = after["class_diversity"] / before["class_diversity"]
     return {"before": before, "after": after, "floor": floor, "ceiling": top}

@@ -13,7 +13,7 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 from peft import LoraConfig
 
-from dbnb.adapters import UNET_TARGETS, trainable_parameters
+from dbnb.adapters import ATTENTION, trainable_parameters
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def training_memory(
     """
     with torch.device("meta"):
         unet = UNet2DConditionModel(**base.unet).requires_grad_(False)
-        unet.add_adapter(LoraConfig(r=rank, target_modules=list(UNET_TARGETS)))
+        unet.add_adapter(LoraConfig(r=rank, target_modules=list(ATTENTION)))
         side = unet.config.sample_size
         noisy = torch.empty(batch, unet.config.in_channels, side, side)
         width = unet.config.encoder_hid_dim or unet.config.cross_attention_dim

@@ -32,9 +32,18 @@ SOLVER = "sde-dpmsolver++"
 
 
 def cache_dir() -> Path:
-    """Where caches are shared between runs: $DBNB_CACHE, else $XDG_CACHE_HOME/dbnb, else ~/.cache/dbnb."""
-    root = os.environ.get("DBNB_CACHE")
-    return Path(root) if root else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dbnb"
+    """Where caches are shared between runs: $DBNB_CACHE, else $XDG_CACHE_HOME/dbnb, else ~/.cache/dbnb.
+
+    Raises OSError where none of them is set and there is no home.
+    """
+    if root := os.environ.get("DBNB_CACHE"):
+        return Path(root)
+    if root := os.environ.get("XDG_CACHE_HOME"):
+        return Path(root) / "dbnb"
+    try:
+        return Path.home() / ".cache" / "dbnb"
+    except RuntimeError as error:
+        raise OSError("There is no home folder to keep caches in: set DBNB_CACHE to a folder.") from error
 
 
 def fast_solver(noise_scheduler: SchedulerMixin) -> DPMSolverMultistepScheduler:
@@ -176,6 +185,14 @@ class ClassImages:
     reason: str
 
 
+def _why_nothing(folder: Path) -> str:
+    """Why a folder has not one file to look at, whose name is not hidden; "" where it has, or is no folder at all."""
+    if not os.path.lexists(folder):
+        return "does not exist"
+    visible = not folder.is_dir() or any(not path.name.startswith(".") for path in folder.iterdir())
+    return "" if visible else "is empty"
+
+
 def class_images(
     components: Components,
     prompt: str,
@@ -190,16 +207,23 @@ def class_images(
 ) -> ClassImages:
     """`num_class_images` pictures of the class: one's own first, the rest from the cache, drawn where missing.
 
+    A `class_data_dir` that is empty or does not exist yet holds no picture of one's own, which `reason` then says.
     Decisions: "own", "reuse", "top up", "generate". Images are PNG, named by index, each from (seed, index). Raises
     ValueError where adapters are in place, or the base can only enlarge pictures.
     """
     if adapted_modules(components):
         raise ValueError("Class images show what the base knows: draw them before add_adapters, or load the base anew.")
     own: list[Path] = []
+    about_own = ""
     if class_data_dir is not None:
-        own = inspect_images(Path(class_data_dir), resolution)[0][:num_class_images]
-        if len(own) == num_class_images:
-            return ClassImages(tuple(own), "own", f"{len(own)} images of {class_data_dir}")
+        if nothing := _why_nothing(Path(class_data_dir)):
+            about_own = f"{class_data_dir} {nothing}: none of them is your own; "
+        else:
+            own = inspect_images(Path(class_data_dir), resolution)[0][:num_class_images]
+            about_own = f"{len(own)} images of {class_data_dir}"
+            if len(own) == num_class_images:
+                return ClassImages(tuple(own), "own", about_own)
+            about_own += "; "
     if components.upscales:
         raise ValueError(
             f"This base enlarges pictures and cannot draw class images: give {num_class_images} in --class_data_dir, "
@@ -223,9 +247,9 @@ def class_images(
     missing = [index for index, name in enumerate(wanted) if name not in valid]
     paths = tuple(own) + tuple(folder / name for name in wanted)
     if not missing:
-        return ClassImages(paths, "reuse", f"{count} images with this recipe are cached")
+        return ClassImages(paths, "reuse", f"{about_own}{count} images with this recipe are cached")
     decision = "top up" if valid else "generate"
-    reason = f"{len(valid)} of {count} are cached" if valid else _why_not_another(recipe)
+    reason = about_own + (f"{len(valid)} of {count} are cached" if valid else _why_not_another(recipe))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         # A second run waits, and finds what the first has drawn; of several processes the first holds it for all.

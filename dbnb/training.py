@@ -14,7 +14,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,17 +26,20 @@ import torch
 import torch.nn.functional as F
 import transformers
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import GradientAccumulationPlugin
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import compute_snr
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
-from safetensors.torch import load, save_file
+from safetensors.torch import load
+from safetensors.torch import save as serialized
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from tqdm.auto import tqdm
 
 from dbnb.adapters import adapted_modules, train_mode, trainable_parameters
-from dbnb.config import DreamBoothConfig, check_libraries
+from dbnb.config import PRESETS, DreamBoothConfig, check_libraries
 from dbnb.dataset import (
     NOISE,
     OFFSET,
@@ -49,10 +52,13 @@ from dbnb.dataset import (
     posterior_parameters,
     seeded,
 )
+from dbnb.export import KOHYA_NAME, PUBLISHED, WEIGHT_NAME
 from dbnb.files import whole
 from dbnb.models import Components, embed_prompts, fingerprint
 from dbnb.processes import processes
 
+PREVIOUS = "previous"  # where a run puts what an earlier one left in its folder
+_GROWING = ("samples", "logs")  # folders that grow as a run goes on; `log.jsonl` does too
 _ADAPTER_FIELDS = ("r", "lora_alpha", "lora_dropout", "use_dora", "use_rslora")
 
 
@@ -251,6 +257,7 @@ def run_identity(config: DreamBoothConfig, components: Components, dataset: Drea
         "images": digest.hexdigest()[:16],
         "adapters": {
             part: {name: getattr(module.peft_config["default"], name) for name in _ADAPTER_FIELDS}
+            | {"layers": sorted(module.peft_config["default"].target_modules)}
             for part, module in adapted_modules(components).items()
         },
         "train_batch_size": config.train_batch_size * processes().num_processes,  # of all: that decides the result
@@ -273,7 +280,8 @@ def save_checkpoint(
 ) -> None:
     """Write a checkpoint whole or not at all: adapters and optimizer state as safetensors, the rest as JSON.
 
-    `further` is what else a run needs to go on (JSON values): where the schedule stands, the scale of fp16 gradients.
+    `further` is what else a run needs to go on (JSON values): where the schedule stands, the scale of fp16 gradients,
+    the last line of its log.
     """
     temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
     temporary.mkdir(parents=True)
@@ -284,8 +292,9 @@ def save_checkpoint(
             for key, value in optimizer.state.get(parameter, {}).items():
                 tensors[f"optimizer.{key}.{part}.{name}"] = torch.as_tensor(value).detach().contiguous()
     try:
-        save_file(tensors, temporary / "state.safetensors")
-        digest = hashlib.sha256((temporary / "state.safetensors").read_bytes()).hexdigest()
+        data = serialized(tensors)  # to memory: safetensors' own files keep others out, whatever the umask says
+        (temporary / "state.safetensors").write_bytes(data)
+        digest = hashlib.sha256(data).hexdigest()
         state = {"step": step, "run": identity, "versions": versions(), "tensors": digest, **further}
         (temporary / "state.json").write_text(json.dumps(state | {"sha256": _seal(state)}, indent=1), encoding="utf-8")
         for path in temporary.iterdir():  # on the disk before the rename makes it count
@@ -313,6 +322,16 @@ def checkpoints(output_dir: Path, up_to: float = math.inf) -> list[Path]:
         and (path / "state.safetensors").is_file()
     }
     return [found[step] for step in sorted(found) if step <= up_to]
+
+
+def prune_checkpoints(output_dir: Path, step: int, limit: int | None) -> None:
+    """Remove all but the newest `limit` checkpoints to step `step`; None or a number below 1 keeps all of them.
+
+    Higher steps are an earlier run's: they must not push out what was just written.
+    """
+    if limit is not None and limit > 0:
+        for old in checkpoints(output_dir, step)[:-limit]:
+            shutil.rmtree(old)
 
 
 def load_checkpoint(folder: Path, components: Components, optimizer, identity: dict[str, Any]) -> dict[str, Any]:
@@ -386,27 +405,32 @@ def _resume(config: DreamBoothConfig, output_dir: Path, components: Components, 
 
 @contextmanager
 def _interrupts() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C waits for the end of a step, so that nothing half-updated is saved; a second one stops at once."""
-    asked = False
+    """Ctrl-C and SIGTERM wait for the end of a step, so that nothing half-updated is saved; a second one stops at once.
 
-    def ask(*_) -> None:
-        nonlocal asked
-        asked = True
+    SIGTERM asks for the end of the whole process: it is delivered again when the block has ended well.
+    """
+    asked: set[int] = set()
+
+    def ask(number: int, _) -> None:
+        asked.add(number)
         tqdm.write("Stopping when this step is done and saved; once more stops at once.")
-        signal.signal(signal.SIGINT, before)
+        signal.signal(number, before[number])
 
     if threading.current_thread() is not threading.main_thread():  # signals reach only the main thread
         yield lambda: False
         return
-    before = signal.signal(signal.SIGINT, ask)
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield lambda: asked
+        yield lambda: bool(asked)
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if signal.SIGTERM in asked:
+        signal.raise_signal(signal.SIGTERM)
 
 
-def _cut_log(path: Path, step: int) -> list[dict[str, Any]]:
-    """Keep the lines of the first `step` steps."""
+def _logged(path: Path, step: int) -> list[dict[str, Any]]:
+    """What a log says of the first `step` steps."""
     if not path.exists():
         return []
     lines = []
@@ -415,10 +439,36 @@ def _cut_log(path: Path, step: int) -> list[dict[str, Any]]:
             lines.append(json.loads(text))
         except ValueError:  # the line that a killed run was writing
             break
-    lines = [line for line in lines if line["step"] <= step]
-    with whole(path) as temporary:
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    return lines
+    return [line for line in lines if line["step"] <= step]
+
+
+def set_aside(output_dir: Path, step: int) -> Path | None:
+    """Make room for a run that goes on from `step`; returns the folder that now holds the earlier results, if any.
+
+    An output folder holds the results of one run: what it did not write must not pass for its own. So when training
+    begins, and not before (a run that is refused changes nothing), the earlier adapter files, card, figures, measures
+    and settings are moved to the folder `previous`, in place of what is there. A run that starts from the beginning
+    moves the earlier log and samples too; one that is resumed goes on with its own, up to `step`. What an earlier run
+    without an adapter left is removed. Checkpoints stay where they are: each says which run it belongs to.
+    """
+    fresh, previous = step == 0, output_dir / PREVIOUS
+    names = [*PUBLISHED, "config.json", *(("log.jsonl", *_GROWING) if fresh else ())]
+    found = [output_dir / name for name in names if (output_dir / name).exists()]
+    kept = any((output_dir / name).exists() for name in (WEIGHT_NAME, KOHYA_NAME))
+    if kept:
+        shutil.rmtree(previous, ignore_errors=True)
+        previous.mkdir()
+    for path in found:
+        if kept:
+            path.rename(previous / path.name)
+        elif path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    for path in (output_dir / "samples").glob("step-*.png"):
+        if int(path.stem.removeprefix("step-")) > step:
+            path.unlink()
+    return previous if kept else None
 
 
 def optimizer_class(config: DreamBoothConfig) -> Callable[..., torch.optim.Optimizer]:
@@ -432,22 +482,59 @@ def optimizer_class(config: DreamBoothConfig) -> Callable[..., torch.optim.Optim
     return AdamW8bit
 
 
+def _holds(folder: Path, path: Path) -> bool:
+    """Whether `path`, which need not exist yet, is `folder` or lies in it, whatever links or other spellings say."""
+    folder, path = folder.resolve(), path.resolve()
+    around = (path, *path.parents)
+    return folder in around or (folder.exists() and any(place.exists() and place.samefile(folder) for place in around))
+
+
+def _keep_apart(config: DreamBoothConfig) -> None:
+    """Raise ValueError where a run would write among what it reads: the next run would train on figures of this one."""
+    inputs = {name: getattr(config, name) for name in ("instance_data_dir", "class_data_dir", "reference_data_dir")}
+    if config.base not in PRESETS and Path(config.base).expanduser().is_dir():
+        inputs["base"] = str(Path(config.base).expanduser())
+    places = [Path(config.output_dir) / name for name in (".", *_GROWING, PREVIOUS)]
+    for name, folder in inputs.items():
+        for place in places:
+            if folder is None:
+                continue
+            # The output folder itself may hold an input, such as photos/ beside the results; what a run fills may not.
+            within = place != places[0] and _holds(place, Path(folder))
+            if within or _holds(Path(folder), place):
+                raise ValueError(
+                    f"--output_dir {config.output_dir} would put results among the files of --{name} {folder}: choose "
+                    "another --output_dir."
+                )
+
+
+def _check_writable(folder: Path) -> None:
+    """Raise OSError where nothing can be written to a folder, which is left as it was: missing, if it is missing."""
+    missing = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise OSError(f"Nothing can be written to {folder} ({error}): choose another --output_dir.") from error
+    finally:
+        for path in missing:
+            with suppress(OSError):  # not made, or used by now
+                path.rmdir()
+
+
 def check_start(config: DreamBoothConfig) -> None:
-    """Raise the ValueError, FileNotFoundError or OSError now that training would meet after all else is done."""
+    """Raise the ValueError, FileNotFoundError or OSError now that training would meet after all else is done.
+
+    Nothing is written, and no folder made.
+    """
     check_libraries(config)
     optimizer_class(config)
     wanted = config.resume_from_checkpoint
     if wanted not in (None, "latest") and not Path(wanted).is_dir():
         raise FileNotFoundError(f"Checkpoint {wanted} does not exist: give its folder, or 'latest'.")
-    output_dir = Path(config.output_dir)
-    if not processes().is_main_process:
-        return
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        (output_dir / ".writable").touch()
-        (output_dir / ".writable").unlink()
-    except OSError as error:
-        raise OSError(f"Nothing can be written to {output_dir} ({error}): choose another --output_dir.") from error
+    _keep_apart(config)
+    if processes().is_main_process:
+        _check_writable(Path(config.output_dir))
 
 
 @contextmanager
@@ -467,6 +554,40 @@ def alone(output_dir: Path) -> Iterator[None]:
         raise ValueError(f"Another run writes to {output_dir}: wait for it, or choose another --output_dir.") from error
 
 
+@contextmanager
+def _own_precision() -> Iterator[None]:
+    """accelerate knows one precision for the whole process: a run has its own, and then the one before holds again."""
+    before = dict(AcceleratorState._shared_state)
+    AcceleratorState._reset_state()
+    try:
+        yield
+    finally:
+        AcceleratorState._reset_state()
+        AcceleratorState._shared_state.update(before)
+
+
+def overruled(config: DreamBoothConfig) -> str:
+    """What accelerate's environment (`accelerate config`, `accelerate launch`) asks for and this run does otherwise.
+
+    "" where there is nothing of the kind. Its own defaults ask for nothing.
+    """
+    settings = {
+        "ACCELERATE_MIXED_PRECISION": ("no", f"mixed_precision={config.mixed_precision}"),
+        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": (
+            "1",
+            f"gradient_accumulation_steps={config.gradient_accumulation_steps}",
+        ),
+        "ACCELERATE_DYNAMO_BACKEND": ("no", "no compilation"),
+    }
+    asked, done = [], []
+    for name, (default, setting) in settings.items():
+        value = os.environ.get(name) or default
+        if value.lower() not in (default, setting.rpartition("=")[2]):
+            asked.append(f"{name}={value}")
+            done.append(setting)
+    return f"Not followed: {', '.join(asked)}; this run has {', '.join(done)}." if asked else ""
+
+
 def train(
     config: DreamBoothConfig,
     components: Components,
@@ -477,13 +598,14 @@ def train(
 ) -> list[dict[str, Any]]:
     """Train the adapters for `max_train_steps` and return the log, one dict a step (also in `log.jsonl`).
 
-    Resumes where `config.resume_from_checkpoint` says, bit for bit. Ctrl-C saves a checkpoint and returns. Several
-    processes share each batch, `train_batch_size` pairs to each, and only the first calls back and writes. Raises
-    FloatingPointError before the step in which a loss or gradient is not finite, and ValueError where another process
-    trains into the same folder.
+    Resumes where `config.resume_from_checkpoint` says, bit for bit. Ctrl-C saves a checkpoint and returns (or raises
+    KeyboardInterrupt, if that was the last step); SIGTERM saves one and then takes its course. What an earlier run left
+    in the folder is put aside (`set_aside`). Several processes share each batch, `train_batch_size` pairs to each, and
+    only the first calls back and writes. Raises FloatingPointError before the step in which a loss or gradient is not
+    finite, and ValueError where another process trains into the same folder.
     """
     check_start(config)
-    with alone(Path(config.output_dir)):
+    with alone(Path(config.output_dir)), _own_precision():
         return _train(config, components, dataset, on_step, on_validation)
 
 
@@ -492,13 +614,15 @@ def _train(config, components, dataset, on_step, on_validation) -> list[dict[str
     accelerator = Accelerator(
         cpu=processes().device.type == "cpu",
         mixed_precision=config.mixed_precision,
+        # Its environment would otherwise divide our gradients once more.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         log_with=None if config.report_to == "none" else config.report_to,
         project_dir=output_dir / "logs",
     )
+    if words := overruled(config):
+        processes().print(words)
     components.to(accelerator.device)
     torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
-    if config.report_to != "none":
-        accelerator.init_trackers("dreambooth")
     if config.gradient_checkpointing:
         components.unet.enable_gradient_checkpointing()
         for name in components.text_encoders():
@@ -529,7 +653,9 @@ def _train(config, components, dataset, on_step, on_validation) -> list[dict[str
     def save(step: int) -> None:
         scaler = {} if accelerator.scaler is None else {"scaler": accelerator.scaler.state_dict()}
         folder = output_dir / f"checkpoint-{step}"
-        save_checkpoint(folder, components, optimizer, step, identity, schedule=schedule.last_epoch, **scaler)
+        save_checkpoint(
+            folder, components, optimizer, step, identity, schedule=schedule.last_epoch, line=log[-1], **scaler
+        )
 
     if first < config.max_train_steps and components.vae is not None and dataset.fixed_crop and not dataset.latents:
         cache_latents(dataset, components.vae)
@@ -545,8 +671,19 @@ def _train(config, components, dataset, on_step, on_validation) -> list[dict[str
         numbers = [0.0 if value is None else float(value.item()) for value in values]
         return accelerator.reduce(torch.tensor(numbers, device=accelerator.device), "mean").tolist()
 
-    log_path = output_dir / "log.jsonl"
-    log = _cut_log(log_path, first) if writes else []
+    log_path, log = output_dir / "log.jsonl", []
+    if writes:  # only now, when nothing can be refused any more
+        output_dir.mkdir(parents=True, exist_ok=True)
+        log = _logged(log_path, first)
+        if log and state.get("line", log[-1]) != log[-1]:  # another run's than the checkpoint's
+            log = []
+        if previous := set_aside(output_dir, first if log else 0):
+            processes().print(f"The earlier results in {output_dir} are now in {previous}.")
+        config.save(output_dir / "config.json")
+        with whole(log_path) as temporary:
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in log))
+    if config.report_to != "none":
+        accelerator.init_trackers("dreambooth")
     accumulate = config.gradient_accumulation_steps
     modules = adapted_modules(components).values()
 
@@ -559,6 +696,7 @@ def _train(config, components, dataset, on_step, on_validation) -> list[dict[str
         disable=not writes,
     )  # fmt: skip
     to_training()
+    stopped = False
     with _interrupts() as interrupted:
         for step in bar:
             # Dropout is the one draw that torch makes itself: seeding it by the step keeps steps independent.
@@ -584,6 +722,7 @@ def _train(config, components, dataset, on_step, on_validation) -> list[dict[str
             if share > 1:
                 gradients = [p.grad for p in parameters if p.grad is not None]
                 vector_to_parameters(accelerator.reduce(parameters_to_vector(gradients), "mean"), gradients)
+            # A bound of infinity scales nothing, and still tells the norm.
             norm = accelerator.clip_grad_norm_(parameters, config.max_grad_norm or math.inf)
             # With fp16 the scaler meets infinite gradients by design: it skips the step and scales down.
             if not torch.isfinite(norm) and accelerator.scaler is None:
@@ -609,16 +748,13 @@ def _train(config, components, dataset, on_step, on_validation) -> list[dict[str
             due = config.checkpointing_steps and (step + 1) % config.checkpointing_steps == 0
             if due and writes:
                 save(step + 1)
-                if config.checkpoints_total_limit:
-                    # Higher ones are an earlier run's: they must not push out what was just written.
-                    for old in checkpoints(output_dir, step + 1)[: -config.checkpoints_total_limit]:
-                        shutil.rmtree(old)
+                prune_checkpoints(output_dir, step + 1, config.checkpoints_total_limit)
             if on_validation and writes and config.validation_steps and (step + 1) % config.validation_steps == 0:
                 for module in modules:
                     module.eval()
                 on_validation(step + 1)
                 to_training()
-            if step + 1 < config.max_train_steps and any(shared_mean(torch.tensor(interrupted()))):
+            if stopped := any(shared_mean(torch.tensor(interrupted()))):
                 if writes and not due:
                     save(step + 1)
                 processes().print(
@@ -629,4 +765,6 @@ def _train(config, components, dataset, on_step, on_validation) -> list[dict[str
         module.eval()
     if config.report_to != "none":
         accelerator.end_training()
+    if stopped and log[-1]["step"] == config.max_train_steps:
+        raise KeyboardInterrupt  # a whole log would not tell that nothing is to come after it
     return log

@@ -20,13 +20,31 @@ from dbnb.models import Components
 from dbnb.prior import build_pipeline, call_options, draw_images, image_seed
 from dbnb.toybox.scenes import SCENES
 
+# Other ways to ask for the subject, which no training uses: `{}` is the identifier and the class word.
+SENTENCES = (
+    "a picture of a {}",
+    "{}",
+    "a {} on the beach",
+    "a render of the {} in the snow",
+    "a photo of {} with a blue hat",
+    "my {} at night",
+    "the {} in a room",
+    "in the desert, a {}",
+    "one {} in the city",
+    "photo of my {} in the grass",
+    "on the moon, the {}",
+    "a {} wearing a scarf",
+)
 # Validation images come from their own series, so that they never repeat a class image.
 _SERIES = 1_000
 
 
 @dataclass
 class ValidationImages:
-    """Images by prompt set: the subject, the subject in each scene (in turn), the bare class, redrawn references."""
+    """Images by prompt set: the subject, the subject in each scene (in turn), the bare class, redrawn references.
+
+    `sentences` are the subject asked for in other words than training used, `SENTENCES` in turn.
+    """
 
     subject: list[Image.Image]
     scenes: list[Image.Image]
@@ -34,6 +52,8 @@ class ValidationImages:
     scene_prompts: list[str]
     classes: list[Image.Image]
     redrawn: list[Image.Image] = field(default_factory=list)
+    sentences: list[Image.Image] = field(default_factory=list)
+    sentence_prompts: list[str] = field(default_factory=list)
 
 
 def draw(
@@ -79,6 +99,8 @@ def validation_images(
     it is given, whatever a prompt says of places: of the prompt sets it gets the subject's alone.
     """
     names = [list(scenes)[index % len(scenes)] for index in range(count)]
+    words = f"{concept.identifier} {concept.class_word}"
+    sentence_prompts = [SENTENCES[index % len(SENTENCES)].format(words) for index in range(count)]
     scene_prompts = concept.prompts_in([scenes[name] for name in names])
 
     def drawn(name: str, prompts: Sequence[str]) -> list[Image.Image]:
@@ -93,6 +115,8 @@ def validation_images(
         scene_names=names,
         scene_prompts=scene_prompts,
         classes=drawn("classes", [concept.class_prompt] * count),
+        sentences=drawn("sentences", sentence_prompts),
+        sentence_prompts=sentence_prompts if "sentences" in sets else [],
         redrawn=from_references(components, references, concept.instance_prompt, config),
     )
 

@@ -17,7 +17,7 @@ from filelock import FileLock
 from PIL import Image, ImageOps
 
 from dbnb import export, metrics, plots
-from dbnb.adapters import adapted_modules, add_adapters
+from dbnb.adapters import adapted_modules, add_adapters, lora_targets
 from dbnb.concept import SAMPLE_DIR, Concept, inspect_images, load_image, token_report
 from dbnb.config import DreamBoothConfig
 from dbnb.dataset import DreamBoothDataset
@@ -49,6 +49,7 @@ class Result:
     log: list[dict[str, Any]]
     metrics: dict[str, dict[str, float]] | None
     components: Components
+    interrupted: bool = False  # by Ctrl-C, after which there are an adapter and a checkpoint and no more
 
 
 def quiet_libraries() -> None:
@@ -117,6 +118,7 @@ def prepare(
         if rest := cut_off(components, prompt, config.tokenizer_max_length):
             tell(f"{prompt!r} is too long: {rest!r} is not read.")
 
+    lora_targets(components.unet, config.lora_layers)  # a name that no layer has is met before class images are drawn
     prior = None
     if config.with_prior_preservation:
         prior = class_images(
@@ -126,12 +128,19 @@ def prepare(
         )  # fmt: skip
         tell(f"class images: {prior.decision} ({prior.reason})")
     add_adapters(
-        components, rank=config.rank, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout,
-        train_text_encoder=config.train_text_encoder, text_encoder_rank=config.text_encoder_rank,
+        components,
+        lora_layers=config.lora_layers,
+        rank=config.rank,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        train_text_encoder=config.train_text_encoder,
+        text_encoder_rank=config.text_encoder_rank,
         text_encoder_lora_alpha=config.text_encoder_lora_alpha,
-        text_encoder_lora_dropout=config.text_encoder_lora_dropout, use_dora=config.use_dora,
-        use_rslora=config.use_rslora, seed=config.seed,
-    )  # fmt: skip
+        text_encoder_lora_dropout=config.text_encoder_lora_dropout,
+        use_dora=config.use_dora,
+        use_rslora=config.use_rslora,
+        seed=config.seed,
+    )
     dataset = DreamBoothDataset(
         concept.paths, concept.instance_prompt, class_paths=prior.paths if prior else (),
         class_prompt=concept.class_prompt, size=config.resolution, center_crop=config.center_crop,
@@ -183,7 +192,9 @@ def measured(
 def run(config: DreamBoothConfig) -> Result:
     """All seven steps; writes the adapter, figures, log, metrics, settings and card to `config.output_dir`.
 
-    Of several processes the first alone draws before and after, measures and writes; in the others `metrics` is None.
+    A folder holds the results of one run: `training.set_aside` says what becomes of an earlier one's. Of several
+    processes the first alone draws before and after, measures and writes; in the others `metrics` is None. Raises
+    OSError where the upload fails, after all else is done.
     """
     with alone(Path(config.output_dir)):
         return _run(config)
@@ -192,13 +203,17 @@ def run(config: DreamBoothConfig) -> Result:
 def _run(config: DreamBoothConfig) -> Result:
     output_dir = Path(config.output_dir)
     count, further = config.num_validation_images, references(config)
+    if config.push_to_hub and processes().is_main_process:
+        export.check_hub(export.hub_id(config))
     session = prepare(config, tell=processes().print)
     concept, components = session.concept, session.components
     if not processes().is_main_process:
         log = train(config, components, session.dataset)
-        return Result(output_dir / export.WEIGHT_NAME, log, None, components)
+        interrupted = bool(log) and log[-1]["step"] < config.max_train_steps
+        if interrupted:  # whoever ends first, with an exit code that is not 0, has the launcher end the others
+            processes().wait_for_everyone()
+        return Result(output_dir / export.WEIGHT_NAME, log, None, components, interrupted)
     print(components)
-    config.save(output_dir / "config.json")
     before = validation_images(components, concept, config, count=count, references=further) if count else None
 
     def sample(step: int) -> None:
@@ -214,7 +229,8 @@ def _run(config: DreamBoothConfig) -> Result:
     if config.export == "kohya":
         export.save_kohya(components, output_dir)
     if log and log[-1]["step"] < config.max_train_steps:  # interrupted: whoever did it does not wait for pictures
-        return Result(adapter, log, None, components)
+        processes().wait_for_everyone()
+        return Result(adapter, log, None, components, interrupted=True)
     numbers = None
     if before is not None:
         after = validation_images(components, concept, config, count=count, references=further)
@@ -232,8 +248,11 @@ def _run(config: DreamBoothConfig) -> Result:
     with whole(output_dir / "README.md") as temporary:
         export.model_card(concept, config, numbers, has_text_encoder=has_text_encoder).save(temporary)
     difference = export.verify_reload(components, adapter, concept, config)
-    print(f"{adapter.name}: {adapter.stat().st_size / 2**20:.2f} MiB, reloads to the same picture (± {difference}/255)")
+    print(
+        f"{adapter.name}: {adapter.stat().st_size / 2**20:.2f} MiB, reloads to the same picture (no pixel differs by "
+        f"more than {difference}/255)"
+    )
     if config.push_to_hub:
-        names = export.push_to_hub(output_dir, config.hub_model_id or f"{config.identifier}-{config.class_word}")
+        names = export.push_to_hub(output_dir, export.hub_id(config))
         print(f"pushed {', '.join(names)}")
     return Result(adapter, log, numbers, components)

@@ -6,7 +6,15 @@ import pytest
 import torch
 from peft.tuners import lora
 
-from dbnb.adapters import adapted_modules, adapter_table, add_adapters, train_mode, trainable_parameters
+from dbnb.adapters import (
+    ATTENTION,
+    adapted_modules,
+    adapter_table,
+    add_adapters,
+    lora_targets,
+    train_mode,
+    trainable_parameters,
+)
 from dbnb.models import encode_prompts, load_components
 
 
@@ -116,6 +124,55 @@ def test_on_a_cpu_training_takes_one_product_and_computes_what_peft_computes(com
     module.disable_adapters()
     layer(x)
     assert len(asked) == 3
+
+
+_PARTS = ("down_blocks", "mid_block", "up_blocks")
+
+
+def test_lora_layers_say_where_adapters_sit(components):
+    unet = components.unet
+    of_blocks = {
+        name
+        for name, layer in unet.named_modules()
+        if isinstance(layer, torch.nn.Linear | torch.nn.Conv2d) and name.startswith(_PARTS)
+    }
+    add_adapters(components, rank=2, lora_layers="all")
+    adapted = {name for name, layer in unet.named_modules() if hasattr(layer, "lora_A")}
+    assert adapted == of_blocks and any(name.endswith("conv1") for name in adapted)
+    rows = adapter_table(components)
+    assert {row["layer"] for row in rows} == adapted
+    total = sum(int(row["parameters"].replace(",", "")) for row in rows)
+    assert total == sum(p.numel() for _, p in trainable_parameters(unet))
+    assert lora_targets(unet, "attention") == list(ATTENTION)
+    named = load_components("miniature")
+    add_adapters(named, rank=2, lora_layers="to_q, conv1")
+    ends = {name.rsplit(".", 1)[1] for name, layer in named.unet.named_modules() if hasattr(layer, "lora_A")}
+    assert ends == {"to_q", "conv1"}
+
+
+@pytest.mark.parametrize("wrong", ["to_z", "to_q,conv9", "to_q,", "Attention"])
+def test_a_layer_that_no_base_has_is_refused_by_name(components, wrong):
+    with pytest.raises(ValueError, match="lora_layers=.*no layer of this base.*conv1"):
+        lora_targets(components.unet, wrong)
+
+
+@pytest.mark.parametrize("place", ["conv1", "conv_shortcut", "downsamplers.0.conv", "proj_in", "ff.net.2"])
+def test_a_narrow_layer_of_any_kind_trains_as_pefts_own(components, place):
+    add_adapters(components, rank=4, lora_alpha=8, lora_layers="all")
+    layer = next(m for name, m in components.unet.named_modules() if name.endswith(place) and hasattr(m, "lora_A"))
+    torch.manual_seed(0)
+    layer.lora_B["default"].weight.data.normal_()
+    channels = layer.base_layer.weight.shape[1]
+    x = torch.randn(3, channels, 6, 6) if isinstance(layer, lora.Conv2d) else torch.randn(3, 5, channels)
+    results = []
+    for forward in (layer.forward, lambda x: type(layer).forward(layer, x)):
+        x = x.detach().requires_grad_()
+        layer.zero_grad()
+        y = forward(x)
+        (y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum().backward()
+        results.append([y, x.grad, *(half["default"].weight.grad.clone() for half in (layer.lora_A, layer.lora_B))])
+    for mine, other in zip(*results, strict=True):
+        assert (mine - other).abs().max() <= 1e-5 * other.abs().max()
 
 
 @pytest.mark.parametrize("options", [dict(lora_dropout=0.5), dict(use_dora=True)], ids=str)

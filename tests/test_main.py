@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import signal
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 import torch
+from families import write
 from PIL import Image
 
 import dbnb
-from dbnb import miniature, workflow
+from dbnb import export, miniature, workflow
 from dbnb.__main__ import main
 from dbnb.config import DreamBoothConfig, parse_args
 from dbnb.models import load_components
@@ -156,3 +159,112 @@ def test_modules_load_when_they_are_first_named():
     assert dbnb.tables.Table is not None
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         dbnb.nothing  # noqa: B018
+
+
+def _files(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_second_run_puts_the_first_ones_results_aside_and_a_refused_one_changes_nothing(tmp_path, capsys):
+    folder = tmp_path / "run"
+    arguments = [*_SHORT, "--output_dir", str(folder), "--no_prior_preservation"]
+    more = [
+        "--num_validation_images",
+        "1",
+        "--export",
+        "kohya",
+        "--validation_steps",
+        "2",
+        "--checkpointing_steps",
+        "2",
+    ]
+    assert main([*arguments, *more]) == 0
+    first = _files(folder)
+    assert {"kohya_lora_weights.safetensors", "metrics.json", "samples/step-000004.png"} <= set(first)
+    for refused in (
+        ["--resume_from_checkpoint", "latest", "--seed", "3"],
+        ["--base", "nowhere/at all"],
+        ["--reference_data_dir", str(folder / "samples")],
+    ):
+        assert main([*arguments, "--num_validation_images", "0", *refused]) == 2
+        assert _files(folder) == first
+    capsys.readouterr()
+    assert main([*arguments, "--num_validation_images", "0", "--seed", "1"]) == 0
+    assert f"The earlier results in {folder} are now in {folder / 'previous'}." in capsys.readouterr().out
+    now = _files(folder)
+    written = {"pytorch_lora_weights.safetensors", "README.md", "loss.png", "log.jsonl", "config.json"}
+    kept = {name for name in first if name.startswith("checkpoint-")}
+    assert set(now) == written | kept | {f"previous/{name}" for name in set(first) - kept}
+    assert all(now[f"previous/{name}"] == first[name] for name in set(first) - kept)
+    assert "before_after.png" not in now["README.md"].decode() and json.loads(now["config.json"])["seed"] == 1
+    assert export.push_to_hub(folder, "me/toy", dry_run=True) == [
+        "pytorch_lora_weights.safetensors",
+        "README.md",
+        "loss.png",
+    ]
+
+
+@pytest.mark.parametrize("refused", [["--base", "nowhere/at all"], ["--push_to_hub"], ["--instance_prompt", "a dog"]])
+def test_a_refused_run_makes_no_folder(tmp_path, refused):
+    assert main([*_SHORT, "--output_dir", str(tmp_path / "a" / "run"), *refused]) == 2
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """The arguments of a run of two steps on a base of some kilobytes."""
+    base = write("sd1", tmp_path_factory.mktemp("tiny"))
+    numbers = "--resolution 32 --max_train_steps 2 --num_validation_images 0 --rank 2 --num_inference_steps 2".split()
+    return ["--base", str(base), "--no_prior_preservation", *numbers]
+
+
+def test_runs_of_another_precision_follow_each_other_in_one_process(tiny, tmp_path):
+    adapters = []
+    for number, precision in enumerate(("no", "bf16", "no")):
+        folder = tmp_path / str(number)
+        workflow.run(parse_args([*tiny, "--output_dir", str(folder), "--mixed_precision", precision]))
+        adapters.append((folder / "pytorch_lora_weights.safetensors").read_bytes())
+    assert adapters[0] == adapters[2] != adapters[1]
+
+
+@pytest.mark.parametrize(
+    "error", [httpx.ConnectError("nobody there"), OSError("no space"), ValueError("Invalid token")], ids=str
+)
+def test_a_failed_upload_ends_a_run_that_has_all_its_results(tiny, tmp_path, capsys, monkeypatch, error):
+    def fails(*_, **__):
+        raise error
+
+    monkeypatch.setattr(export.HfApi, "create_repo", fails)
+    monkeypatch.setattr(export, "check_hub", lambda repo_id: None)
+    assert main([*tiny, "--output_dir", str(tmp_path), "--push_to_hub", "--class_word", "toy dog"]) == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.startswith(
+        f"dbnb: The upload to sks-toy-dog failed ({type(error).__name__}: {error}): all results are in"
+    )
+    assert f"hf upload sks-toy-dog {tmp_path} . --include pytorch_lora_weights.safetensors" in said
+    assert {"pytorch_lora_weights.safetensors", "README.md", "loss.png", "config.json"} <= set(_files(tmp_path))
+
+
+def test_an_interrupted_run_has_its_adapter_and_ends_with_130(tiny, tmp_path, monkeypatch):
+    def interrupted(config, components, dataset, **_):
+        return train(dataclasses.replace(config, max_train_steps=1), components, dataset)
+
+    train = workflow.train
+    monkeypatch.setattr(workflow, "train", interrupted)
+    assert main([*tiny, "--output_dir", str(tmp_path)]) == 130
+    assert "pytorch_lora_weights.safetensors" in _files(tmp_path) and "README.md" not in _files(tmp_path)
+
+
+def test_sigterm_unwinds_and_ends_with_143(monkeypatch, capsys):
+    ended = []
+
+    def run(config):
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            ended.append(True)
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(workflow, "run", run)
+    assert main(_SHORT) == 143 and ended and signal.getsignal(signal.SIGTERM) is before
+    assert capsys.readouterr().err.startswith("dbnb: interrupted; ")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 from dbnb import metrics, miniature, toybox
+from dbnb.miniature.alike import DIFFERENCES, differences_of, look_alike
 from dbnb.toybox.scenes import SCENES
 from dbnb.validation import ValidationImages
 
@@ -52,6 +54,38 @@ def test_real_photographs_score_as_the_measures_mean(encoders):
     assert perfect["subject_fidelity"] > drifted["subject_fidelity"]
     assert perfect["class_diversity"] > 2 * drifted["class_diversity"]
     assert perfect["class_subject_similarity"] < drifted["class_subject_similarity"]
+
+
+def test_other_sentences_are_measured_against_the_training_prompts_own_gain(encoders):
+    toy, names = toybox.random_toy("dog", 1), list(SCENES)
+    subject, instances = _shots(toy, names), _shots(toy, ["beach", "grass", "snow"], 70)
+    others = [toybox.photograph(toybox.random_toy("dog", 50 + i), scene=n, seed=i) for i, n in enumerate(names)]
+    # Three sentences draw the toy, one draws any dog.
+    drawn = [image for i in range(4) for image in (others[2 * i : 2 * i + 2] if i == 3 else subject[2 * i : 2 * i + 2])]
+    prompts = [f"sentence {number}" for number in (0, 0, 1, 1, 2, 2, 3, 3)]
+    images = ValidationImages(subject, [], [], [], [], sentences=drawn, sentence_prompts=prompts)
+    after = metrics.evaluate(encoders, images, instances, "a photo of a dog")
+    worst = metrics.subject_fidelity(encoders.identity_features(others[6:]), encoders.identity_features(instances))
+    assert after["worst_sentence_fidelity"] == pytest.approx(worst, abs=1e-5)
+    assert after["worst_sentence_fidelity"] < after["sentence_fidelity"] < after["subject_fidelity"]
+    before = {"subject_fidelity": 0.0, "clip_i": 0.0}
+    ratio = metrics.report(before, after, {})["after"]["sentence_fidelity_ratio"]
+    assert ratio == pytest.approx(after["sentence_fidelity"] / after["subject_fidelity"])
+
+
+def test_the_identity_encoder_counts_what_an_eye_counts(encoders):
+    rng = np.random.default_rng(5)
+    falls = dict.fromkeys(DIFFERENCES, 0)
+    toys = [
+        t for i in range(40) if "hue" in differences_of(t := toybox.random_toy("cat", 700 + i)) and t.pattern != "plain"
+    ]
+    for toy in toys[:12]:
+        known = encoders.identity_features(_shots(toy, list(SCENES)[:5]))
+        same = encoders.identity_features(_shots(toy, ["room"], 60)) @ known.T
+        for difference in DIFFERENCES:
+            changed = encoders.identity_features(_shots(look_alike(toy, difference, rng), ["room"], 60)) @ known.T
+            falls[difference] += bool(changed.mean() < same.mean())
+    assert all(count >= 11 for count in falls.values()), falls
 
 
 def test_what_too_few_images_cannot_tell_is_left_out(encoders):

@@ -15,6 +15,8 @@ from PIL import Image
 
 from dbnb import miniature
 from dbnb.miniature import card, evaluate, pilots, train
+from dbnb.toybox import COLORS, KINDS
+from dbnb.toybox.captions import IDENTIFIERS
 
 
 def test_plain_diffusers_draws_with_it_without_our_package(tmp_path):
@@ -67,26 +69,35 @@ def test_folding_the_latents_scale_into_the_vae_changes_no_picture():
 
 
 def test_the_training_command_runs_resumes_and_ships(tmp_path):
-    options = ["--output_dir", str(tmp_path / "run"), "--photographs", "96", "--batch_sizes", *"288824"]
-    train.main([*options, "--steps", *"222222", "--ship", str(tmp_path / "base")])
+    options = [
+        "--output_dir",
+        str(tmp_path / "run"),
+        "--photographs",
+        "96",
+        "--look_alikes",
+        "4",
+        "--batch_sizes",
+        *"2888244",
+    ]
+    train.main([*options, "--steps", *"2222222", "--ship", str(tmp_path / "base")])
     assert StableDiffusionPipeline.from_pretrained(tmp_path / "base").unet.config.sample_size == 16
     first = torch.load(tmp_path / "run" / "unet.pt", weights_only=True)
     assert first["step"] == 2
-    train.main([*options, "--steps", *"222224"])
+    train.main([*options, "--steps", *"2222242"])
     resumed = torch.load(tmp_path / "run" / "unet.pt", weights_only=True)
     assert resumed["step"] == 4
     assert any(not torch.equal(first["models"][key], resumed["models"][key]) for key in first["models"])
     with pytest.raises(ValueError, match="was made from.*'seed': 0.*not.*'seed': 1"):
-        train.main([*options, "--steps", *"222224", "--seed", "1"])
+        train.main([*options, "--steps", *"2222242", "--seed", "1"])
 
 
 def test_training_goes_on_from_a_shipped_base(tmp_path):
-    options = ["--photographs", "96", "--batch_sizes", *"288824"]
-    train.main([*options, "--output_dir", str(tmp_path / "a"), "--steps", *"222222", "--ship", str(tmp_path / "base")])
+    options = ["--photographs", "96", "--look_alikes", "4", "--batch_sizes", *"2888244"]
+    train.main([*options, "--output_dir", str(tmp_path / "a"), "--steps", *"2222222", "--ship", str(tmp_path / "base")])
     further = [*options, "--output_dir", str(tmp_path / "b"), "--start_from", str(tmp_path / "base")]
-    train.main([*further, "--steps", *"222223", "--ship", str(tmp_path / "longer")])
+    train.main([*further, "--steps", *"2222232", "--ship", str(tmp_path / "longer")])
     shipped, longer = (json.loads((tmp_path / n / "training.json").read_text()) for n in ("base", "longer"))
-    assert [longer["stages"][name]["step"] for name in train.STAGES] == [2, 2, 2, 2, 2, 3]
+    assert [longer["stages"][name]["step"] for name in train.STAGES] == [2, 2, 2, 2, 2, 3, 2]
     assert longer["stages"]["vae"] == shipped["stages"]["vae"]
     pipelines = [StableDiffusionPipeline.from_pretrained(tmp_path / name) for name in ("base", "longer")]
     pictures = torch.rand(4, 3, 64, 64) * 2 - 1
@@ -95,6 +106,33 @@ def test_training_goes_on_from_a_shipped_base(tmp_path):
     assert torch.allclose(*latents, atol=2e-2)
     before, after = (pipeline.unet.conv_in.weight for pipeline in pipelines)
     assert 0 < (before - after).abs().max() < 1e-2
+
+
+def test_identity_encoder_and_words_of_a_shipped_base_are_mended_alone(tmp_path):
+    options = ["--photographs", "96", "--look_alikes", "4", "--batch_sizes", *"2888244", "--steps", *"2222222"]
+    base = miniature.path()
+    further = [*options, "--output_dir", str(tmp_path / "run"), "--start_from", str(base), "--note", "Mended."]
+    train.main([*further, "--stages", "words", "--ship", str(tmp_path / "mended")])
+    old, new = (StableDiffusionPipeline.from_pretrained(folder) for folder in (base, tmp_path / "mended"))
+    assert not torch.equal(*(p.text_encoder.get_input_embeddings().weight for p in (old, new)))
+    assert all(torch.equal(a, b) for a, b in zip(old.unet.parameters(), new.unet.parameters(), strict=True))
+    recipe = json.loads((tmp_path / "mended" / "training.json").read_text())
+    assert recipe["stages"]["words"]["step"] == 2 and recipe["note"].endswith("Mended.")
+    with pytest.raises(SystemExit):  # a part that others depend on
+        train.main([*further, "--stages", "vae", "--ship", str(tmp_path / "other")])
+    assert not (tmp_path / "other").exists()
+
+
+def test_identifiers_have_vectors_of_their_own():
+    pipeline = StableDiffusionPipeline.from_pretrained(miniature.path())
+    table = pipeline.text_encoder.get_input_embeddings().weight.detach()
+    words = {name: pipeline.tokenizer.convert_tokens_to_ids(f"{name}</w>") for name in (*KINDS, *COLORS)}
+    length = table[list(words.values())].norm(dim=1).mean()
+    for identifier in IDENTIFIERS:
+        number = pipeline.tokenizer.convert_tokens_to_ids(f"{identifier}</w>")
+        cosines = torch.cosine_similarity(table[number], table[torch.arange(len(table)) != number])
+        assert cosines.abs().max() < 0.3
+        assert table[number].norm() == pytest.approx(length, rel=1e-3)
 
 
 def test_a_training_that_was_stopped_ends_where_an_uninterrupted_one_does(tmp_path):
@@ -131,6 +169,8 @@ def test_measures_of_the_evaluation():
     rng = np.random.default_rng(0)
     a, b = rng.normal(size=(4000, 3)), rng.normal(size=(4000, 3)) + [2.0, 0.0, 0.0]
     assert evaluate.frechet(a, a) < 1e-6 and abs(evaluate.frechet(a, b) - 4.0) < 0.3
+    (same, spread), (apart, _) = evaluate.kernel_distance(a[:2000], a[2000:]), evaluate.kernel_distance(a, b)
+    assert abs(same) < spread < apart / 3
     assert evaluate.entropy(np.array([0, 1, 2, 3]), 4) == 1.0 and evaluate.entropy(np.array([1, 1]), 4) == 0.0
     red_green_blue_gray = np.array([[[1.0, 0, 0], [0, 1, 0], [0, 0, 1], [0.5, 0.5, 0.5]]])
     hues, chroma = evaluate.hue(red_green_blue_gray)
@@ -150,6 +190,7 @@ def test_the_evaluation_runs_on_few_pictures_and_the_card_tells_it(tmp_path):
     evaluate.main(["--count", "6", "--output", str(evaluation)])
     result = json.loads(evaluation.read_text())
     assert result["judge"]["kind"] > 0.9 and set(result) >= {"autoencoder", "drawn", "composition", "frechet"}
+    assert list(result["ladder"])[0] == "photograph" and 0.0 <= result["among_look_alikes"] <= 1.0
     base = tmp_path / "base"
     shutil.copytree(miniature.path(), base)
     command = ["--base", str(base), "--evaluation", str(evaluation)]
@@ -169,9 +210,10 @@ def test_the_evaluation_runs_on_few_pictures_and_the_card_tells_it(tmp_path):
 def test_pilots_compare_designs_and_the_card_takes_their_table(tmp_path):
     folder = tmp_path / "run"
     options = ["--output_dir", str(folder), "--photographs", "96"]
+    sizes = ["--look_alikes", "4", "--batch_sizes", *"2888244"]
     done = []
-    for stage in train.STAGES[:-1]:
-        train.main([*options, "--batch_sizes", *"288824", "--steps", *"222220", "--until", stage])
+    for stage in train.STAGES[:-2]:
+        train.main([*options, *sizes, "--steps", *"2222200", "--stages", stage])
         done.append(stage)
         assert sorted(path.stem for path in folder.glob("*.pt") if path.stem != "latents") == sorted(done)
     pilots.main([*options, "--minutes", "0.01", "--count", "2"])

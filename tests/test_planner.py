@@ -7,7 +7,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from peft import LoraConfig
 
-from dbnb.adapters import UNET_TARGETS
+from dbnb.adapters import ATTENTION
 from dbnb.planner import BASES, Base, training_memory
 
 SMALL = Base(
@@ -21,7 +21,7 @@ SMALL = Base(
 
 def test_the_plan_is_what_a_real_forward_pass_keeps():
     unet = UNet2DConditionModel(**SMALL.unet).requires_grad_(False)
-    unet.add_adapter(LoraConfig(r=4, target_modules=list(UNET_TARGETS)))
+    unet.add_adapter(LoraConfig(r=4, target_modules=list(ATTENTION)))
     weights = {p.untyped_storage().data_ptr() for p in unet.parameters()}
     kept: dict[int, int] = {}
 

@@ -118,3 +118,42 @@ def test_images_are_png_at_training_resolution_with_a_manifest(components):
 def test_image_seeds_depend_on_index_alone():
     seeds = [prior.image_seed(0, index) for index in range(200)]
     assert len(set(seeds)) == 200 and seeds[:100] == [prior.image_seed(0, index) for index in range(100)]
+
+
+@pytest.mark.parametrize("there", [False, True], ids=["missing", "empty"])
+def test_without_a_picture_of_ones_own_all_are_drawn_and_it_is_said(components, tmp_path, there):
+    mine = tmp_path / "mine"
+    if there:
+        mine.mkdir()
+        (mine / ".DS_Store").touch()
+    found = class_images(components, "a photo of a dog", 2, class_data_dir=mine, **OPTIONS)
+    assert found.decision == "generate" and len(found.paths) == 2 and all(path.is_file() for path in found.paths)
+    assert found.reason.startswith(f"{mine} {'is empty' if there else 'does not exist'}: none of them is your own; ")
+    again = class_images(components, "a photo of a dog", 2, class_data_dir=mine, **OPTIONS)
+    assert again.decision == "reuse" and str(mine) in again.reason
+    assert mine.exists() == there and (not there or [path.name for path in mine.iterdir()] == [".DS_Store"])
+
+
+@pytest.mark.parametrize("name, content", [("a.png", b"torn"), ("notes.txt", b"hello"), ("IMG_1.HEIC", b"heic")])
+def test_a_folder_of_ones_own_without_a_usable_picture_is_an_error(components, tmp_path, name, content):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"No usable picture in .*mine .*{name}"):
+        class_images(components, "a photo of a dog", 2, class_data_dir=tmp_path / "mine", **OPTIONS)
+
+
+def test_the_cache_is_where_the_environment_says_and_only_then_at_home(monkeypatch, tmp_path):
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(prior.Path, "home", homeless)
+    assert prior.cache_dir() == tmp_path / "cache"  # $DBNB_CACHE
+    monkeypatch.delenv("DBNB_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert prior.cache_dir() == tmp_path / "dbnb"
+    for unset in (lambda: monkeypatch.setenv("XDG_CACHE_HOME", ""), lambda: monkeypatch.delenv("XDG_CACHE_HOME")):
+        unset()
+        with pytest.raises(OSError, match="set DBNB_CACHE"):
+            prior.cache_dir()
+    monkeypatch.setattr(prior.Path, "home", lambda: tmp_path)
+    assert prior.cache_dir() == tmp_path / ".cache" / "dbnb"

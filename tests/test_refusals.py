@@ -115,23 +115,6 @@ def test_a_number_of_another_type_is_refused(value):
             DreamBoothConfig(**{name: value})
 
 
-@pytest.mark.parametrize(
-    "words, name",
-    [
-        (("sks", "toy dog"), "sks-toy-dog"),
-        (("[V]", "café"), "V-cafe"),
-        (("小明", "狗"), "dreambooth-lora"),
-        (("<s0><s1>", "../x.git"), "s0-s1-x-git"),
-        (("s" * 200, "dog"), "s" * 96),
-    ],
-    ids=str,
-)
-def test_the_default_repository_is_one_that_the_hub_takes(words, name):
-    config = DreamBoothConfig(identifier=words[0], class_word=words[1], push_to_hub=True)
-    assert config.hub_model_id == name
-    assert DreamBoothConfig(identifier=words[0], class_word=words[1]).hub_model_id is None
-
-
 def test_every_schedule_and_tracker_on_offer_is_taken():
     for name in "linear cosine cosine_with_restarts polynomial constant constant_with_warmup".split():
         check_libraries(DreamBoothConfig(lr_scheduler=name))

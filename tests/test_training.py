@@ -30,7 +30,10 @@ from dbnb.training import (
     held_out_loss,
     load_checkpoint,
     optimizer_class,
+    overruled,
+    prune_checkpoints,
     run_identity,
+    set_aside,
     train,
     training_step,
 )
@@ -347,3 +350,205 @@ def test_gradient_checkpointing_changes_no_loss(config, dataset, tmp_path):
         )
         logs.append([line["loss"] for line in _trained(changed, dataset)[1]])
     assert logs[0] == pytest.approx(logs[1], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "limit, kept", [(None, [2, 4, 6, 8]), (-1, [2, 4, 6, 8]), (1, [6, 8]), (2, [4, 6, 8]), (5, [2, 4, 6, 8])]
+)
+def test_a_limit_keeps_the_newest_checkpoints_and_no_limit_keeps_all(tmp_path, limit, kept):
+    for step in (2, 4, 6, 8):  # the last one is an earlier run's
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        for name in ("state.json", "state.safetensors"):
+            (folder / name).touch()
+    prune_checkpoints(tmp_path, 6, limit)
+    assert [path.name for path in checkpoints(tmp_path)] == [f"checkpoint-{step}" for step in kept]
+
+
+def test_a_gradient_norm_of_0_means_no_clipping(config, dataset, tmp_path):
+    logs = []
+    for norm in (0.0, 1e9):
+        changed = dataclasses.replace(
+            config, max_grad_norm=norm, max_train_steps=3, output_dir=str(tmp_path / str(norm))
+        )
+        logs.append([line["loss"] for line in _trained(changed, dataset)[1]])
+    assert logs[0] == logs[1]
+
+
+@pytest.mark.parametrize("name", ["wandb", "foo"])
+def test_a_tracker_that_is_not_installed_is_named_before_anything_is_loaded(config, monkeypatch, name):
+    monkeypatch.setattr("dbnb.training.get_available_trackers", lambda: ["tensorboard"])
+    with pytest.raises(ValueError, match=f"report_to='{name}'"):
+        check_start(dataclasses.replace(config, report_to=name))
+    check_start(dataclasses.replace(config, report_to="tensorboard"))
+
+
+def _tree(folder):
+    """Every file below a folder with its content, every folder, every link with what it points to."""
+    return {
+        path: os.readlink(path) if path.is_symlink() else path.read_bytes() if path.is_file() else None
+        for path in folder.rglob("*")
+    }
+
+
+@pytest.mark.parametrize(
+    "inputs, output_dir",
+    [
+        (dict(instance_data_dir="photos"), "photos"),
+        (dict(instance_data_dir="photos"), "photos/run/of/today"),
+        (dict(instance_data_dir="photos"), "other/../photos"),
+        (dict(instance_data_dir="photos"), "link"),
+        (dict(instance_data_dir="link"), "photos/run"),
+        (dict(class_data_dir="photos"), "link/run"),
+        (dict(class_data_dir="not yet there"), "not yet there"),
+        (dict(reference_data_dir="photos"), "photos/"),
+        (dict(reference_data_dir="runs/dog/samples"), "runs/dog"),
+        (dict(class_data_dir="runs/dog/previous/samples"), "runs/dog"),
+        (dict(instance_data_dir="photos"), "linked samples"),
+        (dict(base="base"), "base/run"),
+    ],
+    ids=str,
+)
+def test_outputs_among_inputs_are_refused_and_nothing_is_written(tmp_path, monkeypatch, inputs, output_dir):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("photos", "other", "runs/dog/samples", "linked samples", "base"):
+        Path(folder).mkdir(parents=True)
+    Path("link").symlink_to("photos")
+    Path("linked samples/samples").symlink_to(tmp_path / "photos")
+    before = _tree(tmp_path)
+    with pytest.raises(ValueError, match=rf"--output_dir .* among the files of --{next(iter(inputs))} "):
+        check_start(DreamBoothConfig(**inputs, output_dir=output_dir))
+    assert _tree(tmp_path) == before
+
+
+def test_inputs_beside_outputs_are_fine_and_no_folder_is_made_yet(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("photos").mkdir()
+    for output_dir in (".", "photos-run", "a/b/c", "photos/../run"):
+        check_start(DreamBoothConfig(instance_data_dir="photos", output_dir=output_dir))
+    assert [path.name for path in tmp_path.iterdir()] == ["photos"] and not list(Path("photos").iterdir())
+
+
+_LEFT = (
+    "pytorch_lora_weights.safetensors kohya_lora_weights.safetensors README.md before_after.png loss.png metrics.json "
+    "config.json log.jsonl samples/step-000002.png samples/step-000006.png logs/dreambooth/events mine.txt "
+    "checkpoint-2/state.json"
+).split()
+
+
+def _leave(folder, names=_LEFT, text="first"):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+
+
+def _names(folder):
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_run_from_the_beginning_puts_aside_all_that_an_earlier_one_left_but_its_checkpoints(tmp_path):
+    _leave(tmp_path)
+    assert set_aside(tmp_path, 0) == tmp_path / "previous"
+    stays = {"checkpoint-2/state.json", "mine.txt"}
+    assert _names(tmp_path) == stays | {f"previous/{name}" for name in set(_LEFT) - stays}
+    # What a run without an adapter left (it failed) does not push the results out of there.
+    _leave(tmp_path, ["config.json", "log.jsonl", "samples/step-000002.png"], "second")
+    assert set_aside(tmp_path, 0) is None
+    assert _names(tmp_path) == stays | {f"previous/{name}" for name in set(_LEFT) - stays}
+    assert (tmp_path / "previous" / "config.json").read_text() == "first"
+    _leave(tmp_path, ["pytorch_lora_weights.safetensors"], "third")
+    set_aside(tmp_path, 0)
+    assert _names(tmp_path) == stays | {"previous/pytorch_lora_weights.safetensors"}
+
+
+def test_a_resumed_run_goes_on_with_its_own_log_and_samples(tmp_path):
+    _leave(tmp_path)
+    set_aside(tmp_path, 4)
+    stays = {"log.jsonl", "samples/step-000002.png", "logs/dreambooth/events", "checkpoint-2/state.json", "mine.txt"}
+    aside = set(_LEFT) - stays - {"samples/step-000006.png"}
+    assert _names(tmp_path) == stays | {f"previous/{name}" for name in aside}
+
+
+def test_a_refused_resume_changes_nothing(config, dataset, tmp_path):
+    _trained(config, dataset)
+    _leave(Path(config.output_dir), ["pytorch_lora_weights.safetensors", "samples/step-000004.png"])
+    before = _tree(tmp_path)
+    for change in (dict(seed=3), dict(learning_rate=1.0), dict(report_to="tensorboard", seed=3)):
+        with pytest.raises(ValueError, match="belongs to another run"):
+            _trained(dataclasses.replace(config, resume_from_checkpoint="latest", **change), dataset)
+        assert _tree(tmp_path) == before
+
+
+def test_the_log_of_another_run_is_not_gone_on_with(config, dataset):
+    folder = Path(config.output_dir)
+    _, mine = _trained(dataclasses.replace(config, max_train_steps=2), dataset)
+    _trained(dataclasses.replace(config, seed=1, max_train_steps=4, checkpointing_steps=4), dataset)
+    _, log = _trained(dataclasses.replace(config, resume_from_checkpoint="latest", max_train_steps=3), dataset)
+    assert [line["step"] for line in log] == [3] and len((folder / "log.jsonl").read_text().splitlines()) == 1
+    assert mine[0]["step"] == 1
+
+
+@pytest.mark.parametrize(
+    "name, value, own",
+    [
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", "gradient_accumulation_steps=1"),
+        ("ACCELERATE_MIXED_PRECISION", "bf16", "mixed_precision=no"),
+        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "no compilation"),
+    ],
+)
+def test_accelerates_environment_changes_nothing_and_is_told_of(
+    config, dataset, tmp_path, monkeypatch, capsys, name, value, own
+):
+    logs = []
+    for folder in ("without", "with"):
+        changed = dataclasses.replace(config, max_train_steps=2, output_dir=str(tmp_path / folder))
+        logs.append([line["loss"] for line in _trained(changed, dataset)[1]])
+        monkeypatch.setenv(name, value)
+    assert logs[0] == logs[1]
+    assert capsys.readouterr().out.count(f"Not followed: {name}={value}; this run has {own}.") == 1
+
+
+def test_what_accelerates_launcher_sets_by_itself_is_not_told_of(monkeypatch):
+    for name, value in (
+        ("MIXED_PRECISION", "no"),
+        ("GRADIENT_ACCUMULATION_STEPS", "1"),
+        ("DYNAMO_BACKEND", "NO"),
+        ("USE_CPU", "False"),
+    ):
+        monkeypatch.setenv(f"ACCELERATE_{name}", value)
+    assert overruled(DreamBoothConfig()) == "" == overruled(DreamBoothConfig(mixed_precision="bf16"))
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert overruled(DreamBoothConfig(mixed_precision="bf16")) == ""
+
+
+@pytest.mark.parametrize("name", ["DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG"])
+def test_a_model_split_among_processes_is_refused_at_the_start(config, monkeypatch, name):
+    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
+    with pytest.raises(ValueError, match=f"ACCELERATE_USE_{name} is set"):
+        check_start(config)
+
+
+def test_runs_of_another_precision_follow_each_other_in_one_process(config, dataset, tmp_path):
+    theirs = Accelerator(cpu=True, mixed_precision="bf16")  # one of the user's own, beside ours
+    losses = []
+    for number, precision in enumerate(("no", "bf16", "no")):
+        changed = dataclasses.replace(
+            config, mixed_precision=precision, max_train_steps=2, output_dir=str(tmp_path / str(number))
+        )
+        losses.append([line["loss"] for line in _trained(changed, dataset)[1]])
+    assert losses[0] == losses[2] != losses[1]
+    assert theirs.mixed_precision == "bf16"
+
+
+def test_an_interrupt_at_the_last_step_is_not_forgotten(config, dataset):
+    components = load_components("miniature")
+    add_adapters(components, rank=4)
+
+    def interrupt(step, record):
+        if step == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    config = dataclasses.replace(config, checkpointing_steps=0, max_train_steps=2)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, components, dataset, on_step=interrupt)
+    assert [path.name for path in checkpoints(Path(config.output_dir))] == ["checkpoint-2"]

@@ -5,12 +5,14 @@ from __future__ import annotations
 import colorsys
 import dataclasses
 import os
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
 from dbnb import toybox
+from dbnb.miniature.alike import differences_of, likeness, look_alike
 from dbnb.toybox.captions import caption
 
 # Number ranges of the splits: a test toy is never a training toy. "wild" toys have any colours, which no caption names:
@@ -19,6 +21,7 @@ _SPLITS = {"train": 0, "test": 1, "wild": 2}
 _WORLD = 3  # raised whenever the same number shows another picture, so that old files are not read
 SHOTS = 2  # photographs of each toy, in different places: pairs for the identity encoder
 CHUNK = 6000  # photographs a file
+ALIKE = 6  # a toy and its look-alikes, for the identity encoder
 SCENE_NAMES = tuple(toybox.SCENES)
 COLOR_NAMES = tuple(toybox.COLORS)
 UNNAMED = len(COLOR_NAMES)  # the label of a colour without a name
@@ -71,10 +74,14 @@ def labels_of(names: dict[str, str]) -> np.ndarray:
     return np.array(numbers, dtype=np.uint8)
 
 
+def names_of(labels: np.ndarray) -> dict[str, str]:
+    """A label row -> attribute names, "" for a colour without one."""
+    return {key: (*values, "")[min(labels[i], len(values))] for i, (key, values) in enumerate(ATTRIBUTES.items())}
+
+
 def caption_of(labels: np.ndarray, rng: np.random.Generator) -> str:
     """A label row -> one caption, drawn anew each time: a picture has many captions."""
-    names = {key: (*values, "")[min(labels[i], len(values))] for i, (key, values) in enumerate(ATTRIBUTES.items())}
-    return caption(**names, rng=rng)
+    return caption(**names_of(labels), rng=rng)
 
 
 def _file(split: str, count: int, folder: Path, start: int) -> Path:
@@ -90,20 +97,57 @@ def photographs(split: str, count: int, folder: Path, *, start: int = 0) -> tupl
     """(count, 64, 64, 3) uint8 pictures and (count, 6) uint8 labels; rendered on all cores, then read from `folder`."""
     path = _file(split, count, folder, start)
     if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        images = np.empty((count, 64, 64, 3), np.uint8)
-        labels = np.empty((count, len(ATTRIBUTES)), np.uint8)
-
-        def shoot(i: int) -> None:
-            toy, names, seed = draw(split, start + i)
-            images[i] = toybox.pixels(toy, scene=names["scene"], seed=seed)
-            labels[i] = labels_of(names)
-
-        with ThreadPoolExecutor(os.cpu_count()) as pool:  # the compiled renderer releases the interpreter's lock
-            for _ in pool.map(shoot, range(count), chunksize=64):
-                pass
-        temporary = path.with_suffix(".tmp.npz")
-        np.savez(temporary, images=images, labels=labels)
-        temporary.replace(path)
+        shots = [draw(split, start + i) for i in range(count)]
+        images = rendered([(toy, names["scene"], seed) for toy, names, seed in shots])
+        _keep(path, images=images, labels=np.stack([labels_of(names) for _, names, _ in shots]))
     with np.load(path) as file:
         return file["images"], file["labels"]
+
+
+def group(split: str, number: int) -> tuple[list[toybox.Toy], np.random.Generator]:
+    """Toy `number` of a split and the look-alikes that differ from it by one thing each, `ALIKE` in all.
+
+    The generator draws what is left to draw: where and from where each is photographed.
+    """
+    toy, rng = draw(split, number * SHOTS)[0], np.random.default_rng((_SPLITS[split], number, 0, 1))
+    possible = rng.permutation(differences_of(toy))
+    differences = [str(possible[i % len(possible)]) for i in range(ALIKE - 1)]
+    return [toy, *(look_alike(toy, difference, rng) for difference in differences)], rng
+
+
+def look_alikes(split: str, count: int, folder: Path, *, start: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """(count, `ALIKE`, `SHOTS`, 64, 64, 3) uint8 photographs of groups, and (count, `ALIKE`, `ALIKE`) their likeness.
+
+    Every shot has a scene and a view of its own. Rendered on all cores, then read from `folder`.
+    """
+    path = folder / f"alike-{split}-{start}-{count}-v{_WORLD}.npz"
+    groups = [group(split, number) for number in range(start, start + count)]
+    if not path.exists():
+        shots = [
+            (member, str(scene), int(rng.integers(2**31)))
+            for members, rng in groups
+            for member in members
+            for scene in rng.choice(SCENE_NAMES, SHOTS, replace=False)
+        ]
+        _keep(path, images=rendered(shots).reshape(count, ALIKE, SHOTS, 64, 64, 3))
+    alike = np.array([[[likeness(a, b) for b in members] for a in members] for members, _ in groups], np.float32)
+    with np.load(path) as file:
+        return file["images"], alike
+
+
+def rendered(shots: Sequence[tuple[toybox.Toy, str, int]]) -> np.ndarray:
+    """(toy, scene, view seed) of each photograph -> (N, 64, 64, 3) uint8, on all cores."""
+
+    def shoot(shot: tuple[toybox.Toy, str, int]) -> np.ndarray:
+        toy, scene, seed = shot
+        return toybox.pixels(toy, scene=scene, seed=seed)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # the compiled renderer releases the interpreter's lock
+        return np.stack(list(pool.map(shoot, shots, chunksize=64)))
+
+
+def _keep(path: Path, **arrays: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp.npz")
+    np.savez(temporary, **arrays)
+    temporary.replace(path)

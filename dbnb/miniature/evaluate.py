@@ -7,24 +7,27 @@ and its own accuracy on unseen renders stands beside.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import multiprocessing
 import os
 import tempfile
 import time
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageFilter
 from transformers import AutoModelForImageClassification
 
 from dbnb import metrics, toybox, workflow
 from dbnb.config import PRESETS, DreamBoothConfig
 from dbnb.miniature import path
-from dbnb.miniature.data import ATTRIBUTES, CHUNK, SHOTS, draw, held_out, is_kept, labels_of, photographs
+from dbnb.miniature.alike import differences_of, look_alike, turned
+from dbnb.miniature.data import ATTRIBUTES, CHUNK, SHOTS, draw, held_out, is_kept, labels_of, photographs, rendered
 from dbnb.models import load_components
 from dbnb.prior import build_pipeline, draw_images, image_seed
 from dbnb.toybox.captions import article_for
@@ -49,7 +52,7 @@ class Judge:
 
     @torch.no_grad()
     def features(self, images: np.ndarray) -> np.ndarray:
-        """(N, D) activations before the last layer, for the Frechet distance."""
+        """(N, D) activations before the last layer, for the distances of two sets of pictures."""
         pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1.0
         parts = [self.model.resnet(part).pooler_output.flatten(1) for part in pixels.split(128)]
         return torch.cat(parts).double().numpy()
@@ -66,6 +69,21 @@ def frechet(a: np.ndarray, b: np.ndarray) -> float:
     # The trace of the square root of a product, through its eigenvalues.
     root = np.sqrt(np.maximum(np.linalg.eigvals(ca @ cb).real, 0.0)).sum()
     return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(ca) + np.trace(cb) - 2.0 * root)
+
+
+def kernel_distance(a: np.ndarray, b: np.ndarray, *, subsets: int = 50, size: int = 100) -> tuple[float, float]:
+    """Kernel distance of two sets of features (Bińkowski et al., 2018): its mean over random subsets, and their spread.
+
+    The unbiased squared maximum mean discrepancy with the kernel (x.y / D + 1)^3, times 1000: 0 for two samples of one
+    distribution, however few they are, and then as often below 0 as above.
+    """
+    rng, values = np.random.default_rng(0), []
+    for _ in range(subsets):
+        x, y = (s[rng.choice(len(s), min(size, len(s)), replace=False)] for s in (a, b))
+        xx, yy, xy = ((p @ q.T / p.shape[1] + 1.0) ** 3 for p, q in ((x, x), (y, y), (x, y)))
+        within = [(k.sum() - np.trace(k)) / (len(k) * (len(k) - 1)) for k in (xx, yy)]
+        values.append(1000.0 * (sum(within) - 2.0 * xy.mean()))
+    return float(np.mean(values)), float(np.std(values))
 
 
 def entropy(numbers: np.ndarray, bins: int) -> float:
@@ -167,7 +185,7 @@ def drawings(pipeline, prompts: list[str], seed: int = 5, **settings) -> np.ndar
 
 
 def measure(base: Path, count: int, data: Path) -> dict:
-    """Autoencoder, judge, drawings, composition, diversity, copying, Frechet distance, identity encoder, speed.
+    """Autoencoder, judge, drawings, composition, diversity, copying, distances to renders, identity encoder, speed.
 
     `data` keeps photographs; copying is measured where those of the training are there.
     """
@@ -189,11 +207,10 @@ def measure(base: Path, count: int, data: Path) -> dict:
     result["composition"] = accuracy(
         judge(drawings(pipeline, [full_caption(n) for n in new], seed=6)), np.stack([labels_of(n) for n in new])
     )
-    real = judge.features(images)
-    result["frechet"] = {
-        "drawn_to_real": frechet(judge.features(pictures), real[: len(pictures)]),
-        "real_to_real": frechet(real[-len(pictures) :], real[: len(pictures)]),
-    }
+    # Like with like: two sets of renders of the very labels that the drawings were asked for.
+    drawn, *real = (judge.features(p) for p in (pictures, renders_of(seen, 1), renders_of(seen, 2)))
+    for name, distance in (("frechet", frechet), ("kernel", kernel_distance)):
+        result[name] = {"drawn_to_real": distance(drawn, real[0]), "real_to_real": distance(real[1], real[0])}
     result["copying"] = copying(base, pictures, images, data)
     dogs = judge(drawings(pipeline, ["a photo of a dog"] * count, seed=7))
     result["diversity"] = {
@@ -207,7 +224,70 @@ def measure(base: Path, count: int, data: Path) -> dict:
     encoders = metrics.load_encoders(base)
     result["identity"] = identity_accuracy(encoders, images, labels)
     result["identity_any_colors"] = identity_accuracy(encoders, any_colors, any_labels)
+    result["ladder"], result["among_look_alikes"] = look_alike_tests(encoders, components, max(4, count // 5))
     return result
+
+
+def renders_of(names: Sequence[dict[str, str]], seed: int) -> np.ndarray:
+    """(N, 64, 64, 3) uint8: for each set of attribute names another toy that has them, from another side."""
+    shots = []
+    for number, n in enumerate(names):
+        rng = np.random.default_rng((number, seed, 7))
+        toy = toybox.named_toy(n["kind"], n["body"], n["accent"], n["pattern"], n["accessory"], rng)
+        shots.append((toy, n["scene"], int(rng.integers(2**31))))
+    return rendered(shots)
+
+
+def look_alike_tests(encoders: metrics.Encoders, components, count: int) -> tuple[dict[str, float], float]:
+    """What the identity encoder makes of known damage, and whether it finds a toy among 50 look-alikes.
+
+    For `count` toys that training never saw, each shown by five photographs: the mean similarity of another photograph,
+    rung by rung the less alike; and the share of toys whose sixth photograph is more alike than those of 50 others of
+    its kind, each of which differs from it by one of `alike.DIFFERENCES`.
+    """
+    rng, scenes, number = np.random.default_rng(0), list(toybox.SCENES), 10**6
+    rungs: dict[str, list[float]] = {}
+    found = []
+    while len(found) < count:
+        number += 1
+        toy = draw(("test", "wild")[number % 2], SHOTS * number)[0]
+        if toy.pattern == "plain" or "hue" not in differences_of(toy):
+            continue  # it cannot lose what it does not have
+        order, views = rng.permutation(scenes), rng.integers(2**31, size=len(scenes))
+        shots = [(toy, str(scene), int(view)) for scene, view in zip(order, views, strict=True)]
+        turn_by = 15.0 * rng.choice((-1, 1))
+        changed = {
+            "hue 15° off": dataclasses.replace(toy, body=turned(toy.body, turn_by)),
+            "hue 30° off": dataclasses.replace(toy, body=turned(toy.body, 2 * turn_by)),
+            "another pattern": look_alike(toy, "pattern", rng),
+            "another toy": toybox.random_toy(toy.kind, number),
+        }
+        others = [look_alike(toy, str(rng.choice(differences_of(toy))), rng) for _ in range(50)]
+        places = [(str(rng.choice(scenes)), int(rng.integers(2**31))) for _ in others]
+        pictures = [
+            Image.fromarray(p)
+            for p in rendered(
+                [
+                    *shots[:7],
+                    *((t, *shots[5][1:]) for t in changed.values()),
+                    *((t, *place) for t, place in zip(others, places, strict=True)),
+                ]
+            )
+        ]
+        known, photograph = encoders.identity_features(pictures[:5]), pictures[5]
+        seen = {
+            "photograph": photograph,
+            "through the autoencoder": metrics.through_vae(components, [photograph], photograph.width)[0],
+            "blurred": photograph.filter(ImageFilter.GaussianBlur(1.5)),
+            **dict(zip(changed, pictures[7:11], strict=True)),
+        }
+        for name, similarity in zip(
+            seen, (encoders.identity_features(list(seen.values())) @ known.T).mean(1), strict=True
+        ):
+            rungs.setdefault(name, []).append(float(similarity))
+        similarity = (encoders.identity_features([pictures[6], *pictures[11:]]) @ known.T).mean(1)
+        found.append(int(similarity.argmax()) == 0)
+    return {name: float(np.mean(values)) for name, values in rungs.items()}, float(np.mean(found))
 
 
 def copying(base: Path, pictures: np.ndarray, unseen: np.ndarray, data: Path) -> dict[str, float] | None:

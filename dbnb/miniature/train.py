@@ -1,22 +1,24 @@
 """Train the miniature from nothing: `python -m dbnb.miniature.train --output_dir runs/miniature`.
 
 Stages, each resumable from its last checkpoint: photographs, autoencoder, contrastive text and image encoders,
-identity encoder, judge, latents, the decoder alone on them, UNet (with the text encoder). Every step is a function of
-(seed, step), so stopping and going on changes nothing. Losses go to <stage>.jsonl in the output folder, pictures to
-samples/.
-`--start_from` goes on from a base that was shipped, where the checkpoints of its training are gone.
+identity encoder, judge, latents, the decoder alone on them, UNet (with the text encoder), the text encoder alone on
+other ways to say the same. Every step is a function of (seed, step), so stopping and going on changes nothing. Losses
+go to <stage>.jsonl in the output folder, pictures to samples/.
+`--start_from` goes on from a base that was shipped, where the checkpoints of its training are gone; with `--stages` it
+mends parts of that base and ships the others as they are.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
 import hashlib
 import json
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -36,16 +38,30 @@ from diffusers.utils import make_image_grid
 from PIL import Image
 from torch import nn
 from torch.optim.swa_utils import update_bn
-from transformers import CLIPModel, CLIPTextModel, ResNetForImageClassification, ResNetModel
+from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer, ResNetForImageClassification, ResNetModel
 
 from dbnb import toybox
 from dbnb.miniature import design
-from dbnb.miniature.data import ATTRIBUTES, CHUNK, COLOR_NAMES, SHOTS, caption_of, photographs
+from dbnb.miniature.data import (
+    ALIKE,
+    ATTRIBUTES,
+    CHUNK,
+    COLOR_NAMES,
+    SHOTS,
+    caption_of,
+    look_alikes,
+    names_of,
+    photographs,
+)
 from dbnb.prior import fast_solver
-from dbnb.toybox.captions import article_for
+from dbnb.toybox.captions import IDENTIFIERS, article_for, content
 
-STAGES = ("vae", "clip", "identity", "judge", "decoder", "unet")
+STAGES = ("vae", "clip", "identity", "judge", "decoder", "unet", "words")
+# What the two stages give that a shipped base can be mended in alone, and where it lies in the base.
+MENDABLE = {"identity": "identity", "words": "text_encoder"}
 PHOTOGRAPHS = 48000
+CODE = 32  # directions of the text encoder's hidden states that carry an identifier
+LOOK_ALIKES = 2500  # toys, each with ALIKE - 1 others
 _LATENT_SAMPLE = 2000  # photographs that tell the latents' mean and deviation
 
 
@@ -267,22 +283,39 @@ def _jitter(pictures: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
     return mixed + 0.08 * torch.rand(len(pictures), 1, 1, 1, generator=rng) * torch.randn(pictures.shape, generator=rng)
 
 
-def train_identity(data: Photographs, seed: int, batch_size: int, **options):
-    """Identity encoder: InfoNCE (van den Oord et al., 2018) between two shots of a toy, against others of its kind."""
+def read_look_alikes(folder: Path, count: int = LOOK_ALIKES) -> tuple[np.ndarray, np.ndarray]:
+    """`look_alikes` of `count` toys, half in named colours and half in any."""
+    part = min(count // 2, 250)
+    chunks = [
+        look_alikes(split, part, folder, start=start)
+        for split in ("train", "wild")
+        for start in range(0, count // 2, part)
+    ]
+    return tuple(np.concatenate(arrays) for arrays in zip(*chunks, strict=True))
+
+
+def train_identity(groups: np.ndarray, alike: np.ndarray, seed: int, batch_size: int, **options):
+    """Identity encoder: InfoNCE (van den Oord et al., 2018) between two shots of a toy, and a scale for look-alikes.
+
+    Among the toys are groups of look-alikes, each of which differs by one thing (`alike.DIFFERENCES`). Their
+    similarities are drawn to `alike.likeness`, so that a hue or a smeared pattern counts for what an eye sees in it.
+    All other toys are negatives. `batch_size` counts toys, look-alikes among them.
+    """
     encoder = design.identity()
-    first = np.arange(0, len(data.images), SHOTS)
-    by_kind = [first[data.labels[first, 0] == kind] for kind in range(len(ATTRIBUTES["kind"]))]
 
     def loss_of_step(step: int) -> dict[str, torch.Tensor]:
         rng = generator(seed, step)
-        toys = by_kind[step % len(by_kind)]
-        chosen = toys[torch.randperm(len(toys), generator=rng)[:batch_size].numpy()]
-        pictures = to_tensor(data.images[np.concatenate([chosen, chosen + 1])])
+        chosen = torch.randperm(len(groups), generator=rng)[: batch_size // ALIKE].numpy()
+        toys = groups[chosen].reshape(-1, *groups.shape[2:])  # a look-alike is a toy like any other
+        pictures = to_tensor(np.concatenate([toys[:, 0], toys[:, 1]]))
         features = F.normalize(encoder(_jitter(pictures, rng)).pooler_output.flatten(1), dim=1)
-        logits = features[: len(chosen)] @ features[len(chosen) :].T / 0.1
-        target = torch.arange(len(chosen))
-        loss = 0.5 * (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target))
-        return dict(loss=loss, hits=(logits.argmax(1) == target).float().mean())
+        similarity = features[: len(toys)] @ features[len(toys) :].T
+        target = torch.arange(len(toys))
+        contrast = 0.5 * (F.cross_entropy(similarity / 0.1, target) + F.cross_entropy(similarity.T / 0.1, target))
+        of_group = torch.block_diag(*torch.ones(len(chosen), ALIKE, ALIKE)).bool()
+        scale = F.mse_loss(similarity[of_group], torch.from_numpy(alike[chosen]).flatten())
+        hits = (similarity.argmax(1) == target).float().mean()
+        return dict(loss=contrast + 4.0 * scale, contrast=contrast, scale=scale, hits=hits)
 
     return encoder, fit("identity", encoder, loss_of_step, **options)
 
@@ -433,8 +466,114 @@ def train_unet(
     return model, done
 
 
-def adopt(base: Path, folder: Path) -> None:
-    """Checkpoints of all stages from a shipped base, for those that `folder` lacks: weights and steps, no optimizer."""
+def draw_vectors(table: nn.Embedding, words, rng: torch.Generator, *, most_alike: float = 1.0) -> None:
+    """Give each identifier a vector of its own in the token embedding, as long as the words' and apart from them.
+
+    A fifth of it is a direction that all identifiers share, by which the text encoder can tell a name from a word; the
+    rest is random, drawn again until the cosine with every other token's vector is below `most_alike`.
+    """
+    with torch.no_grad():
+        vectors = table.weight
+        known = [words.convert_tokens_to_ids(f"{name}</w>") for name in (*toybox.KINDS, *COLOR_NAMES)]
+        length = vectors[known].norm(dim=1).mean()
+        shared = F.normalize(torch.randn(vectors.shape[1], generator=generator(0, -2)), dim=0)
+        for identifier in words.convert_tokens_to_ids([f"{name}</w>" for name in IDENTIFIERS]):
+            others = F.normalize(vectors[[i for i in range(len(vectors)) if i != identifier]], dim=1)
+            while True:
+                own = F.normalize(torch.randn(vectors.shape[1], generator=rng), dim=0)
+                direction = F.normalize(0.2**0.5 * shared + 0.8**0.5 * own, dim=0)
+                if (others @ direction).abs().max() < most_alike:
+                    break
+            vectors[identifier] = length * direction
+
+
+def _pairs(data: Photographs, indices: np.ndarray, rng: torch.Generator) -> tuple[list[str], list[str], list[str]]:
+    """For each photograph: a plain sentence, the same content in another sentence, and the identifier in that one.
+
+    Half of the other sentences have an identifier, else it is "". A tenth of both are empty, for guidance; in another
+    tenth the other sentence is plain as well, so that what is known stays.
+    """
+    draw = np.random.default_rng(int(torch.randint(2**62, (1,), generator=rng)))
+    plain, free, identifiers = [], [], []
+    for index in indices:
+        said, kept = content(**names_of(data.labels[index]), rng=draw), draw.random()
+        identifier = str(draw.choice(IDENTIFIERS)) if draw.random() < 0.5 and kept >= 0.1 else ""
+        place = int(draw.integers(len(said.adjectives) + 1))
+        adjectives = [*said.adjectives[:place], *([identifier] if identifier else []), *said.adjectives[place:]]
+        other = dataclasses.replace(said, adjectives=tuple(adjectives))
+        plain.append("" if kept < 0.1 else said.plainly())
+        free.append("" if kept < 0.1 else other.plainly() if kept < 0.2 else other.freely(draw))
+        identifiers.append(identifier)
+    return plain, free, identifiers
+
+
+def unheard_directions(unet, count: int) -> torch.Tensor:
+    """(D, count): orthonormal directions of the text's hidden states that the UNet's cross-attention hears least."""
+    projections = [
+        layer.weight.float() for name, layer in unet.named_modules() if name.endswith(("attn2.to_k", "attn2.to_v"))
+    ]
+    # Each layer counts alike, however wide its weights are.
+    stacked = torch.cat([weight / weight.norm() for weight in projections])
+    return torch.linalg.svd(stacked, full_matrices=True).Vh[-count:].T
+
+
+def train_words(
+    data: Photographs, latents: torch.Tensor, unet, text_encoder, words, seed: int, batch_size: int, **options
+):  # fmt: skip
+    """The text encoder alone, further: the same content means the same in any sentence, and a name is heard in it.
+
+    The UNet is frozen, and what it predicts for a plain sentence, encoded as before this stage, is the target for any
+    other (knowledge distillation, Hinton et al., 2015). An identifier is a new random vector at every step, so that any
+    vector is treated alike: it must not change the prediction, yet the noun and all that follows carry a code of it, in
+    directions that this UNet does not hear and an adapter can. Without that code an unknown word is lost after its own
+    position, and subject and class look the same to whatever is trained.
+    """
+    teacher, schedule = copy.deepcopy(text_encoder), design.scheduler()
+    for frozen in (teacher, unet):
+        frozen.requires_grad_(False).eval()
+    unet.set_attn_processor(AttnProcessor())
+    table = text_encoder.get_input_embeddings()
+    nouns = torch.tensor([words.convert_tokens_to_ids(f"{name}</w>") for name in toybox.KINDS])
+    numbers = {name: words.convert_tokens_to_ids(f"{name}</w>") for name in IDENTIFIERS}
+    unheard = unheard_directions(unet, CODE)
+    to_code = torch.randn(table.embedding_dim, CODE, generator=generator(seed, -1))
+
+    def loss_of_step(step: int) -> dict[str, torch.Tensor]:
+        rng = generator(seed, step)
+        draw_vectors(table, words, rng)
+        indices = data.batch(batch_size, rng)
+        plain, free, identifiers = _pairs(data, indices, rng)
+        clean = DiagonalGaussianDistribution(latents[torch.from_numpy(indices)].float()).sample(rng)
+        noise = torch.randn(clean.shape, generator=rng)
+        strata = (torch.arange(batch_size) + torch.rand(batch_size, generator=rng)) / batch_size
+        t = (strata * schedule.config.num_train_timesteps).long()
+        noisy = schedule.add_noise(clean, noise, t)
+        tokens, tokens_plain = tokenize(words, free), tokenize(words, plain)
+        hidden = text_encoder(tokens).last_hidden_state
+        with torch.no_grad():
+            wanted = teacher(tokens_plain).last_hidden_state
+            target = unet(noisy, t, encoder_hidden_states=wanted).sample
+            named = torch.tensor([bool(identifier) for identifier in identifiers])
+            vectors = table.weight[[numbers.get(identifier, 0) for identifier in identifiers]]
+            codes = named[:, None] * F.normalize(vectors @ to_code, dim=1) @ unheard.T  # (B, D), of length 1 or 0
+        predicted = unet(noisy, t, encoder_hidden_states=hidden).sample
+        mse = (predicted - target).square().mean((1, 2, 3))
+        said = torch.isin(tokens, nouns).any(1)  # all but the empty ones
+        noun = hidden[torch.isin(tokens, nouns)] - wanted[torch.isin(tokens_plain, nouns)] - 2.0 * codes[said]
+        ended = (tokens == words.eos_token_id) & (tokens_plain == words.eos_token_id)
+        end = (hidden - wanted - codes[:, None])[ended]
+        states = noun.square().mean() + end.square().mean()
+        return dict(loss=mse.mean() + 0.15 * states, mse=mse.mean(), noun=noun.square().mean(), end=end.square().mean())
+
+    done = fit("words", text_encoder, loss_of_step, weight_decay=0.0, **options)
+    return text_encoder, done
+
+
+def adopt(base: Path, folder: Path, made_from: Callable[[str], dict[str, int]]) -> None:
+    """Checkpoints of the stages from a shipped base, for those that `folder` lacks: weights and steps, no optimizer.
+
+    The stage "words" is not among them: it starts from the text encoder as the UNet's training left it.
+    """
     recipe = json.loads((base / "training.json").read_text())
     folder.mkdir(parents=True, exist_ok=True)
     vae = AutoencoderKL.from_pretrained(base / "vae")
@@ -452,24 +591,27 @@ def adopt(base: Path, folder: Path) -> None:
         if (folder / f"{name}.pt").exists() or name not in recipe["stages"]:
             continue
         stage = recipe["stages"][name]
-        made_from = {key: recipe[key] for key in ("seed", "photographs")} | {"batch_size": stage["batch_size"]}
         state = dict(models=model.float().state_dict(), step=stage["step"], warm_up_from=stage["step"])
-        torch.save(state | dict(made_from=made_from), folder / f"{name}.pt")
+        torch.save(state | dict(made_from=made_from(name)), folder / f"{name}.pt")
         (folder / f"{name}.jsonl").write_text(json.dumps({key: stage[key] for key in ("step", "minutes")}) + "\n")
 
 
 def restore(name: str, models: nn.Module, folder: Path) -> nn.Module:
-    """Put a stage's averaged weights, as far as training has come, into `models`."""
+    """Put a stage's averaged weights, as far as training has come, into `models`.
+
+    What was adopted from a shipped base is an average already.
+    """
     state = torch.load(folder / f"{name}.pt", weights_only=True)
     models.load_state_dict(state["models"])
-    for parameter, average in zip(models.parameters(), state["ema"]["shadow_params"], strict=True):
-        parameter.data.copy_(average)
+    if "ema" in state:
+        for parameter, average in zip(models.parameters(), state["ema"]["shadow_params"], strict=True):
+            parameter.data.copy_(average)
     return models.eval()
 
 
-def settle(model: nn.Module, data: Photographs, seed: int) -> nn.Module:
+def settle(model: nn.Module, images: np.ndarray, seed: int) -> nn.Module:
     """Measure the batch norms' statistics anew: those of training belong to other weights than the average."""
-    pictures = [to_tensor(data.images[start : start + 100]) for start in range(0, min(len(data.images), 6000), 100)]
+    pictures = [to_tensor(images[start : start + 100]) for start in range(0, min(len(images), 6000), 100)]
     update_bn((_jitter(part, generator(seed, i)) for i, part in enumerate(pictures)), model)
     return model
 
@@ -490,6 +632,20 @@ def stage_record(name: str, batch_size: int, folder: Path) -> dict[str, float]:
     return {"step": lines[-1]["step"] if lines else 0, "batch_size": batch_size, "minutes": round(float(total), 1)}
 
 
+def save_mendable(stage: str, folder: Path, target: Path) -> None:
+    """Write what a stage of `MENDABLE` made into a base's folder."""
+    if stage == "identity":
+        images = np.concatenate([np.load(path)["images"] for path in sorted((folder / "data").glob("alike-*"))])
+        images = images.reshape(-1, *images.shape[-3:])
+        some = torch.randperm(len(images), generator=generator(0, 0))[:6000].numpy()
+        model = settle(restore(stage, design.identity(), folder), images[some], 0).half()
+    else:
+        words = CLIPTokenizer.from_pretrained(target / "tokenizer")
+        model = restore(stage, design.text_encoder(words), folder)
+        draw_vectors(model.get_input_embeddings(), words, generator(0, 0), most_alike=0.3)
+    model.save_pretrained(target / MENDABLE[stage])
+
+
 def assemble(folder: Path, data: Photographs, target: Path, recipe: dict) -> None:
     """Write the trained parts as a Stable Diffusion folder, with the encoders that measure it beside them.
 
@@ -503,14 +659,36 @@ def assemble(folder: Path, data: Photographs, target: Path, recipe: dict) -> Non
     denoiser = restore("unet", Denoiser(design.unet(), design.text_encoder(words)), folder)
     temporary = target.with_name(f".{target.name}")
     StableDiffusionPipeline(
-        vae=vae.half(), text_encoder=denoiser.text_encoder, tokenizer=words, unet=denoiser.unet.half(),
-        scheduler=design.scheduler(), safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    ).save_pretrained(temporary)  # fmt: skip
+        vae=vae.half(),
+        text_encoder=denoiser.text_encoder,
+        tokenizer=words,
+        unet=denoiser.unet.half(),
+        scheduler=design.scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(temporary)
     restore("clip", design.clip(words), folder).half().save_pretrained(temporary / "clip")
-    for name, model in (("identity", design.identity()), ("judge", design.judge())):
-        settle(restore(name, model, folder), data, recipe["seed"]).half().save_pretrained(temporary / name)
+    settle(restore("judge", design.judge(), folder), data.images, recipe["seed"]).half().save_pretrained(
+        temporary / "judge"
+    )
+    for stage in MENDABLE:
+        save_mendable(stage, folder, temporary)
     if (folder / "pilots.json").exists():
         shutil.copy(folder / "pilots.json", temporary)
+    _finish(temporary, target, recipe)
+
+
+def mend(base: Path, stages: Sequence[str], folder: Path, target: Path, recipe: dict) -> None:
+    """A copy of a shipped base in which the parts that `stages` made are new."""
+    temporary = target.with_name(f".{target.name}")
+    shutil.copytree(base, temporary)
+    for stage in stages:
+        save_mendable(stage, folder, temporary)
+    _finish(temporary, target, recipe)
+
+
+def _finish(temporary: Path, target: Path, recipe: dict) -> None:
     (temporary / "training.json").write_text(json.dumps(recipe, indent=1) + "\n")
     shutil.rmtree(target, ignore_errors=True)
     temporary.replace(target)
@@ -521,48 +699,76 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("runs/miniature"))
     parser.add_argument("--photographs", type=int, default=PHOTOGRAPHS)
-    parser.add_argument("--steps", type=int, nargs=6, default=(6800, 800, 1200, 2400, 2600, 25500), metavar=STAGES)
-    parser.add_argument("--batch_sizes", type=int, nargs=6, default=(8, 128, 96, 64, 16, 24), metavar=STAGES)
+    parser.add_argument("--look_alikes", type=int, default=LOOK_ALIKES, help="groups that the identity encoder sees")
+    steps, batch_sizes = (6800, 800, 5200, 2400, 2600, 25500, 1500), (8, 128, 96, 64, 16, 24, 24)
+    parser.add_argument("--steps", type=int, nargs=len(STAGES), default=steps, metavar=STAGES)
+    parser.add_argument("--batch_sizes", type=int, nargs=len(STAGES), default=batch_sizes, metavar=STAGES)
     parser.add_argument("--minutes", type=float, default=1e9, help="stop this run's UNet stage after so many minutes")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--start_from", type=Path, help="a shipped base, for stages of which no checkpoint is there")
-    parser.add_argument("--until", choices=STAGES, default=STAGES[-1], help="the last stage to run")
+    parser.add_argument("--stages", choices=STAGES, nargs="+", default=STAGES, help="the stages to run")
     parser.add_argument("--mixed_precision", choices=("no", "bf16"), default="no", help="of the UNet's training")
     parser.add_argument("--ship", type=Path, help="write the finished base to this folder")
     parser.add_argument("--note", default="", help="what the card says besides of this training")
     args = parser.parse_args(argv)
+    mends = args.start_from is not None and set(args.stages) <= set(MENDABLE)
+    if args.ship is not None and set(args.stages) != set(STAGES) and not mends:
+        parser.error(f"--ship with some --stages alone mends {', '.join(MENDABLE)} of a base given by --start_from.")
     steps = dict(zip(STAGES, args.steps, strict=True))
     batch = dict(zip(STAGES, args.batch_sizes, strict=True))
     torch.manual_seed(args.seed)  # the parts' first weights
-    folder, last = args.output_dir, STAGES.index(args.until)
-    if args.start_from is not None:
-        adopt(args.start_from, folder)
-    data = Photographs(args.photographs, folder / "data")
-    words = design.tokenizer()
+    folder = args.output_dir
+
+    def made_from(stage: str) -> dict[str, int]:
+        seen = {"look_alikes": args.look_alikes} if stage == "identity" else {"photographs": args.photographs}
+        return {"seed": args.seed, "batch_size": batch[stage]} | seen
 
     def options(stage: str) -> dict:
-        made_from = {"seed": args.seed, "photographs": args.photographs, "batch_size": batch[stage]}
         return dict(
-            seed=args.seed, batch_size=batch[stage], steps=steps[stage], lr=1e-3, folder=folder, made_from=made_from
+            seed=args.seed,
+            batch_size=batch[stage],
+            steps=steps[stage],
+            lr=1e-3,
+            folder=folder,
+            made_from=made_from(stage),
         )
 
-    vae, _ = train_vae(data, **options("vae"))
-    if last >= 1:
-        clip, _ = train_clip(data, words, **options("clip"))
-    if last >= 2:
-        train_identity(data, **options("identity"))
-    if last >= 3:
+    if args.start_from is not None:
+        adopt(args.start_from, folder, made_from)
+    if "identity" in args.stages:
+        train_identity(*read_look_alikes(folder / "data", args.look_alikes), **options("identity"))
+    data = None
+    if set(args.stages) - {"identity"}:
+        data, words = Photographs(args.photographs, folder / "data"), design.tokenizer()
+    if "vae" in args.stages:
+        train_vae(data, **options("vae"))
+    if "clip" in args.stages:
+        train_clip(data, words, **options("clip"))
+    if "judge" in args.stages:
         train_judge(data, **options("judge"))
-    if last >= 4:
-        vae, latents = latents_of(data, vae, folder)
+    if {"decoder", "unet", "words"} & set(args.stages):
+        vae, latents = latents_of(data, restore("vae", design.vae(), folder), folder)
+    if "decoder" in args.stages:
         train_decoder(data, vae, latents, **options("decoder"))
-    if last >= 5:
+    if "unet" in args.stages:
         further = {"lr": 8e-4, "minutes": args.minutes, "mixed_precision": args.mixed_precision}
+        clip = restore("clip", design.clip(words), folder)
+        restore("decoder", decoder_of(vae), folder)  # the samples are drawn with it
         train_unet(data, vae, latents, words, clip, **options("unet") | further)
+    if "words" in args.stages:
+        denoiser = restore("unet", Denoiser(design.unet(), design.text_encoder(words)), folder)
+        train_words(data, latents, denoiser.unet, denoiser.text_encoder, words, **options("words") | {"lr": 5e-4})
     if args.ship is not None:
-        recipe = {"photographs": args.photographs, "seed": args.seed, "note": args.note}
-        recipe["stages"] = {name: stage_record(name, batch[name], folder) for name in STAGES}
-        assemble(folder, data, args.ship, recipe)
+        recipe = {"photographs": args.photographs, "seed": args.seed, "note": args.note, "stages": {}}
+        if mends:
+            recipe = json.loads((args.start_from / "training.json").read_text())
+            recipe["note"] = f"{recipe['note']} {args.note}".strip()
+        recipe["look_alikes"] = args.look_alikes
+        recipe["stages"] |= {name: stage_record(name, batch[name], folder) for name in args.stages}
+        if mends:
+            mend(args.start_from, args.stages, folder, args.ship, recipe)
+        else:
+            assemble(folder, data, args.ship, recipe)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from dbnb.toybox.toys import (
     ACCESSORIES,
     COLORS,
     KINDS,
+    PATCHED,
     PATTERNS,
     Toy,
     named_toy,
@@ -26,7 +27,7 @@ from dbnb.toybox.toys import (
 )
 
 __all__ = [
-    "ACCESSORIES", "COLORS", "KINDS", "PATTERNS", "SCENES", "Toy", "named_toy", "photograph", "pixels",
+    "ACCESSORIES", "COLORS", "KINDS", "PATCHED", "PATTERNS", "SCENES", "Toy", "named_toy", "photograph", "pixels",
     "random_attributes", "random_toy", "rgb",
 ]  # fmt: skip
 
@@ -48,8 +49,8 @@ def pixels(toy: Toy, *, scene: str, seed: int, size: int = 64, supersample: int 
     from dbnb.toybox.render import render  # numba takes a second to import: only whoever renders pays for it
 
     body, accent = np.array(rgb(toy.body)), np.array(rgb(toy.accent))
-    scene_number = list(SCENES).index(scene)
-    return render(parts(toy), body, accent, PATTERNS.index(toy.pattern), scene_number, _view(seed), size, supersample)
+    scene_number, pattern = list(SCENES).index(scene), (*PATTERNS, PATCHED).index(toy.pattern)
+    return render(parts(toy), body, accent, pattern, scene_number, _view(seed), size, supersample)
 
 
 def _view(seed: int) -> tuple[float, ...]:

@@ -148,7 +148,12 @@ def _patterned(pattern, x, y, z):
             if u * u + v * v + w * w < 0.105:
                 return True
         return False
-    return pattern == 2 and math.sin(2.0 * math.pi * (x * 0.8 + y * 0.6) / 0.44) > 0.15
+    if pattern == 2:  # striped
+        return math.sin(2.0 * math.pi * (x * 0.8 + y * 0.6) / 0.44) > 0.15
+    if pattern == 3:  # patched: about as much of the body as spots cover, in large, irregular areas
+        u = math.sin(7.1 * x + 2.0 * math.sin(5.3 * y + 0.7)) + math.sin(6.3 * y + 2.0 * math.sin(4.9 * z + 1.9))
+        return u + math.sin(5.7 * z + 2.0 * math.sin(6.1 * x + 4.2)) > 0.3
+    return False
 
 
 @njit(cache=True, nogil=True)

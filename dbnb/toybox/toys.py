@@ -8,6 +8,9 @@ import numpy as np
 
 KINDS = ("dog", "cat", "duck", "robot", "car", "teapot")
 PATTERNS = ("plain", "spotted", "striped")
+# Spots run together, as a model draws them that has not learned the toy. No toy of the world is drawn at random with
+# it: the identity encoder learns to tell it from spots.
+PATCHED = "patched"
 ACCESSORIES = ("none", "hat", "scarf")
 # Eight hues that stay apart in any of the scenes' lights, at 64 px and after the autoencoder.
 COLORS = {
@@ -46,7 +49,7 @@ class Toy:
     def __post_init__(self) -> None:
         for name, value, known in (
             ("kind", self.kind, KINDS),
-            ("pattern", self.pattern, PATTERNS),
+            ("pattern", self.pattern, (*PATTERNS, PATCHED)),
             ("accessory", self.accessory, ACCESSORIES),
         ):
             if value not in known:

@@ -51,7 +51,7 @@ import torch
 from torch import nn
 
 from dbnb import plots, workflow
-from dbnb.adapters import UNET_TARGETS, adapted_modules, adapter_table, add_adapters, trainable_parameters
+from dbnb.adapters import ATTENTION, adapted_modules, adapter_table, add_adapters, trainable_parameters
 from dbnb.config import DreamBoothConfig
 from dbnb.models import encode_prompts, load_components
 from dbnb.tables import Table
@@ -153,7 +153,7 @@ print("A gets one, at first:", bool(adapted.A.grad.abs().max() > 0))
 
 # %%
 # NBVAL_CHECK_OUTPUT
-print("UNet:", ", ".join(UNET_TARGETS))
+print("UNet:", ", ".join(ATTENTION))
 components = load_components(config.base)
 print("text encoder:", ", ".join(components.architecture.lora_targets))
 

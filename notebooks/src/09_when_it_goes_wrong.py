@@ -66,7 +66,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from dbnb import export, metrics, plots, toybox, workflow
-from dbnb.adapters import UNET_TARGETS, adapted_modules, add_adapters, trainable_parameters
+from dbnb.adapters import ATTENTION, adapted_modules, add_adapters, trainable_parameters
 from dbnb.concept import SAMPLE_DIR, inspect_images, load_image
 from dbnb.config import DreamBoothConfig
 from dbnb.dataset import DreamBoothDataset, cache_latents
@@ -370,7 +370,7 @@ print("interleaved:", first_half_is_the_subject(interleaved(0)))
 # by `add_adapters`. Six steps each, at 1e-4. **Predict**: one adapter matrix $A$, after minus before, as a picture?
 
 # %%
-low_rank = LoraConfig(r=4, lora_alpha=4, init_lora_weights="gaussian", target_modules=list(UNET_TARGETS))
+low_rank = LoraConfig(r=4, lora_alpha=4, init_lora_weights="gaussian", target_modules=list(ATTENTION))
 changes, still, formats = {}, {}, {}
 for name in ("as peft adds it", "add_adapters"):
     half = load_components(config.base, weight_dtype=torch.bfloat16)
