@@ -176,7 +176,7 @@ class DreamBoothConfig:
                 raise ValueError(f"{name}={value!r} is empty: give a value, or leave the option out.")
             # Photographs may lie under such names: Python's own files can read them. Other libraries cannot.
             if not name.endswith("_data_dir") and any("\ud800" <= letter <= "\udfff" for letter in value):
-                raise ValueError(f"{name}={value!r} is not valid UTF-8: use another name.")
+                raise ValueError(f"{name}={value!r} is not valid UTF-8 here: use another name, or set PYTHONUTF8=1.")
 
     def _check_numbers_and_choices(self) -> None:
         """Raise the ValueError that names the first option whose value is not among those it takes."""
@@ -320,6 +320,18 @@ def _read_config(part: Path) -> dict[str, Any]:
     return config
 
 
+# Options that are words, not names of files: those must stay as the file system has them.
+_WORDS = ("class_word", "identifier", "instance_prompt", "class_prompt")
+
+
+def _words(text: str) -> str:
+    """A word from the command line: in the C locale Python hands over the bytes of other letters one by one."""
+    try:
+        return os.fsencode(text).decode("utf-8")
+    except UnicodeError:  # not UTF-8 either, which the check says
+        return text
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The command line: one option a field, booleans as --name / --no_name."""
     parser = argparse.ArgumentParser(
@@ -347,7 +359,8 @@ def build_parser() -> argparse.ArgumentParser:
             short = item.name.removeprefix("with_")
             group.add_argument(f"--no_{short}", dest=item.name, action="store_false", help="the opposite")
         else:
-            parser.add_argument(f"--{item.name}", type=kind, metavar=kind.__name__.upper(), **common)
+            type_ = _words if item.name in _WORDS else kind
+            parser.add_argument(f"--{item.name}", type=type_, metavar=kind.__name__.upper(), **common)
     return parser
 
 

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
+import shutil
+import subprocess
+import sys
 
 import pytest
 from hypothesis import given, settings
@@ -77,10 +82,8 @@ def test_what_cannot_work_is_refused_by_name_in_time(refusal, arguments, words, 
 
 
 NUMBERS = {
-    item.name: item
-    for item in DreamBoothConfig.__dataclass_fields__.values()
-    if item.metadata["range"] is not None
-}  # fmt: skip
+    item.name: item for item in DreamBoothConfig.__dataclass_fields__.values() if item.metadata["range"] is not None
+}
 
 
 def test_every_number_has_a_range_that_help_shows():
@@ -120,3 +123,39 @@ def test_every_schedule_and_tracker_on_offer_is_taken():
         check_libraries(DreamBoothConfig(lr_scheduler=name))
     for name in ("none", "all", "tensorboard"):
         check_libraries(DreamBoothConfig(report_to=name))
+
+
+_C = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+
+
+def _command(arguments: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
+    arguments = [os.fsencode(argument) for argument in (sys.executable, "-m", "dbnb", *arguments)]
+    return subprocess.run(arguments, capture_output=True, env=environment, timeout=300)
+
+
+@pytest.mark.parametrize("environment", [{"PYTHONIOENCODING": "cp1252"}, _C], ids=["cp1252", "C"])
+def test_help_and_refusals_are_said_on_any_console(environment):
+    said = _command(["--help"], environment)
+    assert said.returncode == 0 and b"--learning_rate" in said.stdout and not said.stderr
+    said = _command(["--class_word", "狗", "--export", "小明"], environment)
+    assert said.returncode == 2 and said.stderr.startswith(b"dbnb: export='??' is none of") or b"udce5" in said.stderr
+    assert b"Traceback" not in said.stderr
+
+
+def test_a_run_in_other_letters_ends_well_on_any_console(tmp_path, concept):
+    photographs = os.fsencode(tmp_path / "photos") + b"-\xe9"  # no UTF-8
+    os.mkdir(photographs)
+    for number, path in enumerate(concept.paths[:3]):
+        shutil.copy(path, photographs + b"/\xe9-%d.png" % number)
+    short = (
+        "--max_train_steps 2 --num_class_images 2 --num_validation_images 0 --num_inference_steps 2 --rank 2".split()
+    )
+    words = ["--identifier", "小明", "--class_word", "狗", "--instance_prompt", "小明的狗"]
+    folders = ["--instance_data_dir", os.fsdecode(photographs), "--output_dir", str(tmp_path / "run")]
+    said = _command([*short, *words, *folders], _C)
+    assert said.returncode == 0, said.stderr
+    settings_ = json.loads((tmp_path / "run" / "config.json").read_text(encoding="utf-8"))
+    assert settings_["class_word"] == "狗" and "小明的狗" in (tmp_path / "run" / "README.md").read_text(
+        encoding="utf-8"
+    )
