@@ -205,32 +205,41 @@ class Concept:
     notes: tuple[ImageNote, ...] = ()
     instance_prompt: str = ""
     class_prompt: str = ""
+    further_prompts: tuple[str, ...] = ()  # other instance prompts that training draws from
 
     @classmethod
     def from_folder(
         cls, folder: Path | str | None, identifier: str, class_word: str, *, resolution: int = 64,
-        instance_prompt: str | None = None, class_prompt: str | None = None,
+        instance_prompt: str | Sequence[str] | None = None, class_prompt: str | None = None,
     ) -> Concept:  # fmt: skip
         """Look at a folder's pictures and make the prompts; without a folder, the bundled sample subject.
 
-        Raises ValueError when the instance prompt does not contain the identifier, or a word is empty.
+        `instance_prompt` may be several, which training draws from; the first is the one that pictures are asked for
+        with. Raises ValueError when one of them does not contain the identifier, or a word is empty.
         """
         if not identifier.strip() or not class_word.strip():
             raise ValueError("identifier and class_word must each be a word, such as 'sks' and 'dog'.")
-        for text in (identifier, class_word, instance_prompt or "", class_prompt or ""):
+        prompts = [instance_prompt] if isinstance(instance_prompt, str) else list(instance_prompt or ())
+        prompts = prompts or [f"a photo of {identifier} {class_word}"]
+        for text in (identifier, class_word, *prompts, class_prompt or ""):
             if not text.isprintable() or set(text) & set("<>`[]|"):
                 raise ValueError(f"{text!r} holds a line break, or one of < > ` [ ] |: write it in plain words.")
         paths, notes = inspect_images(Path(folder) if folder else SAMPLE_DIR / "photos", resolution)
-        instance_prompt = instance_prompt or f"a photo of {article_for(identifier)} {identifier} {class_word}"
-        if not re.search(rf"(?<!\w){re.escape(identifier)}(?!\w)", instance_prompt):
-            raise ValueError(
-                f"instance_prompt {instance_prompt!r} does not contain the identifier {identifier!r}: put it there."
-            )
+        for prompt in prompts:
+            if not re.search(rf"(?<!\w){re.escape(identifier)}(?!\w)", prompt):
+                raise ValueError(
+                    f"instance_prompt {prompt!r} does not contain the identifier {identifier!r}: put it there."
+                )
         class_prompt = class_prompt or f"a photo of {article_for(class_word)} {class_word}"
-        return cls(identifier, class_word, tuple(paths), tuple(notes), instance_prompt, class_prompt)
+        return cls(identifier, class_word, tuple(paths), tuple(notes), prompts[0], class_prompt, tuple(prompts[1:]))
+
+    @property
+    def instance_prompts(self) -> tuple[str, ...]:
+        """All that training draws from, the first being the one that pictures are asked for with."""
+        return (self.instance_prompt, *self.further_prompts)
 
     def prompts_in(self, phrases: Sequence[str]) -> list[str]:
-        """The subject in other places: 'a photo of a sks dog on the beach' for each phrase."""
+        """The subject in other places: 'a photo of sks dog on the beach' for each phrase."""
         return [f"{self.instance_prompt} {phrase}" for phrase in phrases]
 
     def images(self) -> list[Image.Image]:

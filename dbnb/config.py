@@ -8,7 +8,7 @@ import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from dbnb.files import whole
 
@@ -32,7 +32,9 @@ class DreamBoothConfig:
     instance_data_dir: str | None = _option(None, "three to ten photographs of the subject (default: the sample toy)")
     class_word: str = _option("dog", "the word for what kind of thing the subject is")
     identifier: str = _option("sks", "a rare word that will come to mean the subject")
-    instance_prompt: str | None = _option(None, "default: 'a photo of {identifier} {class_word}', with its article")
+    instance_prompt: list[str] | None = _option(
+        None, "default: 'a photo of {identifier} {class_word}'; given several times, training draws from them"
+    )
     class_prompt: str | None = _option(None, "default: 'a photo of a {class_word}'")
     output_dir: str | None = _option(None, "where results go (default: runs/<class_word>)")
 
@@ -98,6 +100,8 @@ class DreamBoothConfig:
     hub_model_id: str | None = _option(None, "owner/name on the hub")
 
     def __post_init__(self) -> None:
+        if isinstance(self.instance_prompt, str):
+            self.instance_prompt = [self.instance_prompt]
         for name, value in suggested(self.base).items():
             if name != "base" and getattr(self, name) is None:
                 setattr(self, name, value)
@@ -207,6 +211,8 @@ def build_parser() -> argparse.ArgumentParser:
             group.add_argument(f"--{item.name}", action="store_true", **common)
             short = item.name.removeprefix("with_")
             group.add_argument(f"--no_{short}", dest=item.name, action="store_false", help="the opposite")
+        elif get_origin(types[0]) is list:
+            parser.add_argument(f"--{item.name}", action="append", metavar="STR", **common)
         else:
             parser.add_argument(f"--{item.name}", type=types[0], metavar=types[0].__name__.upper(), **common)
     return parser

@@ -254,7 +254,7 @@ def run_identity(config: DreamBoothConfig, components: Components, dataset: Drea
         names.append("max_train_steps")  # the other schedules end there
     return {
         "base": fingerprint(components.base),
-        "prompts": list(dataset.prompts.values()),
+        "prompts": {half: list(prompts) for half, prompts in dataset.prompts.items()},
         "images": digest.hexdigest()[:16],
         "adapters": {
             part: {name: getattr(module.peft_config["default"], name) for name in _ADAPTER_FIELDS}
@@ -671,8 +671,9 @@ def _train(config, components, dataset, on_step, on_validation) -> list[dict[str
         cache_latents(dataset, components.vae)
     prompt_embeds = None
     if config.pre_compute_text_embeddings and "text_encoder" not in adapted_modules(components):
-        prompts = [dataset.prompts[half] for half in dataset.halves]
-        prompt_embeds = precompute_embeds(components, prompts, max_length=config.tokenizer_max_length)
+        prompt_embeds = precompute_embeds(
+            components, dataset.distinct_prompts(), max_length=config.tokenizer_max_length
+        )
 
     writes, share = accelerator.is_main_process, accelerator.num_processes
 

@@ -114,7 +114,7 @@ def prepare(
     components.to(processes().device)  # CUDA, or Apple's MPS, where there is one
     tokens = token_report(components.tokenizer, config.identifier)
     tell(f"identifier {tokens.identifier!r} -> {' '.join(tokens.tokens)} {list(tokens.ids)}: {tokens.verdict}")
-    for prompt in (concept.instance_prompt, concept.class_prompt):
+    for prompt in (*concept.instance_prompts, concept.class_prompt):
         if rest := cut_off(components, prompt, config.tokenizer_max_length):
             tell(f"{prompt!r} is too long: {rest!r} is not read.")
 
@@ -142,7 +142,7 @@ def prepare(
         seed=config.seed,
     )
     dataset = DreamBoothDataset(
-        concept.paths, concept.instance_prompt, class_paths=prior.paths if prior else (),
+        concept.paths, concept.instance_prompts, class_paths=prior.paths if prior else (),
         class_prompt=concept.class_prompt, size=config.resolution, center_crop=config.center_crop,
         random_flip=config.random_flip, seed=config.seed,
     )  # fmt: skip
