@@ -435,7 +435,7 @@ def _logged(path: Path, step: int) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     lines = []
-    for text in path.read_text().splitlines():
+    for text in path.read_text(encoding="utf-8").splitlines():
         try:
             lines.append(json.loads(text))
         except ValueError:  # the line that a killed run was writing
@@ -692,7 +692,7 @@ def _train(config, components, dataset, on_step, on_validation) -> list[dict[str
             processes().print(f"The earlier results in {output_dir} are now in {previous}.")
         config.save(output_dir / "config.json")
         with whole(log_path) as temporary:
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in log))
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in log), encoding="utf-8")
     if config.report_to != "none":
         accelerator.init_trackers("dreambooth")
     accumulate = config.gradient_accumulation_steps
