@@ -37,6 +37,9 @@ def main(argv: list[str] | None = None) -> int:
 
     0, or after one sentence 2 for an expected error, 130 for Ctrl-C and 143 for SIGTERM.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # what a console has no letter for is replaced, which ends no run
+            stream.reconfigure(errors="replace")
     config = parse_args(argv)
     import torch  # after --help has had its chance
 

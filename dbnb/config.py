@@ -5,7 +5,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
+import numbers
+import os
 import re
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
@@ -13,8 +17,34 @@ from typing import Any, get_args, get_origin, get_type_hints
 from dbnb.files import whole
 
 
-def _option(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
+@dataclass(frozen=True)
+class Range:
+    """The numbers that an option takes, all of them finite; `off` is one more, which stands for None."""
+
+    at_least: float | None = None
+    above: float | None = None
+    below: float | None = None
+    at_most: float | None = None
+    off: int | None = None
+
+    def __contains__(self, value: float) -> bool:
+        return (isinstance(value, numbers.Integral) or math.isfinite(value)) and not (
+            (self.at_least is not None and value < self.at_least)
+            or (self.above is not None and value <= self.above)
+            or (self.below is not None and value >= self.below)
+            or (self.at_most is not None and value > self.at_most)
+        )
+
+    def __str__(self) -> str:
+        bounds = {"at least": self.at_least, "above": self.above, "below": self.below, "at most": self.at_most}
+        words = " and ".join(f"{word} {bound}" for word, bound in bounds.items() if bound is not None)
+        return words if self.off is None else f"{words}, or {self.off}"
+
+
+def _option(default: Any, text: str, *, choices: tuple[str, ...] = (), **bounds: float) -> Any:
+    """A field with its help, the words or the range of numbers it takes: `--help` and the check read them here."""
+    within = Range(**bounds) if bounds else None
+    return field(default=default, metadata={"help": text, "choices": choices, "range": within})
 
 
 @dataclass
@@ -39,97 +69,190 @@ class DreamBoothConfig:
     output_dir: str | None = _option(None, "where results go (default: runs/<class_word>)")
 
     with_prior_preservation: bool = _option(True, "train on class images too, so that the class word keeps its meaning")
-    prior_loss_weight: float = _option(1.0, "weight of the class images' loss")
-    num_class_images: int = _option(100, "how many class images to draw, or to top up to")
+    prior_loss_weight: float = _option(1.0, "weight of the class images' loss", at_least=0)
+    num_class_images: int = _option(100, "how many class images to draw, or to top up to", at_least=1)
     class_data_dir: str | None = _option(None, "your own class images; used as they are, topped up, never altered")
-    sample_batch_size: int | None = _option(None, "images drawn at once")
-    num_inference_steps: int | None = _option(None, "solver steps for every image that a run draws")
-    guidance_scale: float | None = _option(None, "classifier-free guidance for every image that a run draws")
+    sample_batch_size: int | None = _option(None, "images drawn at once", at_least=1)
+    num_inference_steps: int | None = _option(None, "solver steps for every image that a run draws", at_least=2)
+    guidance_scale: float | None = _option(
+        None, "classifier-free guidance for every image that a run draws", at_least=1
+    )
 
-    resolution: int | None = _option(None, "side of the square training images, pixels")
+    resolution: int | None = _option(None, "side of the square training images, pixels", at_least=1, at_most=8192)
     center_crop: bool = _option(True, "crop the middle; otherwise a random square, drawn anew each time")
     random_flip: bool = _option(False, "mirror half of the images, drawn anew each time")
     pre_compute_text_embeddings: bool = _option(True, "encode each prompt once, where the text encoder is frozen")
-    tokenizer_max_length: int | None = _option(None, "tokens a prompt is padded to")
+    tokenizer_max_length: int | None = _option(None, "tokens a prompt is padded to", at_least=1)
 
     lora_layers: str | None = _option(
         None, "which layers of the UNet get adapters: attention, all, or names such as to_q,to_v,conv1"
     )
-    rank: int | None = _option(None, "rank of the UNet's adapters")
-    lora_alpha: float | None = _option(None, "scale of the UNet's adapters (default: the rank)")
-    lora_dropout: float = _option(0.0, "dropout in the UNet's adapters")
+    rank: int | None = _option(None, "rank of the UNet's adapters", at_least=1)
+    lora_alpha: float | None = _option(None, "scale of the UNet's adapters (default: the rank)", above=0)
+    lora_dropout: float = _option(0.0, "dropout in the UNet's adapters", at_least=0, below=1)
     train_text_encoder: bool | None = _option(None, "adapters on the text encoder too")
-    text_encoder_rank: int | None = _option(None, "default: the UNet's rank")
-    text_encoder_lora_alpha: float | None = _option(None, "default: the text encoder's rank")
-    text_encoder_lora_dropout: float = _option(0.0, "dropout in the text encoder's adapters")
+    text_encoder_rank: int | None = _option(None, "default: the UNet's rank", at_least=1)
+    text_encoder_lora_alpha: float | None = _option(None, "default: the text encoder's rank", above=0)
+    text_encoder_lora_dropout: float = _option(0.0, "dropout in the text encoder's adapters", at_least=0, below=1)
 
     use_dora: bool = _option(False, "train each adapted layer's magnitude apart from its direction (DoRA)")
     use_rslora: bool = _option(False, "scale adapters by alpha / sqrt(rank) instead of alpha / rank")
 
-    train_batch_size: int | None = _option(None, "instance images a step; as many class images come on top")
-    gradient_accumulation_steps: int = _option(1, "batches whose gradients make one step")
-    max_train_steps: int | None = _option(None, "optimizer steps")
-    learning_rate: float | None = _option(None, "for the UNet's adapters")
-    text_encoder_learning_rate: float | None = _option(None, "for the text encoder's adapters")
+    train_batch_size: int | None = _option(None, "instance images a step; as many class images come on top", at_least=1)
+    gradient_accumulation_steps: int = _option(1, "batches whose gradients make one step", at_least=1)
+    max_train_steps: int | None = _option(None, "optimizer steps", at_least=1)
+    learning_rate: float | None = _option(None, "for the UNet's adapters", above=0, at_most=1)
+    text_encoder_learning_rate: float | None = _option(None, "for the text encoder's adapters", above=0, at_most=1)
     lr_scheduler: str | None = _option(None, "one of diffusers' schedules: constant, constant_with_warmup, cosine …")
-    lr_warmup_steps: int = _option(0, "steps until the learning rate is reached")
-    adam_beta1: float = _option(0.9, "AdamW")
-    adam_beta2: float = _option(0.999, "AdamW")
-    adam_weight_decay: float = _option(1e-2, "AdamW")
-    adam_epsilon: float = _option(1e-8, "AdamW")
-    max_grad_norm: float = _option(1.0, "gradients are scaled down to this norm")
-    snr_gamma: float | None = _option(None, "min-SNR weighting of the loss, both halves; 5.0 is usual")
-    noise_offset: float = _option(0.0, "share of a constant shift in the noise, for darker and lighter pictures; 0.1")
+    lr_warmup_steps: int = _option(0, "steps until the learning rate is reached", at_least=0)
+    adam_beta1: float = _option(0.9, "AdamW", at_least=0, below=1)
+    adam_beta2: float = _option(0.999, "AdamW", at_least=0, below=1)
+    adam_weight_decay: float = _option(1e-2, "AdamW", at_least=0)
+    adam_epsilon: float = _option(1e-8, "AdamW", above=0)
+    max_grad_norm: float = _option(1.0, "gradients are scaled down to this norm; 0 leaves them as they are", at_least=0)
+    snr_gamma: float | None = _option(None, "min-SNR weighting of the loss, both halves; 5.0 is usual", above=0)
+    noise_offset: float = _option(
+        0.0, "share of a constant shift in the noise, for darker and lighter pictures; 0.1", at_least=0
+    )
     gradient_checkpointing: bool | None = _option(None, "recompute activations: less memory, half as much time again")
     mixed_precision: str | None = _option(
-        None, "no, fp16, bf16, or half: what a CUDA device does well, else no; adapters stay in float32"
+        None,
+        "half is what a CUDA device does well, else no; adapters stay in float32",
+        choices=("no", "fp16", "bf16", "half"),
     )
     use_8bit_adam: bool = _option(False, "optimizer state in 8 bits, by bitsandbytes")
     allow_tf32: bool = _option(False, "faster, less exact float32 products on a CUDA device")
-    seed: int = _option(0, "every draw is a function of this and the step")
+    seed: int = _option(0, "every draw is a function of this and the step", at_least=0, at_most=2**64 - 1)
 
-    checkpointing_steps: int = _option(200, "steps between checkpoints; 0 for none")
-    checkpoints_total_limit: int | None = _option(2, "older checkpoints go when a newer one is complete")
+    checkpointing_steps: int = _option(200, "steps between checkpoints; 0 for none", at_least=0)
+    checkpoints_total_limit: int | None = _option(
+        2, "checkpoints that stay: older ones go when a newer one is complete; -1 keeps all", at_least=1, off=-1
+    )
     resume_from_checkpoint: str | None = _option(None, "a checkpoint's path, or 'latest'")
-    validation_steps: int = _option(200, "steps between validation images during training; 0 for none")
-    num_validation_images: int = _option(32, "images a prompt set at the end; 0 switches images and metrics off")
+    validation_steps: int = _option(200, "steps between validation images during training; 0 for none", at_least=0)
+    num_validation_images: int = _option(
+        32, "images a prompt set at the end; 0 switches images and metrics off", at_least=0
+    )
     reference_data_dir: str | None = _option(None, "further photographs of the subject: the ceiling of the metrics")
-    report_to: str = _option("none", "tensorboard, or none")
-    export: str = _option("diffusers", "diffusers, or kohya: a second file for ComfyUI and A1111")
+    report_to: str = _option("none", "one of accelerate's trackers, such as tensorboard or wandb, or none")
+    export: str = _option(
+        "diffusers", "kohya writes a second file, for ComfyUI and A1111", choices=("diffusers", "kohya")
+    )
     push_to_hub: bool = _option(False, "upload adapter, card, images and metrics when done")
-    hub_model_id: str | None = _option(None, "owner/name on the hub")
+    hub_model_id: str | None = _option(None, "owner/name on the hub (default: <identifier>-<class_word>)")
 
     def __post_init__(self) -> None:
         if isinstance(self.instance_prompt, str):
             self.instance_prompt = [self.instance_prompt]
+        self._check_texts()
         for name, value in suggested(self.base).items():
             if name != "base" and getattr(self, name) is None:
                 setattr(self, name, value)
+        self._check_numbers_and_choices()
         if self.mixed_precision == "half":
             self.mixed_precision = _half_precision()
-        self.output_dir = self.output_dir or "runs/" + re.sub(r"[^\w-]+", "-", self.class_word)
-        for name in ("rank", "train_batch_size", "gradient_accumulation_steps", "max_train_steps",
-                     "resolution", "num_class_images", "sample_batch_size", "num_inference_steps"):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
-        if self.text_encoder_rank is not None and self.text_encoder_rank < 1:
-            raise ValueError(f"text_encoder_rank={self.text_encoder_rank} must be at least 1.")
-        for name in ("checkpointing_steps", "validation_steps", "num_validation_images", "lr_warmup_steps"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)} must not be negative.")
-        if self.mixed_precision not in ("no", "fp16", "bf16"):
-            raise ValueError(f"mixed_precision={self.mixed_precision!r} is none of no, fp16, bf16, half.")
-        if self.export not in ("diffusers", "kohya"):
-            raise ValueError(f"export={self.export!r} is none of diffusers, kohya.")
+        if self.output_dir is None:
+            # Where file names are ASCII (LC_ALL=C), a folder of another name could not be made.
+            plain = re.ASCII if sys.getfilesystemencoding() == "ascii" else re.UNICODE
+            self.output_dir = "runs/" + re.sub(r"[^\w-]+", "-", self.class_word, flags=plain)
         if self.export == "kohya" and self.use_dora:
             raise ValueError("export='kohya' has no place for DoRA's magnitudes: leave out one of them.")
-        if self.snr_gamma is not None and self.snr_gamma <= 0:
-            raise ValueError(f"snr_gamma={self.snr_gamma} must be above 0.")
+        if self.lr_warmup_steps >= self.max_train_steps:
+            raise ValueError(
+                f"lr_warmup_steps={self.lr_warmup_steps} must be below max_train_steps={self.max_train_steps}: the "
+                "learning rate would never be reached."
+            )
+        if self.hub_model_id is not None:
+            _check_repository(self.hub_model_id)
+
+    def _check_texts(self) -> None:
+        """Paths become text; what is no text, or text that no file in UTF-8 can hold, is refused by its name."""
+        for name, kind in _KINDS.items():
+            value = getattr(self, name)
+            if kind is not str or value is None:
+                continue
+            if isinstance(value, os.PathLike):
+                value = os.fspath(value)
+                setattr(self, name, value)
+            texts = list(value) if name in _SEVERAL else [value]
+            if not all(isinstance(text, str) for text in texts):
+                raise ValueError(f"{name}={value!r} must be a text.")
+            if not texts or not all(text.strip() for text in texts):
+                raise ValueError(f"{name}={value!r} is empty: give a value, or leave the option out.")
+            # Photographs may lie under such names: Python's own files can read them. Other libraries cannot.
+            if not name.endswith("_data_dir") and any("\ud800" <= letter <= "\udfff" for letter in "".join(texts)):
+                raise ValueError(f"{name}={value!r} is not valid UTF-8 here: use another name, or set PYTHONUTF8=1.")
+
+    def _check_numbers_and_choices(self) -> None:
+        """Raise the ValueError that names the first option whose value is not among those it takes."""
+        for item in dataclasses.fields(self):
+            name, value, within = item.name, getattr(self, item.name), item.metadata["range"]
+            choices = item.metadata["choices"]
+            if value is None:
+                continue
+            if choices and value not in choices:
+                raise ValueError(f"{name}={value!r} is none of {', '.join(choices)}.")
+            if within is None:
+                continue
+            kind, called = (numbers.Integral, "a whole number") if _KINDS[name] is int else (numbers.Real, "a number")
+            if isinstance(value, bool) or not isinstance(value, kind):
+                raise ValueError(f"{name}={value!r} must be {called}.")
+            if value == within.off:
+                setattr(self, name, None)
+            elif value not in within:
+                raise ValueError(f"{name}={value} must {'not be negative' if within == Range(0) else f'be {within}'}.")
 
     def save(self, path: Path) -> None:
         """Write the settings as JSON."""
         with whole(path) as temporary:
-            temporary.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+            temporary.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n", encoding="utf-8")
+
+
+def _kinds() -> dict[str, type]:
+    """Option -> the type of its value, or of each of its values, where there is just one besides None."""
+    hints = get_type_hints(DreamBoothConfig)
+    types = {name: [t for t in get_args(hint) or (hint,) if t is not type(None)] for name, hint in hints.items()}
+    only = {name: found[0] for name, found in types.items() if len(found) == 1}
+    return {name: get_args(kind)[0] if get_origin(kind) is list else kind for name, kind in only.items()}
+
+
+_KINDS = _kinds()
+
+
+def _check_repository(repo_id: str) -> None:
+    """Raise ValueError where the hub would not take a name."""
+    from huggingface_hub.utils import HFValidationError, validate_repo_id  # not for --help
+
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ValueError(
+            f"hub_model_id={repo_id!r} is no repository on the hub: give owner/name in letters, digits, '-', '_' and "
+            "'.', with at most 96 characters."
+        ) from error
+
+
+def check_libraries(config: DreamBoothConfig) -> None:
+    """Raise ValueError for a schedule or a tracker that the installed diffusers and accelerate cannot use."""
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+    from diffusers.optimization import SchedulerType
+
+    schedules = [kind.value for kind in SchedulerType if kind is not SchedulerType.PIECEWISE_CONSTANT]
+    if config.lr_scheduler == SchedulerType.PIECEWISE_CONSTANT.value:
+        raise ValueError(
+            f"lr_scheduler={config.lr_scheduler!r} needs rules for its steps, for which there is no option: choose one "
+            f"of {', '.join(schedules)}."
+        )
+    if config.lr_scheduler not in schedules:
+        raise ValueError(f"lr_scheduler={config.lr_scheduler!r} is none of {', '.join(schedules)}.")
+    trackers = ["none", "all", *LOGGER_TYPE_TO_CLASS]
+    if config.report_to not in trackers:
+        raise ValueError(f"report_to={config.report_to!r} is none of {', '.join(trackers)}.")
+    if config.report_to not in ("none", "all", *(str(name) for name in get_available_trackers())):
+        raise ValueError(
+            f"report_to={config.report_to!r} needs a package that is not installed: pip install {config.report_to}, or "
+            "use --report_to tensorboard."
+        )
 
 
 def _half_precision() -> str:
@@ -172,49 +295,80 @@ def suggested(base: str) -> dict[str, Any]:
     """The settings that a base suggests: its preset, or for a pipeline's folder what its own configs tell.
 
     Without a VAE it is an IF, with a second text encoder an SDXL, and one that draws at most 64 pixels a miniature. A
-    hub id without a preset is taken for a Stable Diffusion.
+    hub id without a preset is taken for a Stable Diffusion. Raises ValueError where a config cannot be read.
     """
-    folder = Path(base).expanduser()
     base = next((name for name, preset in PRESETS.items() if preset["base"] == base), base)
-    if base in PRESETS or not (folder / "unet" / "config.json").is_file():
+    folder = Path(os.path.expanduser(base))
+    if base in PRESETS or not os.path.isfile(folder / "unet" / "config.json"):
         return PRESETS.get(base, PRESETS["sd15"])
-    resolution = json.loads((folder / "unet" / "config.json").read_text()).get("sample_size")
+    resolution = _read_config(folder / "unet").get("sample_size")
+    if isinstance(resolution, list):
+        resolution = max(resolution)
     family = "sdxl" if (folder / "text_encoder_2").is_dir() else "sd15"
     if not (folder / "vae" / "config.json").is_file():
         family = "if"
     elif resolution is not None:
-        levels = json.loads((folder / "vae" / "config.json").read_text()).get("block_out_channels", [0] * 4)
+        levels = _read_config(folder / "vae").get("block_out_channels", [0] * 4)
         resolution *= 2 ** (len(levels) - 1)
         if resolution <= PRESETS["miniature"]["resolution"]:
             family = "miniature"
     return PRESETS[family] | ({} if resolution is None else {"resolution": resolution})
 
 
+def _read_config(part: Path) -> dict[str, Any]:
+    """The config of one part of a base."""
+    try:
+        config = json.loads((part / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"The base's {part / 'config.json'} cannot be read ({error}): copy it again.") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"The base's {part / 'config.json'} holds no settings: copy it again.")
+    return config
+
+
+# Options that are words, not names of files: those must stay as the file system has them.
+_SEVERAL = ("instance_prompt",)  # may be given more than once
+_WORDS = ("class_word", "identifier", "instance_prompt", "class_prompt")
+
+
+def _words(text: str) -> str:
+    """A word from the command line: in the C locale Python hands over the bytes of other letters one by one."""
+    try:
+        return os.fsencode(text).decode("utf-8")
+    except UnicodeError:  # not UTF-8 either, which the check says
+        return text
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The command line: one option a field, booleans as --name / --no_name."""
     parser = argparse.ArgumentParser(
         prog="python -m dbnb",
+        usage="%(prog)s [--option value ...]",
         description="Personalise a text-to-image model to a subject from a few photographs, and measure it.",
     )
-    hints = get_type_hints(DreamBoothConfig)
     for item in dataclasses.fields(DreamBoothConfig):
-        types = [t for t in get_args(hints[item.name]) or (hints[item.name],) if t is not type(None)]
-        text = item.metadata["help"]
+        kind, text, remarks = _KINDS[item.name], item.metadata["help"], []
+        if item.metadata["choices"]:
+            remarks.append(f"one of {', '.join(item.metadata['choices'])}")
+        if item.metadata["range"] is not None:
+            remarks.append(str(item.metadata["range"]))
         if item.default is not None:
-            text += f" (default: {item.default})"
+            remarks.append(f"default: {item.default}")
         elif item.name in PRESETS["miniature"]:
             values = ", ".join(f"{base} {preset[item.name]}" for base, preset in PRESETS.items())
-            text += f" (default by base: {values})"
+            remarks.append(f"default by base: {values}")
+        if remarks:
+            text += f" ({'; '.join(remarks)})"
         common = dict(dest=item.name, default=item.default, help=text.replace("%", "%%"))
-        if types[0] is bool:
+        if kind is bool:
             group = parser.add_mutually_exclusive_group()
             group.add_argument(f"--{item.name}", action="store_true", **common)
             short = item.name.removeprefix("with_")
             group.add_argument(f"--no_{short}", dest=item.name, action="store_false", help="the opposite")
-        elif get_origin(types[0]) is list:
-            parser.add_argument(f"--{item.name}", action="append", metavar="STR", **common)
         else:
-            parser.add_argument(f"--{item.name}", type=types[0], metavar=types[0].__name__.upper(), **common)
+            several = {"action": "append"} if item.name in _SEVERAL else {}
+            type_ = _words if item.name in _WORDS else kind
+            parser.add_argument(f"--{item.name}", type=type_, metavar=kind.__name__.upper(), **common, **several)
     return parser
 
 
@@ -225,4 +379,4 @@ def parse_args(argv: list[str] | None = None) -> DreamBoothConfig:
     try:
         return DreamBoothConfig(**vars(args))
     except ValueError as error:
-        parser.error(str(error))
+        parser.exit(2, f"dbnb: {error}\n")

@@ -212,7 +212,7 @@ def fingerprint(base: Path) -> str:
 
 def text_architecture(base: Path, part: str = "text_encoder") -> tuple[str, Architecture]:
     """Name and row of a base's text encoder. Raises ValueError that names an unknown one and lists the known."""
-    names = json.loads((base / part / "config.json").read_text()).get("architectures") or ["(none)"]
+    names = json.loads((base / part / "config.json").read_text(encoding="utf-8")).get("architectures") or ["(none)"]
     if names[0] not in ARCHITECTURES:
         raise ValueError(f"Text encoder {names[0]} of {base} is not known here; known are {', '.join(ARCHITECTURES)}.")
     return names[0], ARCHITECTURES[names[0]]
@@ -237,7 +237,7 @@ def load_components(
     weights are missing.
     """
     folder = resolve_base(str(base), revision=revision, variant=variant)
-    index = json.loads((folder / "model_index.json").read_text())
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
 
     def has(part: str) -> bool:
         return (index.get(part) or [None, None])[1] is not None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import textwrap
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -12,7 +13,8 @@ from itertools import accumulate
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
+from matplotlib import rc_context
+from matplotlib.figure import Figure as _Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
@@ -23,6 +25,17 @@ COLORS = {"instance_loss": "#D55E00", "prior_loss": "#0072B2"}
 HELD_OUT = ("#009E73", "#000000", "#56B4E9")
 SMALL, LABEL, TITLE = 8, 9, 11  # points: of numbers in a figure, of labels, of its title
 _CHARACTER = 0.075  # inches: the mean width of one, as a label
+# A prompt may hold dollar signs: they are no mathematics. A text keeps the setting that it was made under.
+_all_text_is_text = rc_context({"text.parse_math": False})
+
+
+class Figure(_Figure):
+    """A figure that is drawn whatever letters its words have: those that the font lacks become boxes."""
+
+    def draw(self, renderer: Any) -> None:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", r"(Glyph .* missing|Matplotlib currently does not support)")
+            super().draw(renderer)
 
 
 @dataclass(frozen=True, repr=False)
@@ -57,6 +70,7 @@ def show(figure: Figure, alt: str) -> None:
     display(html(figure, alt))
 
 
+@_all_text_is_text
 def show_images(
     images: Sequence[Image.Image], *, titles: Sequence[str] = (), columns: int = 8, inches: float = 1.2, title: str = ""
 ) -> Figure:
@@ -68,6 +82,7 @@ def show_images(
     return figure
 
 
+@_all_text_is_text
 def image_rows(
     rows: Sequence[Sequence[Image.Image]], *, labels: Sequence[str] = (), titles: Sequence[str] = (),
     inches: float = 1.1, title: str = "", gap: float = 0.0,
@@ -99,6 +114,7 @@ def image_rows(
     return figure
 
 
+@_all_text_is_text
 def _plot(xlabel: str, ylabel: str, title: str = "", size: tuple[float, float] = (6.4, 3.2)) -> tuple[Figure, Any]:
     figure = Figure(figsize=size, dpi=110, layout="constrained")
     axis = figure.add_subplot()
@@ -107,6 +123,7 @@ def _plot(xlabel: str, ylabel: str, title: str = "", size: tuple[float, float] =
     return figure, axis
 
 
+@_all_text_is_text
 def _mark(axis: Any, marks: Mapping[str, float] | None) -> None:
     """Named dashed lines across an axis: what its heights are to be compared with."""
     for name, height in (marks or {}).items():
@@ -115,6 +132,7 @@ def _mark(axis: Any, marks: Mapping[str, float] | None) -> None:
                       textcoords="offset points", va="center", fontsize=SMALL, color="0.3")  # fmt: skip
 
 
+@_all_text_is_text
 def loss_curves(
     log: Sequence[Mapping[str, Any]], *, window: int = 25, held_out: Mapping[str, Mapping[int, float]] | None = None,
     title: str = "",
@@ -141,6 +159,7 @@ def loss_curves(
     return figure
 
 
+@_all_text_is_text
 def curves(
     series: Mapping[str, tuple[Sequence[float], Sequence[float]]], *, xlabel: str, ylabel: str, title: str = "",
     marks: Mapping[str, float] | None = None, colors: Sequence[str] = PALETTE,
@@ -158,6 +177,7 @@ def curves(
     return figure
 
 
+@_all_text_is_text
 def bars(
     groups: Mapping[str, Mapping[str, float]], *, ylabel: str, title: str = "", marks: Mapping[str, float] | None = None
 ) -> Figure:
@@ -178,6 +198,7 @@ def bars(
     return figure
 
 
+@_all_text_is_text
 def histogram(
     values: Sequence[float], *, xlabel: str, title: str = "", marks: Mapping[str, float] | None = None
 ) -> Figure:  # fmt: skip
@@ -192,6 +213,7 @@ def histogram(
     return figure
 
 
+@_all_text_is_text
 def scatter(points: Mapping[str, tuple[float, float]], *, xlabel: str, ylabel: str, title: str = "") -> Figure:
     """Named points, each with a mark of its own: labels beside them would cover each other where they are close."""
     figure, axis = _plot(xlabel, ylabel, title, size=(7.2, 4.0))
@@ -204,6 +226,7 @@ def scatter(points: Mapping[str, tuple[float, float]], *, xlabel: str, ylabel: s
     return figure
 
 
+@_all_text_is_text
 def matrices(
     values: Mapping[str, np.ndarray], *, title: str = "", inches: float = 2.4, labels: Sequence[str] = (),
     groups: Mapping[str, int] | None = None, unit: str = "", aspect: str = "auto",

@@ -146,7 +146,7 @@ class ClassImageRecipe:
 def _valid_images(folder: Path) -> dict[str, dict[str, int | str]]:
     """File name -> seed and hash of the cached images whose content is what the manifest says."""
     try:
-        known = json.loads((folder / "manifest.json").read_text())["images"].items()
+        known = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["images"].items()
     except (OSError, ValueError, KeyError, TypeError, AttributeError):  # torn, or not ours
         return {}
 
@@ -163,7 +163,7 @@ def _why_not_another(recipe: ClassImageRecipe) -> str:
     mine, closest = dataclasses.asdict(recipe), None
     for path in recipe.folder.parent.glob("*/manifest.json"):
         try:
-            other = json.loads(path.read_text())["recipe"]
+            other = json.loads(path.read_text(encoding="utf-8"))["recipe"]
             different = [key for key in mine if mine[key] != other.get(key)]
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue
@@ -308,4 +308,4 @@ def _draw_missing(components: Components, recipe: ClassImageRecipe, wanted: Sequ
             continue
         manifest = {"recipe": dataclasses.asdict(recipe), "images": dict(sorted(valid.items()))}
         with whole(folder / "manifest.json") as temporary:
-            temporary.write_text(json.dumps(manifest, indent=1))
+            temporary.write_text(json.dumps(manifest, indent=1), encoding="utf-8")

@@ -27,10 +27,9 @@ import torch.nn.functional as F
 import transformers
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.tracking import get_available_trackers
 from accelerate.utils import GradientAccumulationPlugin
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-from diffusers.optimization import SchedulerType, get_scheduler
+from diffusers.optimization import get_scheduler
 from diffusers.training_utils import compute_snr
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
@@ -40,7 +39,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from tqdm.auto import tqdm
 
 from dbnb.adapters import adapted_modules, train_mode, trainable_parameters
-from dbnb.config import PRESETS, DreamBoothConfig
+from dbnb.config import PRESETS, DreamBoothConfig, check_libraries
 from dbnb.dataset import (
     NOISE,
     OFFSET,
@@ -297,7 +296,7 @@ def save_checkpoint(
         (temporary / "state.safetensors").write_bytes(data)
         digest = hashlib.sha256(data).hexdigest()
         state = {"step": step, "run": identity, "versions": versions(), "tensors": digest, **further}
-        (temporary / "state.json").write_text(json.dumps(state | {"sha256": _seal(state)}, indent=1))
+        (temporary / "state.json").write_text(json.dumps(state | {"sha256": _seal(state)}, indent=1), encoding="utf-8")
         for path in temporary.iterdir():  # on the disk before the rename makes it count
             with path.open("rb+") as file:
                 os.fsync(file.fileno())
@@ -341,7 +340,7 @@ def load_checkpoint(folder: Path, components: Components, optimizer, identity: d
     Raises ValueError where it cannot be read, or naming each field in which its run and this one differ.
     """
     try:
-        state = json.loads((folder / "state.json").read_text())
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         data = (folder / "state.safetensors").read_bytes()
         if state.pop("sha256") != _seal(state) or state["tensors"] != hashlib.sha256(data).hexdigest():
             raise ValueError("it is not what was written")
@@ -528,17 +527,8 @@ def check_start(config: DreamBoothConfig) -> None:
 
     Nothing is written, and no folder made.
     """
-    known = [kind.value for kind in SchedulerType]
-    if config.lr_scheduler not in known:
-        raise ValueError(f"lr_scheduler={config.lr_scheduler!r} is none of {', '.join(known)}.")
+    check_libraries(config)
     optimizer_class(config)
-    # accelerate leaves out what it cannot import, and says nothing.
-    trackers = [str(tracker) for tracker in get_available_trackers()]
-    if config.report_to not in ("none", "all", *trackers):
-        raise ValueError(
-            f"report_to={config.report_to!r} cannot be used here (installed: {', '.join(trackers) or 'none'}): install "
-            "its package, or choose another tracker."
-        )
     wanted = config.resume_from_checkpoint
     if wanted not in (None, "latest") and not Path(wanted).is_dir():
         raise FileNotFoundError(f"Checkpoint {wanted} does not exist: give its folder, or 'latest'.")
@@ -711,7 +701,7 @@ def _train(config, components, dataset, on_step, on_validation) -> list[dict[str
     with _interrupts() as interrupted:
         for step in bar:
             # Dropout is the one draw that torch makes itself: seeding it by the step keeps steps independent.
-            torch.manual_seed(config.seed * 1_000_003 + step + (accelerator.process_index << 32))
+            torch.manual_seed((config.seed * 1_000_003 + step + (accelerator.process_index << 32)) % 2**64)
             started, sums = time.perf_counter(), {"loss": 0.0, "instance_loss": 0.0, "prior_loss": 0.0}
             for micro in range(accumulate):
                 number = (step * accumulate + micro) * share + accelerator.process_index
@@ -748,7 +738,7 @@ def _train(config, components, dataset, on_step, on_validation) -> list[dict[str
             line = {"step": step + 1, **sums, **rates, "seconds": round(time.perf_counter() - started, 4)}
             log.append(line)
             if writes:
-                with log_path.open("a") as file:
+                with log_path.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(line) + "\n")
             if config.report_to != "none":
                 accelerator.log(sums | rates, step=step + 1)

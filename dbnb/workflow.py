@@ -242,7 +242,7 @@ def _run(config: DreamBoothConfig) -> Result:
         else:
             numbers = measured(session, before, after, encoders, further)
             with whole(output_dir / "metrics.json") as temporary:
-                temporary.write_text(json.dumps(numbers, indent=2) + "\n")
+                temporary.write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
     _save_figure(plots.loss_curves(log), output_dir / "loss.png")
     has_text_encoder = "text_encoder" in adapted_modules(components)
     with whole(output_dir / "README.md") as temporary:

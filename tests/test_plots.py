@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.text import Text
 from PIL import Image
 
 from dbnb import plots, widgets
@@ -60,6 +61,27 @@ def test_titles_and_pictures_stay_inside_the_figure_and_apart(figure):
     for box in (*boxes, title):
         assert box.x0 >= -1 and box.y0 >= -1 and box.x1 <= figure.bbox.x1 + 1 and box.y1 <= figure.bbox.y1 + 1
     assert title.y0 >= max(box.y1 for box in boxes)
+
+
+_WORDS = ["$x_$", "a dog for $5 or $6", r"\frac{$", "小明的狗", "שלום", "a\u200bb\u3000c", "[V] <s0><s1> *_`|&", "🐶"]
+
+
+@pytest.mark.parametrize("words", _WORDS)
+def test_any_words_in_a_figure_are_text_and_end_nothing(words):
+    figures = [
+        plots.show_images([_RED], titles=[words], title=words),
+        plots.image_rows([[_RED]], labels=[words], titles=[words]),
+        plots.loss_curves([{"step": 1, "instance_loss": 1.0}], held_out={words: {1: 0.5}}, title=words),
+        plots.curves({words: ([1, 2], [3, 4]), "b": ([1], [2])}, xlabel=words, ylabel=words, marks={words: 3.5}),
+        plots.bars({words: {words: 0.5, "b": 0.7}}, ylabel=words, marks={words: 1.0}),
+        plots.histogram([0.1, 0.2], xlabel=words, marks={words: 0.17}),
+        plots.scatter({words: (0.1, 0.2)}, xlabel=words, ylabel=words),
+        plots.matrices({words: np.eye(2)}, title=words, labels=[words] * 2, unit=words),
+        plots.matrices({words: np.eye(2)}, groups={words: 2}),
+    ]
+    for figure in figures:  # warnings are errors here
+        assert plots.html(figure, alt=words).alt == words
+        assert not [text for text in figure.findobj(Text) if words in text.get_text() and text.get_parse_math()]
 
 
 def test_a_shown_figure_has_a_text_and_is_small(monkeypatch):

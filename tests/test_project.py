@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
+import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.version import Version
@@ -83,3 +85,16 @@ def test_importing_the_package_loads_nothing_heavy():
     code = "import sys, dbnb; print([m for m in ('torch', 'diffusers', 'numba', 'matplotlib') if m in sys.modules])"
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
     assert output.strip() == "[]"
+
+
+_MODULES = sorted((ROOT / "dbnb").glob("*.py"))
+
+
+@pytest.mark.parametrize("path", _MODULES, ids=lambda path: path.stem)
+def test_text_is_read_and_written_as_utf8_whatever_the_locale(path):
+    for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        name = getattr(call.func, "attr", getattr(call.func, "id", "")) if isinstance(call, ast.Call) else ""
+        if name in ("read_text", "write_text") or (name == "open" and ast.unparse(call.func) != "Image.open"):
+            modes = [word.value for word in call.args if isinstance(word, ast.Constant)]
+            binary = any(isinstance(mode, str) and "b" in mode for mode in modes)
+            assert binary or "encoding" in {word.arg for word in call.keywords}, f"{path.name}:{call.lineno}"
