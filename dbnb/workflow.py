@@ -26,7 +26,7 @@ from dbnb.models import Components, cut_off, dtype_of, load_components
 from dbnb.prior import ClassImages, cache_dir, class_images
 from dbnb.processes import processes
 from dbnb.training import alone, check_start, run_identity, train, versions
-from dbnb.validation import ValidationImages, validation_images
+from dbnb.validation import SETS, ValidationImages, validation_images
 
 
 @dataclass
@@ -81,6 +81,9 @@ def before_after(
     subject, bare = concept.instance_prompt, concept.class_prompt
     labels = ["photographs", f"before:\n{subject}", f"after:\n{subject}", "before:\n… in eight places",
               "after:\n… in eight places", f"before:\n{bare}", f"after:\n{bare}"]  # fmt: skip
+    if after.sentences:
+        rows.append(after.sentences[:n])
+        labels.append("after:\nin other sentences")
     if after.redrawn:
         rows += [references[:n], before.redrawn[:n], after.redrawn[:n]]
         labels += ["other photographs", "before:\nredrawn from them", "after:\nredrawn from them"]
@@ -233,7 +236,8 @@ def _run(config: DreamBoothConfig) -> Result:
         return Result(adapter, log, None, components, interrupted=True)
     numbers = None
     if before is not None:
-        after = validation_images(components, concept, config, count=count, references=further)
+        sets = (*SETS, "sentences")
+        after = validation_images(components, concept, config, count=count, references=further, sets=sets)
         _save_figure(before_after(before, after, concept, further), output_dir / "before_after.png")
         try:
             encoders = metrics.load_encoders(components.base)
