@@ -380,11 +380,9 @@ def holds_identifier(prompt: str, identifier: str, tokenizer: Any = None) -> boo
     return decoded[1] in decoded[0]
 
 
-def _check_words(**texts: str | None) -> None:
+def _check_words(**texts: Sequence[str]) -> None:
     """Raise the ValueError that names the first text which cannot stand on one line of a file, or shows nothing."""
-    for name, text in texts.items():
-        if text is None:
-            continue
+    for name, text in ((name, text) for name, several in texts.items() for text in several):
         if any(unicodedata.category(letter) in UNPRINTABLE for letter in text):
             raise ValueError(
                 f"{name}={text!a} holds a line break or another control character: write it in plain words on one line."
@@ -405,47 +403,60 @@ class Concept:
     notes: tuple[ImageNote, ...] = ()
     instance_prompt: str = ""
     class_prompt: str = ""
+    further_prompts: tuple[str, ...] = ()  # other instance prompts that training draws from
     side: int = SHOWN  # pixels: `images` come no larger along the shorter side
 
     @classmethod
     def from_folder(
         cls, folder: Path | str | None, identifier: str, class_word: str, *, resolution: int = 64,
-        instance_prompt: str | None = None, class_prompt: str | None = None,
+        instance_prompt: str | Sequence[str] | None = None, class_prompt: str | None = None,
     ) -> Concept:  # fmt: skip
         """Look at a folder's pictures and make the prompts; without a folder, the bundled sample subject.
 
-        Raises ValueError when the instance prompt does not contain the identifier, or a word is empty or no plain text;
+        `instance_prompt` may be several, which training draws from; the first is the one that pictures are asked for
+        with. Raises ValueError when one of them does not contain the identifier, or a word is empty or no plain text;
         whether the base's tokenizer agrees, `check_tokens` says.
         """
-        _check_words(
-            identifier=identifier, class_word=class_word, instance_prompt=instance_prompt, class_prompt=class_prompt
-        )
+        prompts = [instance_prompt] if isinstance(instance_prompt, str) else list(instance_prompt or ())
+        _check_words(identifier=[identifier], class_word=[class_word], instance_prompt=prompts)
+        _check_words(class_prompt=[] if class_prompt is None else [class_prompt])
+        prompts = prompts or [f"a photo of {identifier} {class_word}"]
         folder, option = (folder, "instance_data_dir") if folder else (SAMPLE_DIR / "photos", None)
         paths, notes = inspect_images(folder, resolution, option=option)
-        instance_prompt = instance_prompt or f"a photo of {article_for(identifier)} {identifier} {class_word}"
-        class_prompt = class_prompt or f"a photo of {article_for(class_word)} {class_word}"
-        side = max(SHOWN, resolution)
-        concept = cls(identifier, class_word, tuple(paths), tuple(notes), instance_prompt, class_prompt, side)
+        concept = cls(
+            identifier,
+            class_word,
+            tuple(paths),
+            tuple(notes),
+            prompts[0],
+            class_prompt or f"a photo of {article_for(class_word)} {class_word}",
+            tuple(prompts[1:]),
+            side=max(SHOWN, resolution),
+        )
         concept.check_tokens()
         return concept
 
+    @property
+    def instance_prompts(self) -> tuple[str, ...]:
+        """All that training draws from, the first being the one that pictures are asked for with."""
+        return (self.instance_prompt, *self.further_prompts)
+
     def check_tokens(self, tokenizer: Any = None, *, lowercase: bool = False) -> None:
-        """Raise ValueError where the instance prompt does not contain the identifier, as a base's tokenizer sees it.
+        """Raise ValueError where an instance prompt does not contain the identifier, as a base's tokenizer sees it.
 
         Without a tokenizer the words alone count. `lowercase`: the base gets its prompts so.
         """
-        prompt, identifier = self.instance_prompt, self.identifier
-        if lowercase:
-            prompt, identifier = prompt.lower(), identifier.lower()
-        if not holds_identifier(prompt, identifier, tokenizer):
-            seen = "" if tokenizer is None else ", as the base's tokenizer reads it"
-            raise ValueError(
-                f"instance_prompt {self.instance_prompt!r} does not contain the identifier {self.identifier!r}{seen}: "
-                "put it there."
-            )
+        identifier = self.identifier.lower() if lowercase else self.identifier
+        for prompt in self.instance_prompts:
+            if not holds_identifier(prompt.lower() if lowercase else prompt, identifier, tokenizer):
+                seen = "" if tokenizer is None else ", as the base's tokenizer reads it"
+                raise ValueError(
+                    f"instance_prompt {prompt!r} does not contain the identifier {self.identifier!r}{seen}: put it "
+                    "there."
+                )
 
     def prompts_in(self, phrases: Sequence[str]) -> list[str]:
-        """The subject in other places: 'a photo of a sks dog on the beach' for each phrase."""
+        """The subject in other places: 'a photo of sks dog on the beach' for each phrase."""
         return [f"{self.instance_prompt} {phrase}" for phrase in phrases]
 
     def images(self) -> list[Image.Image]:
@@ -462,6 +473,6 @@ class Concept:
             lines.append(f"  {len(self.paths)} pictures: three to ten, of different views and places, work best")
         if _alike(self.identifier) == _alike(self.class_word):
             lines.append("  identifier and class word are the same: the class itself will come to mean the subject")
-        elif _alike(self.instance_prompt) == _alike(self.class_prompt):
+        elif _alike(self.class_prompt) in map(_alike, self.instance_prompts):
             lines.append("  both prompts are the same: the class itself will come to mean the subject")
         return "\n".join(lines)

@@ -12,7 +12,7 @@ import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from dbnb.files import whole
 
@@ -62,7 +62,9 @@ class DreamBoothConfig:
     instance_data_dir: str | None = _option(None, "three to ten photographs of the subject (default: the sample toy)")
     class_word: str = _option("dog", "the word for what kind of thing the subject is")
     identifier: str = _option("sks", "a rare word that will come to mean the subject")
-    instance_prompt: str | None = _option(None, "default: 'a photo of {identifier} {class_word}', with its article")
+    instance_prompt: list[str] | None = _option(
+        None, "default: 'a photo of {identifier} {class_word}'; given several times, training draws from them"
+    )
     class_prompt: str | None = _option(None, "default: 'a photo of a {class_word}'")
     output_dir: str | None = _option(None, "where results go (default: runs/<class_word>)")
 
@@ -140,6 +142,8 @@ class DreamBoothConfig:
     hub_model_id: str | None = _option(None, "owner/name on the hub (default: <identifier>-<class_word>)")
 
     def __post_init__(self) -> None:
+        if isinstance(self.instance_prompt, str):
+            self.instance_prompt = [self.instance_prompt]
         self._check_texts()
         for name, value in suggested(self.base).items():
             if name != "base" and getattr(self, name) is None:
@@ -170,12 +174,13 @@ class DreamBoothConfig:
             if isinstance(value, os.PathLike):
                 value = os.fspath(value)
                 setattr(self, name, value)
-            if not isinstance(value, str):
+            texts = list(value) if name in _SEVERAL else [value]
+            if not all(isinstance(text, str) for text in texts):
                 raise ValueError(f"{name}={value!r} must be a text.")
-            if not value.strip():
+            if not texts or not all(text.strip() for text in texts):
                 raise ValueError(f"{name}={value!r} is empty: give a value, or leave the option out.")
             # Photographs may lie under such names: Python's own files can read them. Other libraries cannot.
-            if not name.endswith("_data_dir") and any("\ud800" <= letter <= "\udfff" for letter in value):
+            if not name.endswith("_data_dir") and any("\ud800" <= letter <= "\udfff" for letter in "".join(texts)):
                 raise ValueError(f"{name}={value!r} is not valid UTF-8 here: use another name, or set PYTHONUTF8=1.")
 
     def _check_numbers_and_choices(self) -> None:
@@ -204,10 +209,11 @@ class DreamBoothConfig:
 
 
 def _kinds() -> dict[str, type]:
-    """Option -> the type of its value, where there is just one besides None."""
+    """Option -> the type of its value, or of each of its values, where there is just one besides None."""
     hints = get_type_hints(DreamBoothConfig)
     types = {name: [t for t in get_args(hint) or (hint,) if t is not type(None)] for name, hint in hints.items()}
-    return {name: found[0] for name, found in types.items() if len(found) == 1}
+    only = {name: found[0] for name, found in types.items() if len(found) == 1}
+    return {name: get_args(kind)[0] if get_origin(kind) is list else kind for name, kind in only.items()}
 
 
 _KINDS = _kinds()
@@ -266,8 +272,8 @@ _LARGE = dict(
 )  # fmt: skip
 PRESETS: dict[str, dict[str, Any]] = {
     "miniature": dict(
-        base="miniature", resolution=64, max_train_steps=600, learning_rate=1.5e-3, text_encoder_learning_rate=3e-4,
-        lr_scheduler="cosine", train_text_encoder=True, num_inference_steps=10, guidance_scale=2.5,
+        base="miniature", resolution=64, max_train_steps=300, learning_rate=2e-3, text_encoder_learning_rate=3e-4,
+        lr_scheduler="cosine", train_text_encoder=False, num_inference_steps=10, guidance_scale=2.5,
         sample_batch_size=25, rank=16, lora_layers="all", train_batch_size=4, gradient_checkpointing=False,
         mixed_precision="no",
     ),
@@ -321,6 +327,7 @@ def _read_config(part: Path) -> dict[str, Any]:
 
 
 # Options that are words, not names of files: those must stay as the file system has them.
+_SEVERAL = ("instance_prompt",)  # may be given more than once
 _WORDS = ("class_word", "identifier", "instance_prompt", "class_prompt")
 
 
@@ -359,8 +366,9 @@ def build_parser() -> argparse.ArgumentParser:
             short = item.name.removeprefix("with_")
             group.add_argument(f"--no_{short}", dest=item.name, action="store_false", help="the opposite")
         else:
+            several = {"action": "append"} if item.name in _SEVERAL else {}
             type_ = _words if item.name in _WORDS else kind
-            parser.add_argument(f"--{item.name}", type=type_, metavar=kind.__name__.upper(), **common)
+            parser.add_argument(f"--{item.name}", type=type_, metavar=kind.__name__.upper(), **common, **several)
     return parser
 
 

@@ -18,7 +18,7 @@ from dbnb.concept import load_image
 from dbnb.models import upcast
 
 # The roles that random draws play; each has its own generator, so that one draw more in one never shifts another.
-ORDER, CROP, FLIP, NOISE, TIMESTEP, POSTERIOR, SMALL_NOISE, OFFSET = range(8)
+ORDER, CROP, FLIP, NOISE, TIMESTEP, POSTERIOR, SMALL_NOISE, OFFSET, PROMPT = range(9)
 
 
 def seeded(seed: int, role: int, *numbers: int) -> torch.Generator:
@@ -38,13 +38,13 @@ class DreamBoothDataset(Dataset):
     """Sample n pairs one instance image with one class image; which ones, how cropped and flipped, n and seed decide.
 
     n counts samples over the whole run: step k of batch size B takes k*B to k*B + B - 1. Each image is seen once an
-    epoch, in an order drawn anew for every epoch.
+    epoch, in an order drawn anew for every epoch. Of several instance prompts each sample draws one.
     """
 
     def __init__(
         self,
         instance_paths: Sequence[Path],
-        instance_prompt: str,
+        instance_prompt: str | Sequence[str],
         *,
         class_paths: Sequence[Path] = (),
         class_prompt: str = "",
@@ -54,7 +54,8 @@ class DreamBoothDataset(Dataset):
         seed: int = 0,
         length: int = 10**9,
     ) -> None:
-        self.prompts = {"instance": instance_prompt, "class": class_prompt}
+        instance_prompts = (instance_prompt,) if isinstance(instance_prompt, str) else tuple(instance_prompt)
+        self.prompts = {"instance": instance_prompts, "class": (class_prompt,)}
         self.images = {
             "instance": [_resized(load_image(path, size), size) for path in instance_paths],
             "class": [_resized(load_image(path, size), size) for path in class_paths],
@@ -79,6 +80,18 @@ class DreamBoothDataset(Dataset):
         flip = self.random_flip and torch.rand((), generator=seeded(self.seed, FLIP, number, n)) < 0.5
         return int(order[n % count]), bool(flip)
 
+    def prompt(self, half: str, n: int) -> str:
+        """The prompt of sample n: where there are several, one that is drawn anew for every sample."""
+        choices = self.prompts[half]
+        if len(choices) == 1:
+            return choices[0]
+        number = torch.randint(len(choices), (), generator=seeded(self.seed, PROMPT, self.halves.index(half), n))
+        return choices[int(number)]
+
+    def distinct_prompts(self) -> list[str]:
+        """Every prompt that a sample may have, once."""
+        return list(dict.fromkeys(prompt for half in self.halves for prompt in self.prompts[half]))
+
     def pixels(self, half: str, index: int, flip: bool, crop: torch.Generator | None = None) -> torch.Tensor:
         """(3, size, size) in [-1, 1]: the middle of the image, or a place that `crop` draws."""
         image = self.images[half][index]
@@ -100,7 +113,7 @@ class DreamBoothDataset(Dataset):
             else:
                 crop = None if self.center_crop else seeded(self.seed, CROP, number, n)
                 example[f"{half}_pixels"] = self.pixels(half, index, flip, crop)
-            example[f"{half}_prompt"] = self.prompts[half]
+            example[f"{half}_prompt"] = self.prompt(half, n)
         return example
 
     @property

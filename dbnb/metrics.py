@@ -180,7 +180,7 @@ def report(before: dict, after: dict, top: dict) -> dict[str, dict[str, float]]:
 
     `after` also holds normalized_subject_fidelity = (after - floor) / (ceiling - floor), class_diversity_ratio =
     after / before, and sentence_fidelity_ratio = (sentence_fidelity - floor) / (subject_fidelity - floor), where those
-    can be formed.
+    can be formed; worst_sentence_fidelity_ratio likewise.
     """
     floor = {name: before[name] for name in ("subject_fidelity", "clip_i")}
     after = dict(after)
@@ -188,8 +188,9 @@ def report(before: dict, after: dict, top: dict) -> dict[str, dict[str, float]]:
     if span > 0:
         after["normalized_subject_fidelity"] = (after["subject_fidelity"] - floor["subject_fidelity"]) / span
     gained = after["subject_fidelity"] - floor["subject_fidelity"]
-    if gained > 0 and "sentence_fidelity" in after:
-        after["sentence_fidelity_ratio"] = (after["sentence_fidelity"] - floor["subject_fidelity"]) / gained
+    for name in ("sentence_fidelity", "worst_sentence_fidelity"):
+        if gained > 0 and name in after:
+            after[f"{name}_ratio"] = (after[name] - floor["subject_fidelity"]) / gained
     if before.get("class_diversity", 0.0) > 0:
         after["class_diversity_ratio"] = after["class_diversity"] / before["class_diversity"]
     return {"before": before, "after": after, "floor": floor, "ceiling": top}

@@ -253,7 +253,7 @@ def run_identity(config: DreamBoothConfig, components: Components, dataset: Drea
         names.append("max_train_steps")  # the other schedules end there
     return {
         "base": fingerprint(components.base),
-        "prompts": list(dataset.prompts.values()),
+        "prompts": {half: list(prompts) for half, prompts in dataset.prompts.items()},
         "images": digest.hexdigest()[:16],
         "adapters": {
             part: {name: getattr(module.peft_config["default"], name) for name in _ADAPTER_FIELDS}
@@ -661,8 +661,9 @@ def _train(config, components, dataset, on_step, on_validation) -> list[dict[str
         cache_latents(dataset, components.vae)
     prompt_embeds = None
     if config.pre_compute_text_embeddings and "text_encoder" not in adapted_modules(components):
-        prompts = [dataset.prompts[half] for half in dataset.halves]
-        prompt_embeds = precompute_embeds(components, prompts, max_length=config.tokenizer_max_length)
+        prompt_embeds = precompute_embeds(
+            components, dataset.distinct_prompts(), max_length=config.tokenizer_max_length
+        )
 
     writes, share = accelerator.is_main_process, accelerator.num_processes
 
@@ -681,7 +682,7 @@ def _train(config, components, dataset, on_step, on_validation) -> list[dict[str
             processes().print(f"The earlier results in {output_dir} are now in {previous}.")
         config.save(output_dir / "config.json")
         with whole(log_path) as temporary:
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in log))
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in log), encoding="utf-8")
     if config.report_to != "none":
         accelerator.init_trackers("dreambooth")
     accumulate = config.gradient_accumulation_steps

@@ -20,21 +20,23 @@ from dbnb.models import Components
 from dbnb.prior import build_pipeline, call_options, draw_images, image_seed
 from dbnb.toybox.scenes import SCENES
 
-# Other ways to ask for the subject, which no training uses: `{}` is the identifier and the class word.
+# Other ways to ask for the subject, which no training uses: `{}` is the identifier and the class word. None asks for
+# another look: the toy's own colours would be measured against those of the prompt.
 SENTENCES = (
     "a picture of a {}",
     "{}",
     "a {} on the beach",
     "a render of the {} in the snow",
-    "a photo of {} with a blue hat",
+    "picture of the {}",
     "my {} at night",
     "the {} in a room",
     "in the desert, a {}",
     "one {} in the city",
     "photo of my {} in the grass",
     "on the moon, the {}",
-    "a {} wearing a scarf",
+    "her {} on the beach",
 )
+SETS = ("subject", "scenes", "classes")  # the prompt sets that are drawn before and after training
 # Validation images come from their own series, so that they never repeat a class image.
 _SERIES = 1_000
 
@@ -91,7 +93,7 @@ def validation_images(
     count: int,
     references: Sequence[Image.Image] = (),
     scenes: Mapping[str, str] = SCENES,
-    sets: Sequence[str] = ("subject", "scenes", "classes"),
+    sets: Sequence[str] = SETS,
 ) -> ValidationImages:
     """`count` images of each of the prompt `sets`, and each of `references` redrawn under the instance prompt.
 

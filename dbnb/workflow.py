@@ -35,7 +35,7 @@ from dbnb.models import (
 from dbnb.prior import ClassImages, cache_dir, class_images
 from dbnb.processes import processes
 from dbnb.training import alone, check_start, run_identity, train, versions
-from dbnb.validation import ValidationImages, validation_images
+from dbnb.validation import SETS, ValidationImages, validation_images
 
 
 @dataclass
@@ -91,6 +91,9 @@ def before_after(
     subject, bare = concept.instance_prompt, concept.class_prompt
     labels = ["photographs", f"before:\n{subject}", f"after:\n{subject}", "before:\n… in eight places",
               "after:\n… in eight places", f"before:\n{bare}", f"after:\n{bare}"]  # fmt: skip
+    if after.sentences:
+        rows.append(after.sentences[:n])
+        labels.append("after:\nin other sentences")
     if after.redrawn:
         rows += [references[:n], before.redrawn[:n], after.redrawn[:n]]
         labels += ["other photographs", "before:\nredrawn from them", "after:\nredrawn from them"]
@@ -125,7 +128,7 @@ def prepare(
     components.to(processes().device)  # CUDA, or Apple's MPS, where there is one
     tokens = token_report(components.tokenizer, config.identifier)
     tell(f"identifier {tokens.identifier!r} -> {' '.join(tokens.tokens)} {list(tokens.ids)}: {tokens.verdict}")
-    for prompt in (concept.instance_prompt, concept.class_prompt):
+    for prompt in (*concept.instance_prompts, concept.class_prompt):
         if rest := cut_off(components, prompt, config.tokenizer_max_length):
             tell(f"{prompt!r} is too long: {rest!r} is not read.")
 
@@ -153,7 +156,7 @@ def prepare(
         seed=config.seed,
     )
     dataset = DreamBoothDataset(
-        concept.paths, concept.instance_prompt, class_paths=prior.paths if prior else (),
+        concept.paths, concept.instance_prompts, class_paths=prior.paths if prior else (),
         class_prompt=concept.class_prompt, size=config.resolution, center_crop=config.center_crop,
         random_flip=config.random_flip, seed=config.seed,
     )  # fmt: skip
@@ -244,7 +247,8 @@ def _run(config: DreamBoothConfig) -> Result:
         return Result(adapter, log, None, components, interrupted=True)
     numbers = None
     if before is not None:
-        after = validation_images(components, concept, config, count=count, references=further)
+        sets = (*SETS, "sentences")
+        after = validation_images(components, concept, config, count=count, references=further, sets=sets)
         _save_figure(before_after(before, after, concept, further), output_dir / "before_after.png")
         try:
             encoders = metrics.load_encoders(components.base)

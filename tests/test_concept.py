@@ -30,9 +30,9 @@ def _note(folder, name):
 
 
 def test_prompts_and_report(concept):
-    assert concept.instance_prompt == "a photo of a sks dog"
+    assert concept.instance_prompt == "a photo of sks dog"
     assert concept.class_prompt == "a photo of a dog"
-    assert concept.prompts_in(["on the beach"]) == ["a photo of a sks dog on the beach"]
+    assert concept.prompts_in(["on the beach"]) == ["a photo of sks dog on the beach"]
     assert len(concept.paths) == 5 and "5 pictures" in concept.report()
 
 
@@ -108,6 +108,10 @@ def test_copies_are_used_once_and_lookalikes_named(folder):
 def test_a_prompt_without_the_identifier_is_refused():
     with pytest.raises(ValueError, match="does not contain"):
         Concept.from_folder(None, "sks", "dog", instance_prompt="a photo of a dog")
+    with pytest.raises(ValueError, match="'my dog' does not contain"):
+        Concept.from_folder(None, "sks", "dog", instance_prompt=["a photo of sks dog", "my dog"])
+    several = Concept.from_folder(None, "sks", "dog", instance_prompt=["sks dog", "my sks dog"])
+    assert several.instance_prompt == "sks dog" and several.instance_prompts == ("sks dog", "my sks dog")
 
 
 def test_token_report_tells_rare_from_common_and_split(components):

@@ -110,7 +110,7 @@ def test_the_loss_is_the_one_written_out(family, base, small):
     target = record.noise if name != "sd2" else alphas.sqrt() * record.noise - (1 - alphas).sqrt() * record.latents
     loss = F.mse_loss(prediction[:2], target[:2]) + F.mse_loss(prediction[2:], target[2:])
     assert record.loss.item() == pytest.approx(loss.item(), rel=1e-5)
-    known = precompute_embeds(base, list(small.prompts.values()))
+    known = precompute_embeds(base, small.distinct_prompts())
     assert training_step(base, batch, seed=0, prompt_embeds=known).loss.item() == pytest.approx(loss.item(), rel=1e-5)
 
 

@@ -80,7 +80,8 @@ def test_an_epoch_shows_each_picture_once(count, seed, epoch):
 @given(WORDS.map(str.strip), WORDS.map(str.strip))
 def test_prompts_hold_the_words_with_their_articles(identifier, class_word):
     concept = Concept.from_folder(None, identifier, class_word)
-    assert concept.instance_prompt == f"a photo of {article_for(identifier)} {identifier} {class_word}"
+    assert concept.instance_prompt == f"a photo of {identifier} {class_word}"
+    assert concept.class_prompt == f"a photo of {article_for(class_word)} {class_word}"
     assert concept.class_prompt.endswith(f" {class_word}") and identifier in concept.prompts_in(["on the beach"])[0]
 
 

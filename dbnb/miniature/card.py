@@ -31,9 +31,12 @@ toys ({kinds}) in eight places, and carries the encoders that measure it: a CLIP
 
 Trained from nothing on {photographs:,} photographs that `dbnb.toybox` renders, and a third as many of toys in colours
 that have no name here and that captions leave out; one in ten combinations of kind, named colour and place is held out.
-Text: a contrastive stage, then trained on with the UNet. Identifiers such as `sks` stand in two
-captions of a hundred, without meaning. Reproduce it with
-`python -m dbnb.miniature.train`; the steps taken, and this machine's ({cores} cores) time for them:
+Text: a contrastive stage, then trained on with the UNet; then alone, against the frozen UNet, on other sentences that
+say the same ('red dog, beach', 'on the beach, my red dog'). Identifiers such as `sks` stand in no caption: each has a
+vector of its own, which that last stage teaches the text encoder to pass on to the noun and to all that follows, in
+directions that the UNet itself hardly hears. The identity encoder learned from {look_alikes:,} groups of toys that
+differ by one thing. Reproduce it with `python -m dbnb.miniature.train`; the steps taken, and this machine's ({cores}
+cores) time for them:
 
 {stages}
 
@@ -50,8 +53,8 @@ By `python -m dbnb.miniature.evaluate`, on toys that training never saw, at {ste
 
 DreamBooth on it, each row one run of the defaults with five photographs of a toy it never saw, 32 images a prompt set
 (fidelity: 0 is the base without adapter, 1 other photographs of the toy; diversity: of the bare class prompt, after
-over before). The default rates and steps were chosen by runs on three of these toys, the sample dog, duck 101 and robot
-102; the others were not looked at before:
+over before; sentences: the fidelity of twelve other sentences, mean and worst, as a share of that of the training
+prompt). The default rates and steps were chosen by runs on other toys than these:
 
 {subjects}
 
@@ -84,8 +87,11 @@ def figures(result: dict) -> str:
         "drawn as asked, held-out combinations": _percent(result["composition"]),
         "entropy for 'a photo of a dog' (share of uniform)": _percent(result["diversity"]),
         "the same, of rendered dogs": _percent(result["diversity_of_renders"]),
-        "Frechet distance, drawn to real | real to real": "{drawn_to_real:.2f} against {real_to_real:.2f}".format(
-            **result["frechet"]
+        "Frechet distance of drawings and renders with the same labels | of two such sets of renders": (
+            "{drawn_to_real:.2f} against {real_to_real:.2f}".format(**result["frechet"])
+        ),
+        "the same, kernel distance times 1000, with its spread over subsets": "{} against {}".format(
+            *("{:.1f} ± {:.1f}".format(*result["kernel"][name]) for name in ("drawn_to_real", "real_to_real"))
         ),
         "mean distance to the nearest training photograph (16 x 16 pixels, 0 to 1)": "not measured"
         if result["copying"] is None
@@ -94,6 +100,12 @@ def figures(result: dict) -> str:
         "identity encoder, unseen toys": "finds the other photograph of a toy among all of its kind in "
         f"{100 * result['identity']['retrieval']:.1f} %",
         "the same, toys of any colours": f"{100 * result['identity_any_colors']['retrieval']:.1f} %",
+        "identity encoder, mean similarity to five photographs": ", ".join(
+            f"{name} {value:.2f}" for name, value in result["ladder"].items()
+        ),
+        "the same, finds a toy among 50 look-alikes, each different by one thing": (
+            f"{100 * result['among_look_alikes']:.0f} %"
+        ),
         f"seconds for 100 images, {result['cores']} cores": f"{result['seconds_per_100']:.0f}",
     }
     return Table({"measure": name, "value": value} for name, value in rows.items()).markdown()
@@ -103,9 +115,17 @@ def subjects(result: dict) -> str:
     """The subject experiment as a table."""
     if "subjects" not in result:
         raise ValueError("The evaluation has no subject experiment: run `dbnb.miniature.evaluate --subjects 3` first.")
-    columns = ("normalized_subject_fidelity", "scene_recognised", "class_diversity_ratio", "class_subject_similarity")
+    columns = (
+        "normalized_subject_fidelity",
+        "scene_recognised",
+        "class_diversity_ratio",
+        "class_subject_similarity",
+        "sentence_fidelity_ratio",
+        "worst_sentence_fidelity_ratio",
+    )
     return Table(
-        {"personalised to": name} | {c.replace("_", " "): f"{numbers['after'][c]:.2f}" for c in columns}
+        {"personalised to": name}
+        | {c.replace("_", " "): f"{numbers['after'][c]:.2f}" if c in numbers["after"] else "" for c in columns}
         for name, numbers in result["subjects"].items()
     ).markdown()
 
@@ -159,11 +179,19 @@ def write_card(base: Path, evaluation: Path) -> None:
     ).markdown()
     text = _TEXT.format(
         prediction_type=components.noise_scheduler.config.prediction_type.replace("_", "-"),
-        parameters=f"Parameters: {parameters}", kinds=", ".join(toybox.KINDS), photographs=recipe["photographs"],
-        cores=result["cores"], stages=stages, pilots=pilots(base), note=recipe.get("note", ""),
+        parameters=f"Parameters: {parameters}",
+        kinds=", ".join(toybox.KINDS),
+        photographs=recipe["photographs"],
+        look_alikes=recipe["look_alikes"],
+        cores=result["cores"],
+        stages=stages,
+        pilots=pilots(base),
+        note=recipe.get("note", ""),
         steps=settings["num_inference_steps"],
-        guidance=settings["guidance_scale"], figures=figures(result), subjects=subjects(result),
-    )  # fmt: skip
+        guidance=settings["guidance_scale"],
+        figures=figures(result),
+        subjects=subjects(result),
+    )
     (base / "README.md").write_text(text)
 
 

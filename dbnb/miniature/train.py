@@ -15,6 +15,7 @@ import copy
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import shutil
 import time
@@ -61,7 +62,8 @@ STAGES = ("vae", "clip", "identity", "judge", "decoder", "unet", "words")
 MENDABLE = {"identity": "identity", "words": "text_encoder"}
 PHOTOGRAPHS = 48000
 CODE = 32  # directions of the text encoder's hidden states that carry an identifier
-LOOK_ALIKES = 2500  # toys, each with ALIKE - 1 others
+UNET_EVERY = 6  # steps of the stage "words"; the others look at the text encoder alone
+LOOK_ALIKES = 5000  # toys, each with ALIKE - 1 others
 _LATENT_SAMPLE = 2000  # photographs that tell the latents' mean and deviation
 
 
@@ -283,6 +285,24 @@ def _jitter(pictures: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
     return mixed + 0.08 * torch.rand(len(pictures), 1, 1, 1, generator=rng) * torch.randn(pictures.shape, generator=rng)
 
 
+def _vary(pictures: torch.Tensor, group: int, rng: torch.Generator) -> torch.Tensor:
+    """Move each picture by up to 3 pixels, and turn the hue of all `group` pictures of some groups alike.
+
+    So a group of look-alikes is another one each time it is seen: what differs between its toys stays.
+    """
+    count = len(pictures) // group
+    angle = (torch.rand(count, generator=rng) < 0.7) * 2.0 * math.pi * torch.rand(count, generator=rng)
+    # A turn about the grey axis (Rodrigues).
+    axis, eye = torch.full((3, 3), 1.0 / 3.0), torch.eye(3)
+    cross = torch.tensor([[0.0, -1.0, 1.0], [1.0, 0.0, -1.0], [-1.0, 1.0, 0.0]]) / 3.0**0.5
+    cos, sin = (f(angle).view(-1, 1, 1) for f in (torch.cos, torch.sin))
+    turns = (cos * eye + sin * cross + (1.0 - cos) * axis).repeat_interleave(group, 0)
+    turned = torch.einsum("bij,bjhw->bihw", turns, pictures).clamp(-1.0, 1.0)
+    padded, side = F.pad(turned, (3, 3, 3, 3), mode="replicate"), pictures.shape[-1]
+    shifts = torch.randint(7, (len(pictures), 2), generator=rng).tolist()
+    return torch.stack([p[:, y : y + side, x : x + side] for p, (y, x) in zip(padded, shifts, strict=True)])
+
+
 def read_look_alikes(folder: Path, count: int = LOOK_ALIKES) -> tuple[np.ndarray, np.ndarray]:
     """`look_alikes` of `count` toys, half in named colours and half in any."""
     part = min(count // 2, 250)
@@ -307,9 +327,10 @@ def train_identity(groups: np.ndarray, alike: np.ndarray, seed: int, batch_size:
         rng = generator(seed, step)
         chosen = torch.randperm(len(groups), generator=rng)[: batch_size // ALIKE].numpy()
         toys = groups[chosen].reshape(-1, *groups.shape[2:])  # a look-alike is a toy like any other
-        pictures = to_tensor(np.concatenate([toys[:, 0], toys[:, 1]]))
+        pictures = _vary(to_tensor(toys.reshape(-1, *toys.shape[2:])), ALIKE * SHOTS, rng)
         features = F.normalize(encoder(_jitter(pictures, rng)).pooler_output.flatten(1), dim=1)
-        similarity = features[: len(toys)] @ features[len(toys) :].T
+        first, second = features[0::SHOTS], features[1::SHOTS]
+        similarity = first @ second.T
         target = torch.arange(len(toys))
         contrast = 0.5 * (F.cross_entropy(similarity / 0.1, target) + F.cross_entropy(similarity.T / 0.1, target))
         of_group = torch.block_diag(*torch.ones(len(chosen), ALIKE, ALIKE)).bool()
@@ -543,27 +564,31 @@ def train_words(
         draw_vectors(table, words, rng)
         indices = data.batch(batch_size, rng)
         plain, free, identifiers = _pairs(data, indices, rng)
-        clean = DiagonalGaussianDistribution(latents[torch.from_numpy(indices)].float()).sample(rng)
-        noise = torch.randn(clean.shape, generator=rng)
-        strata = (torch.arange(batch_size) + torch.rand(batch_size, generator=rng)) / batch_size
-        t = (strata * schedule.config.num_train_timesteps).long()
-        noisy = schedule.add_noise(clean, noise, t)
         tokens, tokens_plain = tokenize(words, free), tokenize(words, plain)
         hidden = text_encoder(tokens).last_hidden_state
         with torch.no_grad():
             wanted = teacher(tokens_plain).last_hidden_state
-            target = unet(noisy, t, encoder_hidden_states=wanted).sample
             named = torch.tensor([bool(identifier) for identifier in identifiers])
             vectors = table.weight[[numbers.get(identifier, 0) for identifier in identifiers]]
             codes = named[:, None] * F.normalize(vectors @ to_code, dim=1) @ unheard.T  # (B, D), of length 1 or 0
-        predicted = unet(noisy, t, encoder_hidden_states=hidden).sample
-        mse = (predicted - target).square().mean((1, 2, 3))
         said = torch.isin(tokens, nouns).any(1)  # all but the empty ones
         noun = hidden[torch.isin(tokens, nouns)] - wanted[torch.isin(tokens_plain, nouns)] - 2.0 * codes[said]
         ended = (tokens == words.eos_token_id) & (tokens_plain == words.eos_token_id)
         end = (hidden - wanted - codes[:, None])[ended]
-        states = noun.square().mean() + end.square().mean()
-        return dict(loss=mse.mean() + 0.15 * states, mse=mse.mean(), noun=noun.square().mean(), end=end.square().mean())
+        losses = dict(noun=noun.square().mean(), end=end.square().mean())
+        loss = 0.15 * (losses["noun"] + losses["end"])
+        if step % UNET_EVERY == 0:  # a step with the UNet takes as long as these
+            few = slice(None, batch_size // UNET_EVERY)
+            clean = DiagonalGaussianDistribution(latents[torch.from_numpy(indices[few])].float()).sample(rng)
+            noise = torch.randn(clean.shape, generator=rng)
+            t = (torch.arange(len(clean)) + torch.rand(len(clean), generator=rng)) / len(clean)
+            t = (t * schedule.config.num_train_timesteps).long()
+            noisy = schedule.add_noise(clean, noise, t)
+            with torch.no_grad():
+                target = unet(noisy, t, encoder_hidden_states=wanted[few]).sample
+            mse = F.mse_loss(unet(noisy, t, encoder_hidden_states=hidden[few]).sample, target)
+            loss, losses["mse"] = loss + UNET_EVERY * mse, UNET_EVERY * mse
+        return dict(loss=loss, **losses)
 
     done = fit("words", text_encoder, loss_of_step, weight_decay=0.0, **options)
     return text_encoder, done
@@ -700,7 +725,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output_dir", type=Path, default=Path("runs/miniature"))
     parser.add_argument("--photographs", type=int, default=PHOTOGRAPHS)
     parser.add_argument("--look_alikes", type=int, default=LOOK_ALIKES, help="groups that the identity encoder sees")
-    steps, batch_sizes = (6800, 800, 5200, 2400, 2600, 25500, 1500), (8, 128, 96, 64, 16, 24, 24)
+    steps, batch_sizes = (6800, 800, 5200, 2400, 2600, 25500, 4000), (8, 128, 96, 64, 16, 24, 96)
     parser.add_argument("--steps", type=int, nargs=len(STAGES), default=steps, metavar=STAGES)
     parser.add_argument("--batch_sizes", type=int, nargs=len(STAGES), default=batch_sizes, metavar=STAGES)
     parser.add_argument("--minutes", type=float, default=1e9, help="stop this run's UNet stage after so many minutes")

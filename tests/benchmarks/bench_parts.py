@@ -27,7 +27,7 @@ def ready(request, components, dataset):
     for module in adapted_modules(components).values():
         train_mode(module)
     cache_latents(dataset, components.vae)
-    prompts = list(dataset.prompts.values())
+    prompts = dataset.distinct_prompts()
     return components, dataset, None if request.param else precompute_embeds(components, prompts)
 
 
@@ -96,7 +96,7 @@ def test_latents_cache(benchmark, components, dataset):
 
 def test_embeddings_cache(benchmark, components, dataset):
     """Two prompts through the text encoder."""
-    benchmark(precompute_embeds, components, list(dataset.prompts.values()))
+    benchmark(precompute_embeds, components, dataset.distinct_prompts())
 
 
 @pytest.mark.parametrize("command", [("-c", "import dbnb"), ("-m", "dbnb", "--help")], ids=" ".join)
