@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,6 +23,8 @@ from huggingface_hub.errors import (
 from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel
 
 from dbnb.config import PRESETS
+from dbnb.files import ends
+from dbnb.single_file import converted
 from dbnb.tables import Table
 
 
@@ -32,9 +35,6 @@ def _roberta_series() -> type:
     # Checkpoints name this class by the module's old place, where diffusers itself no longer finds it.
     diffusers.pipelines.alt_diffusion = alt_diffusion
     return alt_diffusion.RobertaSeriesModelWithTransformation
-
-
-_HASHED = 64 << 20  # a whole checkpoint can be gigabytes; training moves every weight, so its ends tell
 
 
 @dataclass(frozen=True)
@@ -183,16 +183,18 @@ def _why_not_fetched(error: BaseException | None, variant: str | None) -> str:
 def resolve_base(base: str, *, revision: str | None = None, variant: str | None = None) -> Path:
     """A preset, a path or a hub id -> a local pipeline folder (the hub's files land in huggingface_hub's cache).
 
-    `revision` and `variant` are the hub's. Raises FileNotFoundError in one sentence when it is neither a folder nor to
-    be had on the hub.
+    `revision` and `variant` are the hub's. A checkpoint in one file is converted, once. Raises FileNotFoundError in one
+    sentence when it is neither here nor to be had on the hub.
     """
     if base == "miniature":
         from dbnb import miniature
 
         return miniature.path()
     base = PRESETS.get(base, {}).get("base", base)
-    path = Path(base).expanduser()
-    if path.is_dir():
+    path = Path(os.path.expanduser(base))
+    if os.path.isfile(path):
+        return converted(path)
+    if os.path.isdir(path):
         if not (path / "model_index.json").is_file():
             raise FileNotFoundError(f"{path} has no model_index.json: give the folder of a whole diffusers pipeline.")
         return path
@@ -214,10 +216,7 @@ def fingerprint(base: Path) -> str:
         if path.suffix in (".json", ".safetensors", ".bin", ".txt") and path.is_file():
             digest.update(str(path.relative_to(base)).encode())
             digest.update(str(path.stat().st_size).encode())
-            with path.open("rb") as file:
-                digest.update(file.read(_HASHED))
-                file.seek(max(file.tell(), path.stat().st_size - _HASHED))
-                digest.update(file.read())
+            digest.update(ends(path))
     return digest.hexdigest()[:16]
 
 
