@@ -305,14 +305,14 @@ def suggested(base: str) -> dict[str, Any]:
         return PRESETS[one_file_family(folder)]
     if base in PRESETS or not os.path.isfile(folder / "unet" / "config.json"):
         return PRESETS.get(base, PRESETS["sd15"])
-    resolution = _read_config(folder / "unet").get("sample_size")
+    resolution = read_config(folder / "unet").get("sample_size")
     if isinstance(resolution, list):
         resolution = max(resolution)
     family = "sdxl" if (folder / "text_encoder_2").is_dir() else "sd15"
     if not (folder / "vae" / "config.json").is_file():
         family = "if"
     elif resolution is not None:
-        levels = _read_config(folder / "vae").get("block_out_channels", [0] * 4)
+        levels = read_config(folder / "vae").get("block_out_channels", [0] * 4)
         resolution *= 2 ** (len(levels) - 1)
         if resolution <= PRESETS["miniature"]["resolution"]:
             family = "miniature"
@@ -358,8 +358,8 @@ def one_file_family(path: Path) -> str:
     return family
 
 
-def _read_config(part: Path) -> dict[str, Any]:
-    """The config of one part of a base."""
+def read_config(part: Path) -> dict[str, Any]:
+    """The config of one part of a base. Raises ValueError, naming the file, where it cannot be read."""
     try:
         config = json.loads((part / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
