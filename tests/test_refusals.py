@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import json
 import math
@@ -21,9 +22,13 @@ from PIL import Image
 
 from dbnb import miniature, workflow
 from dbnb.__main__ import main
+from dbnb.adapters import add_adapters
 from dbnb.concept import Concept, inspect_images, load_image
 from dbnb.config import DreamBoothConfig, check_libraries, parse_args, suggested
+from dbnb.dataset import DreamBoothDataset
 from dbnb.models import check_base, read_tokenizer, resolve_base, text_architecture
+from dbnb.training import train
+from dbnb.validation import draw
 
 
 @pytest.fixture
@@ -322,3 +327,11 @@ def test_a_prompt_length_that_a_text_encoder_cannot_take_is_named(tmp_path, fami
     for length in (1, *([] if most is None else [most + 1])):
         with pytest.raises(ValueError, match=f"tokenizer_max_length={length} must be"):
             check_base(folder, resolution=32, tokenizer_max_length=length)
+
+
+def test_a_seed_of_64_bits_trains(components, concept, config):
+    config = dataclasses.replace(config, seed=2**64 - 1, max_train_steps=2, checkpointing_steps=0)
+    add_adapters(components, rank=2, seed=config.seed)
+    dataset = DreamBoothDataset(concept.paths, concept.instance_prompt, size=64, seed=config.seed)
+    assert [line["step"] for line in train(config, components, dataset)] == [1, 2]
+    assert len(draw(components, [concept.instance_prompt], config)) == 1
