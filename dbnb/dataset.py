@@ -57,8 +57,8 @@ class DreamBoothDataset(Dataset):
         instance_prompts = (instance_prompt,) if isinstance(instance_prompt, str) else tuple(instance_prompt)
         self.prompts = {"instance": instance_prompts, "class": (class_prompt,)}
         self.images = {
-            "instance": [_resized(load_image(path), size) for path in instance_paths],
-            "class": [_resized(load_image(path), size) for path in class_paths],
+            "instance": [_resized(load_image(path, size), size) for path in instance_paths],
+            "class": [_resized(load_image(path, size), size) for path in class_paths],
         }
         self.size, self.center_crop, self.random_flip, self.seed, self.length = (
             size, center_crop, random_flip, seed, length,

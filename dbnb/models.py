@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,6 +45,7 @@ class Architecture:
     lora_targets: tuple[str, ...]
     always_masked: bool = False  # the padding is hidden from it; otherwise its config's `use_attention_mask` decides
     max_length: int | None = None  # tokens, where the tokenizer itself would allow more than the base was trained with
+    positions: Callable[[Any], int | None] = lambda config: config.max_position_embeddings  # tokens it can take at all
     lowercase: bool = False
 
 
@@ -53,9 +55,18 @@ ARCHITECTURES = {
     "CLIPTextModel": Architecture(lambda: CLIPTextModel, _CLIP_TARGETS),
     "CLIPTextModelWithProjection": Architecture(lambda: CLIPTextModelWithProjection, _CLIP_TARGETS),
     "T5EncoderModel": Architecture(
-        lambda: T5EncoderModel, ("q", "k", "v", "o"), always_masked=True, max_length=77, lowercase=True
+        lambda: T5EncoderModel,
+        ("q", "k", "v", "o"),
+        always_masked=True,
+        max_length=77,
+        positions=lambda config: None,  # it knows relative ones
+        lowercase=True,
     ),
-    "RobertaSeriesModelWithTransformation": Architecture(_roberta_series, ("query", "key", "value", "output.dense")),
+    "RobertaSeriesModelWithTransformation": Architecture(
+        _roberta_series,
+        ("query", "key", "value", "output.dense"),
+        positions=lambda config: config.max_position_embeddings - config.pad_token_id - 1,  # counted from behind it
+    ),
 }
 
 
@@ -218,6 +229,59 @@ def text_architecture(base: Path, part: str = "text_encoder") -> tuple[str, Arch
     return names[0], ARCHITECTURES[names[0]]
 
 
+def read_tokenizer(base: Path, part: str = "tokenizer") -> Any:
+    """A base's tokenizer, or its second one."""
+    return AutoTokenizer.from_pretrained(base / part, trust_remote_code=False)
+
+
+def _index(base: Path) -> dict[str, Any]:
+    """A pipeline's `model_index.json`, part -> (library, class). Raises ValueError for what is not known here."""
+    try:
+        index = json.loads((base / "model_index.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{base / 'model_index.json'} cannot be read ({error}): copy the base again.") from error
+    if not isinstance(index, dict):
+        raise ValueError(
+            f"{base / 'model_index.json'} is no pipeline's: give the folder of a whole diffusers pipeline."
+        )
+    if not _has(index, "unet") or not _has(index, "text_encoder"):
+        raise ValueError(f"{base} is a {index.get('_class_name')}: known are bases of one UNet and a text encoder.")
+    return index
+
+
+def _has(index: Mapping[str, Any], part: str) -> bool:
+    return (index.get(part) or [None, None])[1] is not None
+
+
+def check_base(base: Path, *, resolution: int, tokenizer_max_length: int | None = None) -> None:
+    """Raise the ValueError that names a setting which this base cannot take: read off its configs, not its weights."""
+    index = _index(base)
+    if _has(index, "vae"):  # pipelines ask for a multiple of 8, whatever the VAE
+        step = math.lcm(8, 2 ** (len(AutoencoderKL.load_config(base / "vae")["block_out_channels"]) - 1))
+    else:
+        unet = UNet2DConditionModel.load_config(base / "unet")
+        step = math.lcm(4 if unet["in_channels"] == 6 else 1, 2 ** (len(unet["block_out_channels"]) - 1))
+    if resolution % step:
+        lower = resolution // step * step
+        nearest = f"{lower} or {lower + step}" if lower else str(step)
+        raise ValueError(f"resolution={resolution} must be a multiple of {step} for this base: take {nearest}.")
+    if tokenizer_max_length is None:
+        return
+    for part in ("", "_2"):
+        if not _has(index, f"text_encoder{part}"):
+            continue
+        name, architecture = text_architecture(base, f"text_encoder{part}")
+        most = architecture.positions(
+            architecture.text_encoder_class().config_class.from_pretrained(base / f"text_encoder{part}")
+        )
+        least = read_tokenizer(base, f"tokenizer{part}").num_special_tokens_to_add() + 1
+        if tokenizer_max_length < least or (most is not None and tokenizer_max_length > most):
+            bounds = f"at least {least}" if most is None else f"from {least} to {most}"
+            raise ValueError(
+                f"tokenizer_max_length={tokenizer_max_length} must be {bounds} for this base's text encoder ({name})."
+            )
+
+
 def dtype_of(mixed_precision: str) -> torch.dtype:
     """What the base's own weights are kept in, for a setting of `mixed_precision`."""
     return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(mixed_precision, torch.float32)
@@ -237,13 +301,7 @@ def load_components(
     weights are missing.
     """
     folder = resolve_base(str(base), revision=revision, variant=variant)
-    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-
-    def has(part: str) -> bool:
-        return (index.get(part) or [None, None])[1] is not None
-
-    if not has("unet") or not has("text_encoder"):
-        raise ValueError(f"{folder} is a {index.get('_class_name')}: known are bases of one UNet and a text encoder.")
+    index = _index(folder)
 
     def load(part: str, model_class: Any) -> Any:
         dtype = weight_dtype if isinstance(weight_dtype, torch.dtype) else weight_dtype.get(part, torch.float32)
@@ -256,21 +314,18 @@ def load_components(
             raise FileNotFoundError(f"{folder / part} has no weights{of} as safetensors: {error}") from error
         return module.requires_grad_(False).eval()
 
-    def read_words(part: str) -> Any:
-        return AutoTokenizer.from_pretrained(folder / part, trust_remote_code=False)
-
     architecture, second = text_architecture(folder)[1], {}
-    if has("text_encoder_2"):
+    if _has(index, "text_encoder_2"):
         architecture_2 = text_architecture(folder, "text_encoder_2")[1]
         second = dict(
-            tokenizer_2=read_words("tokenizer_2"), architecture_2=architecture_2,
+            tokenizer_2=read_tokenizer(folder, "tokenizer_2"), architecture_2=architecture_2,
             text_encoder_2=load("text_encoder_2", architecture_2.text_encoder_class()),
         )  # fmt: skip
     components = Components(
         base=folder,
-        tokenizer=read_words("tokenizer"),
+        tokenizer=read_tokenizer(folder),
         text_encoder=load("text_encoder", architecture.text_encoder_class()),
-        vae=load("vae", AutoencoderKL) if has("vae") else None,
+        vae=load("vae", AutoencoderKL) if _has(index, "vae") else None,
         unet=load("unet", UNet2DConditionModel),
         noise_scheduler=DDPMScheduler.from_pretrained(folder, subfolder="scheduler"),
         architecture=architecture,

@@ -219,7 +219,7 @@ def class_images(
         if nothing := _why_nothing(Path(class_data_dir)):
             about_own = f"{class_data_dir} {nothing}: none of them is your own; "
         else:
-            own = inspect_images(Path(class_data_dir), resolution)[0][:num_class_images]
+            own = inspect_images(class_data_dir, resolution, option="class_data_dir")[0][:num_class_images]
             about_own = f"{len(own)} images of {class_data_dir}"
             if len(own) == num_class_images:
                 return ClassImages(tuple(own), "own", about_own)

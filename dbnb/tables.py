@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from html import escape
 
 # Line breaks, control characters, halves of a character; what turns the direction of the text around it.
-_UNPRINTABLE = ("Cc", "Cs", "Zl", "Zp")
+UNPRINTABLE = ("Cc", "Cs", "Zl", "Zp")
 _TURNING = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 # What Markdown, or GitHub's, reads as more than itself within a line; an underscore within a word is just that.
 _MARKUP = re.compile(r"[\\`*\[\]<>|~$&]|(?<!\w)_|_(?!\w)")
@@ -18,7 +18,7 @@ def printable(text: str) -> str:
     """Any text on one line of a terminal or a file: what would break it, or act on a terminal, as `\\n` or `\\x1b`."""
     return "".join(
         letter.encode("unicode_escape").decode()
-        if unicodedata.category(letter) in _UNPRINTABLE or letter in _TURNING
+        if unicodedata.category(letter) in UNPRINTABLE or letter in _TURNING
         else letter
         for letter in text
     )

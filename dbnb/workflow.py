@@ -18,11 +18,20 @@ from PIL import Image, ImageOps
 
 from dbnb import export, metrics, plots
 from dbnb.adapters import adapted_modules, add_adapters, lora_targets
-from dbnb.concept import SAMPLE_DIR, Concept, inspect_images, load_image, token_report
+from dbnb.concept import SAMPLE_DIR, SHOWN, Concept, inspect_images, load_image, token_report
 from dbnb.config import DreamBoothConfig
 from dbnb.dataset import DreamBoothDataset
 from dbnb.files import whole
-from dbnb.models import Components, cut_off, dtype_of, load_components
+from dbnb.models import (
+    Components,
+    check_base,
+    cut_off,
+    dtype_of,
+    load_components,
+    read_tokenizer,
+    resolve_base,
+    text_architecture,
+)
 from dbnb.prior import ClassImages, cache_dir, class_images
 from dbnb.processes import processes
 from dbnb.training import alone, check_start, run_identity, train, versions
@@ -64,7 +73,8 @@ def references(config: DreamBoothConfig) -> list[Image.Image]:
     folder = config.reference_data_dir
     if folder is None and config.instance_data_dir is None:
         folder = SAMPLE_DIR / "references"
-    return [load_image(path) for path in inspect_images(Path(folder))[0]] if folder else []
+    paths = inspect_images(folder, option="reference_data_dir")[0] if folder else []
+    return [load_image(path, max(SHOWN, config.resolution)) for path in paths]
 
 
 def before_after(
@@ -111,9 +121,10 @@ def prepare(
         instance_prompt=config.instance_prompt, class_prompt=config.class_prompt,
     )  # fmt: skip
     tell(concept.report())
-    components = load_components(
-        config.base, weight_dtype=dtype_of(config.mixed_precision), revision=config.revision, variant=config.variant
-    )
+    base = resolve_base(config.base, revision=config.revision, variant=config.variant)
+    check_base(base, resolution=config.resolution, tokenizer_max_length=config.tokenizer_max_length)
+    concept.check_tokens(read_tokenizer(base), lowercase=text_architecture(base)[1].lowercase)
+    components = load_components(base, weight_dtype=dtype_of(config.mixed_precision), variant=config.variant)
     components.to(processes().device)  # CUDA, or Apple's MPS, where there is one
     tokens = token_report(components.tokenizer, config.identifier)
     tell(f"identifier {tokens.identifier!r} -> {' '.join(tokens.tokens)} {list(tokens.ids)}: {tokens.verdict}")

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from markdown_it import MarkdownIt
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -24,6 +25,7 @@ from dbnb import prior
 from dbnb.adapters import add_adapters, trainable_parameters
 from dbnb.concept import Concept, load_image, save_uploads
 from dbnb.config import DreamBoothConfig
+from dbnb.export import model_card
 from dbnb.training import check_start, checkpoints, load_checkpoint, save_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
@@ -210,12 +212,29 @@ def test_a_damaged_cache_is_drawn_again_and_never_used(components, tmp_path, mon
     assert again.decision == "top up" and {p: p.read_bytes() for p in again.paths}.items() <= whole.items()
 
 
-@pytest.mark.parametrize("word", ["<script>", "dog\n# injected", "dog](http://x)", "`dog`", "a|b"])
+@pytest.mark.parametrize("word", ["<script>", "dog](http://x)", "`dog`", "a|b", "dog\n# injected", "dog\u2028---"])
 def test_words_cannot_become_markup(word):
-    with pytest.raises(ValueError, match="plain words"):
-        Concept.from_folder(None, "sks", word)
-    with pytest.raises(ValueError, match="plain words"):
-        Concept.from_folder(None, "sks", "dog", instance_prompt=f"a photo of sks {word}")
+    if not word.isprintable():
+        with pytest.raises(ValueError, match="plain words"):
+            Concept.from_folder(None, "sks", word)
+        with pytest.raises(ValueError, match="plain words"):
+            Concept.from_folder(None, "sks", "dog", instance_prompt=f"a photo of sks {word}")
+        return
+    concept = Concept.from_folder(None, "sks", word, instance_prompt=f"a photo of sks {word}")
+    config = DreamBoothConfig(base="owner/name", class_word=word, instance_prompt=concept.instance_prompt)
+    tokens = (
+        MarkdownIt("commonmark").enable("table").parse(str(model_card(concept, config, None, has_text_encoder=True)))
+    )
+    shown = [child for token in tokens if token.type == "inline" for child in token.children]
+    assert {child.type for child in shown} <= {"text", "text_special", "code_inline", "image", "softbreak"}
+    assert (
+        sum(
+            concept.instance_prompt in "".join(child.content for child in token.children)
+            for token in tokens
+            if token.type == "inline"
+        )
+        >= 2
+    )
 
 
 def test_a_class_word_cannot_leave_the_results_folder():

@@ -12,6 +12,7 @@ import sys
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from dbnb import workflow
 from dbnb.__main__ import main
@@ -23,6 +24,10 @@ def refusal(monkeypatch, tmp_path, capsys):
     """Run the command until weights would be read, or until training; what it says when it refuses."""
     monkeypatch.setenv("DBNB_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "kohya" / "10_sks dog").mkdir(parents=True)
+    for name in ("file.png", "kohya/10_sks dog/1.png"):
+        Image.new("RGB", (64, 64), "red").save(tmp_path / name)
 
     def reached(*args, **options):
         raise AssertionError("it went on")
@@ -71,6 +76,19 @@ TABLE = [
     ("--report_to foo", "report_to='foo' is none of none, all", "loading"),
     ("--report_to wandb", "report_to='wandb' needs a package that is not installed", "loading"),
     ("--lr_scheduler piecewise_constant", "lr_scheduler='piecewise_constant' needs rules", "loading"),
+    ("--instance_data_dir nowhere", "--instance_data_dir nowhere does not exist", "loading"),
+    ("--instance_data_dir file.png", "--instance_data_dir file.png is a file", "loading"),
+    ("--instance_data_dir empty", "No usable picture in --instance_data_dir empty (it is empty)", "loading"),
+    ("--instance_data_dir kohya", "give 'kohya/10_sks dog'", "loading"),
+    ("--reference_data_dir nowhere", "--reference_data_dir nowhere does not exist", "loading"),
+    ("--identifier a\x1bb", "identifier='a\\x1bb' holds a line break or another control", "loading"),
+    ("--class_word \u200b", "class_word='\\u200b' is blank", "loading"),
+    ("--instance_prompt dog", "instance_prompt 'dog' does not contain the identifier 'sks'", "loading"),
+    ("--resolution 60", "resolution=60 must be a multiple of 8 for this base: take 56 or 64", "loading"),
+    ("--resolution 5", "resolution=5 must be a multiple of 8 for this base: take 8", "loading"),
+    ("--tokenizer_max_length 78", "tokenizer_max_length=78 must be from 3 to", "loading"),
+    ("--tokenizer_max_length 2", "tokenizer_max_length=2 must be from 3 to", "loading"),
+    ("--base minature", "Base 'minature' is no folder here", "loading"),
     ("--hub_model_id a/b/c", "hub_model_id='a/b/c' is no repository", "loading"),
     ("--hub_model_id sks--dog", "hub_model_id='sks--dog' is no repository", "loading"),
 ]
@@ -139,8 +157,7 @@ def test_help_and_refusals_are_said_on_any_console(environment):
     said = _command(["--help"], environment)
     assert said.returncode == 0 and b"--learning_rate" in said.stdout and not said.stderr
     said = _command(["--class_word", "狗", "--export", "小明"], environment)
-    assert said.returncode == 2 and said.stderr.startswith(b"dbnb: export='??' is none of") or b"udce5" in said.stderr
-    assert b"Traceback" not in said.stderr
+    assert said.returncode == 2 and said.stderr.startswith(b"dbnb: export=") and said.stderr.count(b"\n") == 1
 
 
 def test_a_run_in_other_letters_ends_well_on_any_console(tmp_path, concept):
