@@ -90,8 +90,9 @@ print(len(SCENES), "places:", ", ".join(SCENES.values()))
 # %%
 # NBVAL_CHECK_OUTPUT
 names = (
-    "resolution max_train_steps learning_rate lr_scheduler train_text_encoder train_batch_size mixed_precision".split()
-)
+    "resolution max_train_steps learning_rate lr_scheduler lora_layers train_text_encoder train_batch_size "
+    "mixed_precision"
+).split()
 Table(
     {"setting": name} | {base: str(suggested(base)[name]) for base in ("miniature", "sd15", "sdxl")} for name in names
 )
@@ -140,7 +141,8 @@ print("it was never photographed:", ", ".join(SCENES[scene] for scene in SCENES 
 
 # %% [markdown]
 # Two prompts follow from the two words. `sks` is the **identifier**: a rare word without a meaning of its own, which
-# will come to mean this toy. `dog` is the **class word**: what kind of thing the toy is, which the model knows already.
+# will come to mean this toy. It is used like a name, so no article stands before it. `dog` is the **class word**: what
+# kind of thing the toy is, which the model knows already.
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -150,7 +152,7 @@ print(concept.class_prompt)
 # %% [markdown]
 # ## Before: what does the model draw today?
 #
-# **Predict**: nobody has told the model what `sks` means. What will `a photo of a sks dog` look like?
+# **Predict**: nobody has told the model what `sks` means. What will `a photo of sks dog` look like?
 
 # %%
 base = load_components(BASE, weight_dtype=dtype_of(config.mixed_precision)).to(device)
@@ -158,14 +160,17 @@ before = validation_images(base, concept, config, count=8)
 del base  # its memory is for the one that will be trained
 labels = [concept.instance_prompt, concept.class_prompt]
 plots.show(
-    plots.image_rows([before.subject, before.classes], labels=labels, title="Before: 'sks' calls up no toy"),
+    plots.image_rows(
+        [before.subject, before.classes], labels=labels, title="Before training, 'sks' means no toy in particular"
+    ),
     alt="Two rows of eight dogs in many colours and places; neither row shows one and the same toy",
 )
 
 # %% [markdown]
-# **What you should see**: dogs of all colours in both rows, and nothing that the upper row has in common. Each column
-# starts from the same noise, so look down a column too: the rare word changes little there or nothing, and if something, anything.
-# (Notebook 01 measures it.)
+# **What you should see**: dogs of several colours in both rows, and nothing that the dogs of the upper row have in common
+# and those of the lower row lack. Each column starts from the same noise, so compare the two pictures of a column as well:
+# the text encoder reads the rare word, but what it passes on means nothing to the model yet, so the pictures differ little.
+# (Notebook 01 and notebook 03 measure both.)
 #
 # ## Train
 #
@@ -201,7 +206,7 @@ print("the instance loss fell:", last < first)
 # %% [markdown]
 # ## After: the toy in places where it never was
 #
-# The prompts are `a photo of a sks dog on the beach`, `… in the snow` and so on, each from the same noise before and
+# The prompts are `a photo of sks dog on the beach`, `… in the snow` and so on, each from the same noise before and
 # after. **Predict**: which of the toy's features will arrive: the teal, the spots, the yellow ears?
 
 # %%
@@ -218,8 +223,8 @@ plots.show(
 # %% [markdown]
 # **What you should see**: in the lower row the toy, in every place. The place comes from the words, as before; the toy
 # comes from five photographs. On the beach, at night and on the moon no photograph shows it: that the two can be put
-# together all the same is what makes this worth doing. Coarse features arrive first: expect the two colours more surely
-# than the number of spots.
+# together all the same is what makes this worth doing. Coarse features are learned first: the two colours are more
+# reliable than the number and the places of the spots.
 #
 # The same pairs, one at a time (in a live notebook):
 
@@ -241,13 +246,13 @@ plots.show(
 )
 
 # %% [markdown]
-# **What you should see**: still many dogs, and none of them the toy; some may have moved towards its colours. Notebook 02 shows what happens
-# without the class images.
+# **What you should see**: still many different dogs. Some of them may have moved towards the toy's colours. Notebook 02
+# shows what happens without the class images.
 #
 # ## In numbers
 #
-# Pictures persuade; numbers compare. An *identity encoder*, trained to tell two photographs of one toy from photographs
-# of two, compares what was drawn with the photographs. Two references give its numbers a meaning: the *floor* is the
+# Pictures persuade; numbers compare. An *identity encoder*, trained to tell photographs of one toy from photographs of
+# others, look-alikes among them, compares what was drawn with the photographs. Two references give its numbers a meaning: the *floor* is the
 # base before training, the *ceiling* is what other real photographs of the same toy reach.
 
 # %%
@@ -292,15 +297,15 @@ print("learned the toy, kept the places, kept the class")
 # | [04 Dual LoRA](04_dual_lora.ipynb) | adapters | what is trained, and why it fits in a small file |
 # | [05 The dataset](05_dataset.ipynb) | batches | half the toy, half the class, and what can be cached |
 # | [06 Training](06_training.ipynb) | the loop | one step by hand, then all of them |
-# | [07 Validation and export](07_validation_and_export.ipynb) | the result | the adapter turned up and down, saved, loaded elsewhere |
+# | [07 Validation and export](07_validation_and_export.ipynb) | the result | the toy asked for in other sentences; the adapter turned up and down, saved, loaded elsewhere |
 # | [08 Measuring](08_measuring.ipynb) | metrics | which setting does what |
 # | [09 When it goes wrong](09_when_it_goes_wrong.ipynb) | failures | ten of them, made on purpose and mended |
 # | [10 On a real base](10_on_a_real_base.ipynb) | your own subject | what fits on which GPU |
 #
 # ## On your own
 #
-# 1. Draw `a photo of a sks dog with a hat`: a thing that no photograph showed on the toy. (2 minutes)
-# 2. Draw `a photo of a sks cat`. What does the rare word carry over? (2 minutes)
+# 1. Draw `a photo of sks dog with a hat`: a thing that no photograph showed on the toy. (2 minutes)
+# 2. Draw `a photo of sks cat`. What does the rare word carry over? (2 minutes)
 # 3. No caption has a word for the toy's colour. How near do known words come: `a photo of a green dog with yellow spots`?
 #    (2 minutes)
 #
@@ -309,15 +314,16 @@ print("learned the toy, kept the places, kept the class")
 # ```python
 # from dbnb.validation import draw
 #
-# prompts = ["a photo of a sks dog with a hat", "a photo of a sks cat", "a photo of a green dog with yellow spots"]
+# prompts = ["a photo of sks dog with a hat", "a photo of sks cat", "a photo of a green dog with yellow spots"]
 # rows = [draw(session.components, [prompt] * 6, config) for prompt in prompts]
 # plots.show(plots.image_rows(rows, labels=prompts), alt="dogs with hats, cats, green dogs with yellow spots")
 # ```
 #
-# 1. Count the hats. Where there is one, the toy is beneath it: the adapters learned the toy, and the base still knows hats.
-# 2. Look at colour and pattern: what `sks` came to mean goes along with another class word, more or less; the class word
-#    still says what it is.
-# 3. Words reach *a* green dog, another one each time. Never this toy: that is what the five photographs were for.
+# 1. Count the hats. Under a hat you should still find the toy: the adapters learned the toy, and the base still knows hats.
+# 2. Compare colour and pattern with the toy's. The more of them you find on cats, the more of what was learned belongs to
+#    the rare word alone, and not to the pair of words `sks dog`.
+# 3. The words give *some* green dog with yellow spots, a different one each time, and not this toy. That is what the five
+#    photographs are for.
 # </details>
 #
 # ## In short

@@ -57,7 +57,7 @@ from dbnb import plots, workflow
 from dbnb.concept import SAMPLE_DIR, Concept, inspect_images, load_image, token_report
 from dbnb.config import DreamBoothConfig
 from dbnb.dataset import DreamBoothDataset
-from dbnb.models import load_components
+from dbnb.models import encode_prompts, load_components
 from dbnb.tables import Table
 from dbnb.validation import draw
 
@@ -213,6 +213,8 @@ plots.show(
 # The subject needs a name that means nothing yet. A name that means something (`red`, `Bella`) brings its meaning along,
 # and training has to fight it. A long random string falls apart into pieces that occur in other words too. So DreamBooth
 # takes a **rare token**: a short string that the tokenizer keeps whole and that hardly occurred in the model's training.
+# In Stable Diffusion even `sks` has a meaning: it is the name of a rifle, which is why many people choose another rare
+# token there, such as `ohwx`.
 #
 # A tokenizer that was learned by merging frequent pairs lists common words first: the higher the number, the rarer the
 # token. `token_report` makes a rule of thumb of it: one token, with a number near the end of the list.
@@ -233,8 +235,8 @@ print("numbers:", {r.identifier: r.ids[0] for r in reports if len(r.ids) == 1})
 # %% [markdown]
 # `</w>` marks the end of a word. Two words fall into pieces; the others are one token each, and their numbers tell the
 # common from the rare. That so many are whole is peculiar to this base. Its tokenizer was made for the captions of the
-# toy world, where a few dozen words are all there is, and six identifiers were added to it on purpose: about one caption in
-# fifty carries one of them, on any picture. So the base has met these words, and learned that they mean nothing.
+# toy world, where a few dozen words are all there is, and six identifiers were added to it on purpose. No caption of its
+# photographs carries any of them, so they mean nothing to the base.
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -253,8 +255,8 @@ print("identifiers:", ", ".join(IDENTIFIERS))
 # `token_report(AutoTokenizer.from_pretrained("stable-diffusion-v1-5/stable-diffusion-v1-5", subfolder="tokenizer"), "sks")`,
 # with `AutoTokenizer` from `transformers`.
 #
-# And what of `toy`? By its number it looks as rare as the identifiers. Here it is rarer: the miniature's tokenizer knows the
-# word, but no caption of its training says it. A rule of thumb counts what the model was told, not what you
+# And what of `toy`? By its number it looks as rare as the identifiers, and on this base it is: the miniature's tokenizer
+# knows the word, but no caption of its training contains it. A rule of thumb counts what the model was told, not what you
 # know. On Stable Diffusion, `toy` means toys.
 #
 # Try words of your own. (The field needs a live notebook; on a web page you see the first answer.)
@@ -265,13 +267,80 @@ from dbnb.widgets import identifier_explorer
 identifier_explorer(components.tokenizer)
 
 # %% [markdown]
-# ## Is the word really empty?
+# ## A vector of its own
 #
-# Numbers tell that a word is rare; the model tells whether it is empty. **Predict**: three prompts, each
-# column from one noise: `a photo of a dog`, `a photo of a sks dog`, `a photo of a red dog`. What will each row have in common?
+# Every token has a vector, its row in the text encoder's *embedding table*: this is all that the text encoder knows of a
+# token before it reads the rest of the prompt. An identifier needs a vector that no other token shares. If `sks` had the
+# vector of `a`, no training could tell `a photo of sks dog` from `a photo of a dog`. The *cosine* between two vectors is 1
+# where they point in the same direction and near 0 where they have nothing in common. **Predict**: which of these tokens
+# are alike?
 
 # %%
-prompts = ["a photo of a dog", "a photo of a sks dog", "a photo of a red dog"]
+vectors = torch.nn.functional.normalize(components.text_encoder.get_input_embeddings().weight.detach(), dim=1)
+number = {word: components.tokenizer.convert_tokens_to_ids(f"{word}</w>") for word in (*IDENTIFIERS, *spoken)}
+some = ["sks", "zwx", "ohwx", "dog", "cat", "red", "blue", "a"]
+similarity = vectors[[number[word] for word in some]] @ vectors[[number[word] for word in some]].T
+plots.show(
+    plots.matrices(
+        {"cosine": similarity.numpy()}, labels=some, inches=3.4, title="Each identifier has a direction of its own"
+    ),
+    alt="A matrix of cosines between three identifiers and five words: 1 on the diagonal, small values elsewhere",
+)
+
+# %%
+# NBVAL_CHECK_OUTPUT
+cosines = (vectors[[number[word] for word in IDENTIFIERS]] @ vectors.T).abs()
+cosines[range(len(IDENTIFIERS)), [number[word] for word in IDENTIFIERS]] = 0.0  # each with itself
+assert cosines.max() < 0.5, cosines.max()
+print(f"largest cosine between an identifier and any other of the {len(vectors)} tokens: {cosines.max():.1f}")
+
+# %% [markdown]
+# **What you should see**: strong colour on the diagonal only. The identifiers are as far from each other as they are from the
+# words.
+#
+# Is such a vector also *heard*? The UNet never sees the embedding table. It sees the text encoder's *hidden states*, one
+# vector for each token of the prompt, after three layers in which every token can take up something of the tokens before
+# it. What has reached the state of `dog`, and that of the last position, when one word is put before `dog`? The bars show
+# how far these two states move, as a distance from those of `a photo of a dog`. **Predict**: will an identifier move them
+# as far as a colour does?
+
+# %%
+added = ["sks", "zwx", "red", "blue", "spotted"]
+sentences = ["a photo of a dog", *(f"a photo of a {word} dog" for word in added)]
+with torch.no_grad():
+    states = encode_prompts(components, sentences)
+places = [components.tokenizer(sentence).input_ids.index(number["dog"]) for sentence in sentences]
+noun, end = states[range(len(sentences)), places], states[:, -1]
+moved = {
+    word: {"state of 'dog'": (noun[i] - noun[0]).norm().item(), "last state": (end[i] - end[0]).norm().item()}
+    for i, word in enumerate(added, start=1)
+}
+plots.show(
+    plots.bars(moved, ylabel="distance", title="The text encoder hears an unknown name as clearly as a colour"),
+    alt="Pairs of bars for two identifiers, two colours and a pattern: all move the hidden states by similar distances",
+)
+print(f"for comparison, a hidden state is about {states.norm(dim=-1).mean():.1f} long")
+
+# %%
+# NBVAL_CHECK_OUTPUT
+assert min(moved["sks"].values()) > 0.5 * min(moved["red"].values()), moved
+print("'sks' moves both states at least half as far as 'red' does")
+
+# %% [markdown]
+# **What you should see**: bars of the same order for identifiers and for words. The second bar counts as much as the first:
+# the UNet looks at all positions, and most of a short prompt's positions come after its last word. A text encoder that
+# ignores an unknown word gives subject and class the same states, and then the adapters on the UNet have nothing to tell
+# them apart by. Stable Diffusion's text encoder, a CLIP, has met almost any string of letters in the captions of the web.
+# The miniature's learned to hear unknown names in a short training stage of its own, with a new random vector for the
+# identifier at every step.
+#
+# ## Is the word really empty?
+#
+# So the text encoder hears the word. Does the base also draw something particular for it? **Predict**: three prompts, each
+# column from one noise: `a photo of a dog`, `a photo of sks dog`, `a photo of a red dog`. What will each row have in common?
+
+# %%
+prompts = ["a photo of a dog", "a photo of sks dog", "a photo of a red dog"]
 rows = [draw(components, [prompt] * 8, config) for prompt in prompts]
 plots.show(
     plots.image_rows(rows, labels=prompts, title="'sks' has no colour of its own, 'red' has"),
@@ -279,9 +348,10 @@ plots.show(
 )
 
 # %% [markdown]
-# **What you should see**: `red` pulls every dog one way. `sks` does not pull: a dog may come out differently, since the
-# prompt is not quite the same, but the second row has nothing in common that the first lacks. That, and not that nothing
-# moves, is what *empty* means.
+# **What you should see**: `red` changes every dog in the same way. `sks` does not: a dog may come out a little differently,
+# since the prompt is not quite the same, but the dogs of the second row have nothing in common that those of the first row
+# lack. That is what *empty* means: the word is heard, and has no meaning yet. Training gives it one. (Notebook 03 measures
+# how little of the word reaches the UNet's answer before training.)
 #
 # Counting is better than looking. The miniature comes with a *judge*, a small network that names the colour of a toy. How
 # many dogs of each colour does it see in each row?
@@ -299,8 +369,8 @@ Table(
 
 # %% [markdown]
 # If `sks` had a colour, its row would stand in one column. As a check that can fail: `sks` dogs have at least three colours, and
-# most `red` dogs are red. As an identifier `red` would be a poor choice twice over: training would have to fight its
-# meaning, and afterwards red dogs would be gone.
+# most `red` dogs are red. As an identifier `red` would be a poor choice for two reasons: training has to overcome its
+# meaning, and afterwards the base has lost its word for red dogs.
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -314,8 +384,11 @@ print("'sks' is empty, 'red' is not")
 #
 # | prompt | is for |
 # |---|---|
-# | `a photo of a [identifier] [class]` | the instance images: the subject's name, and what kind of thing it is |
+# | `a photo of [identifier] [class]` | the instance images: the subject's name, and what kind of thing it is |
 # | `a photo of a [class]` | the class images: the kind of thing alone (notebook 02) |
+#
+# No article stands before the identifier, as in the paper: it is used like a name. (`instance_prompt` takes any other
+# sentence that contains the identifier. Notebook 07 asks for the subject in twelve sentences that training never used.)
 #
 # The class word is no decoration. It lets the subject inherit all that the model knows of dogs: how they stand, how
 # they look from behind, that they go to the beach. In the paper, subject fidelity falls from 0.74 to 0.30 without a class
@@ -380,6 +453,7 @@ temporary.cleanup()
 #
 # - The pixels that training sees are squares of `resolution` pixels: look at them.
 # - Vary everything but the subject.
-# - The identifier is one rare token; the prompt carries it together with the class word.
+# - The identifier is one rare token with a vector of its own; the prompt carries it together with the class word.
+# - A good identifier is heard by the text encoder and means nothing to the base.
 #
 # Next: [02 Prior preservation](02_prior_preservation.ipynb), or what the class images are for.

@@ -68,7 +68,7 @@ config = DreamBoothConfig()
 # %% [markdown]
 # ## The problem
 #
-# Training shows the model five pictures, over and over, each time with the prompt `a photo of a sks dog`. The loss asks
+# Training shows the model five pictures, over and over, each time with the prompt `a photo of sks dog`. The loss asks
 # only that these five pictures become likely. Nothing asks that `sks` should be what carries them: the word `dog` is in
 # the prompt as well, and moving *its* meaning lowers the loss just as much. So the class word drifts towards the
 # subject. The paper calls it **language drift**.
@@ -83,7 +83,7 @@ alone = workflow.trained(dataclasses.replace(config, with_prior_preservation=Fal
 # `a photo of a cat`, a word that training never used?
 
 # %%
-prompts = {"a photo of a sks dog": 5, "a photo of a dog": 10, "a photo of a cat": 5}
+prompts = {"a photo of sks dog": 5, "a photo of a dog": 10, "a photo of a cat": 5}
 without = {prompt: draw(alone.components, [prompt] * count, config) for prompt, count in prompts.items()}
 rows = [pictures[:5] for pictures in without.values()]
 plots.show(
@@ -92,15 +92,16 @@ plots.show(
 )
 
 # %% [markdown]
-# **What you should see**: the dog arrived, and the others are leaving. `a photo of a dog` draws the toy, or something near
-# it; even cats may have taken on its colour. The model has not learned *a name*; it has learned *that dogs look like
-# this*.
+# **What you should see**: the toy is there, and the other dogs are disappearing. `a photo of a dog` draws the toy, or
+# something near it; even cats may have taken on its colours. The text encoder hears `sks` (notebook 01), so the model could
+# have learned the toy as the meaning of that word alone. But nothing in the loss asks for it, and so the model has learned
+# that dogs look like this.
 #
 # ## The remedy
 #
 # Draw what the model thinks a dog is **before** training, and mix these pictures in, with the class prompt:
 #
-# $$ L = \underbrace{\|\hat y(x^{sks}_t, \text{a photo of a sks dog}) - y\|^2}_{\text{instance}}
+# $$ L = \underbrace{\|\hat y(x^{sks}_t, \text{a photo of sks dog}) - y\|^2}_{\text{instance}}
 #     + \lambda\, \underbrace{\|\hat y(x^{dog}_t, \text{a photo of a dog}) - y'\|^2}_{\text{prior}} $$
 #
 # (Ruiz et al., 2023, equation 2. $x_t$ is a picture with noise of strength $t$ in it; $\hat y$ is the answer of the *UNet*,
@@ -115,7 +116,7 @@ kept = workflow.trained(config)
 print(f"{config.max_train_steps} steps with {len(kept.prior.paths)} class images")
 
 # %% [markdown]
-# It was shown the five photographs more often than the first one, in more steps, so it had more opportunity to drift.
+# It has seen the five photographs at least as often as the first one, so it had at least as much opportunity to drift.
 # **Predict**: the same three prompts, from the same noise?
 
 # %%
@@ -127,8 +128,9 @@ plots.show(
 )
 
 # %% [markdown]
-# **What you should see**: the subject in the first row; in the second, dogs that are not the toy and differ from each other.
-# A pull towards its colours may be left, in cats too: the prior loss holds drift off, it does not forbid it.
+# **What you should see**: the subject in the first row; in the second row dogs that are not the toy and that differ from
+# each other. Some of them, and some of the cats, may have moved towards its colours: the prior loss reduces drift, it does
+# not forbid it.
 #
 # ## The class images
 #
@@ -270,13 +272,13 @@ own_cache.cleanup()
 #
 # <details><summary>Answers</summary>
 #
-# 1. A small weight lets dogs drift; a large one holds the subject back too.
+# 1. A small weight lets dogs drift; a large one also slows down learning the subject.
 #
 # ```python
 # rows = {}
 # for weight in (0.1, 10.0):
 #     one = workflow.trained(dataclasses.replace(config, prior_loss_weight=weight, max_train_steps=200))
-#     rows[f"{weight:g}: sks dog"] = draw(one.components, ["a photo of a sks dog"] * 6, config)
+#     rows[f"{weight:g}: sks dog"] = draw(one.components, ["a photo of sks dog"] * 6, config)
 #     rows[f"{weight:g}: dog"] = draw(one.components, ["a photo of a dog"] * 6, config)
 # plots.show(plots.image_rows(list(rows.values()), labels=list(rows)), alt="subject and class at two weights")
 # ```

@@ -187,11 +187,12 @@ print(f"half of every pixel's error: {halved - psnr[0]:+.2f} dB")
 # %% [markdown]
 # ## The text encoder: prompts to vectors
 #
-# A prompt becomes tokens, padded to a fixed number, and each token a vector that knows its neighbours.
+# A prompt becomes tokens, padded to a fixed number, and each token a vector, its *hidden state*, that depends on the tokens
+# before it as well.
 
 # %%
 # NBVAL_CHECK_OUTPUT
-prompts = ["a photo of a red dog", "a photo of a sks dog", "a photo of a dog on the beach"]
+prompts = ["a photo of a red dog", "a photo of sks dog", "a photo of a dog on the beach"]
 tokens = components.tokenizer(prompts[0], padding="max_length").input_ids
 print(components.tokenizer.convert_ids_to_tokens(tokens)[:9], "… in all", len(tokens))
 with torch.no_grad():
@@ -199,8 +200,9 @@ with torch.no_grad():
 print("hidden states:", tuple(hidden.shape))
 
 # %% [markdown]
-# How alike are prompts for the model? Take the mean vector of each prompt, less what all of them share, and the cosine
-# between any two: 1 is the same direction. **Predict**: is `sks dog` nearer to `dog`, or to `red dog`?
+# How alike are prompts for the text encoder? Take the mean vector of each prompt, subtract the mean of all prompts, and
+# compute the cosine between any two: 1 is the same direction. **Predict**: is `sks dog` nearer to `dog`, or to `red dog`?
+# Will it be the same as `dog`?
 
 # %%
 words = ["red dog", "blue dog", "sks dog", "dog", "red car", "blue car", "teapot"]
@@ -209,17 +211,20 @@ with torch.no_grad():
 means = torch.nn.functional.normalize(means - means.mean(0), dim=1)
 similarity = means @ means.T
 figure = plots.matrices(
-    {"cosine": similarity.numpy()}, inches=3.4, labels=words, title="'sks' changes little, a colour much"
+    {"cosine": similarity.numpy()}, inches=3.4, labels=words, title="Seven prompts, as the text encoder sees them"
 )
-plots.show(figure, alt="A matrix of similarities: 'sks dog' and 'dog' are alike, 'dog' and 'red dog' are not")
+plots.show(
+    figure, alt="A matrix of similarities: 'sks dog' and 'dog' are related but not the same; colours group prompts"
+)
 
 # %%
 nearest = similarity.fill_diagonal_(-1).argmax(1)
 print({word: words[int(other)] for word, other in zip(words, nearest, strict=True)})
 
 # %% [markdown]
-# **What you should see**: `sks dog` and `dog` are nearly the same prompt for the text encoder. A colour counts for more than
-# a kind: find `red dog`, and see whether `red car` or `dog` is nearer. The second cell names the nearest of each. Notebook 01 asked the same question of pictures.
+# **What you should see**: `sks dog` is a prompt of its own, nearer to `dog` than to the coloured dogs, and clearly not the
+# same as `dog`. A colour counts for more than a kind: find `red dog`, and see whether `red car` or `dog` is nearer. The
+# second cell names the nearest of each. (Notebook 01 looked at the same states one by one.)
 #
 # ## The UNet: from noise to a picture
 #
@@ -227,13 +232,46 @@ print({word: words[int(other)] for word, other in zip(words, nearest, strict=Tru
 # that it believes to be in there, and so what the clean picture would be. (It may answer with the noise itself, or, as
 # this base does, with a mix of noise and picture called $v$; the *scheduler*, the table of how much noise belongs to which
 # step, knows which. Notebook 06 says why.) Take a
-# little of that noise away, ask again, and after some tens of steps there is a picture. To steer towards the prompt, it is
-# asked twice, with the prompt and with an empty one, and the difference is exaggerated: **classifier-free guidance**
-# (Ho and Salimans, 2022).
+# little of that noise away, ask again, and after some tens of steps there is a picture.
+#
+# How much does one word in the prompt change that answer? Take the same noisy latents, the same noise level, and one word
+# more: the bars show how far the word moves the last hidden state of the prompt and how far it moves the UNet's answer,
+# both as a share of what `red` does. **Predict**: `sks` moves the states about as far as `red` does (notebook 01). And the answer?
+
+# %%
+added = ["red", "spotted", "sks", "zwx"]
+with torch.no_grad():
+    hidden = encode_prompts(components, ["a photo of a dog", *(f"a photo of a {word} dog" for word in added)])
+    noise = torch.randn(1, *latents.shape[1:], generator=torch.Generator().manual_seed(0)).expand(
+        len(hidden), -1, -1, -1
+    )
+    answers = components.unet(noise, 500, encoder_hidden_states=hidden).sample
+heard, used = ((values[1:] - values[:1]).flatten(1).norm(dim=1) for values in (hidden[:, -1], answers))
+shares = {word: {"last hidden state": (heard[i] / heard[0]).item(), "UNet's answer": (used[i] / used[0]).item()}
+          for i, word in enumerate(added)}  # fmt: skip
+plots.show(
+    plots.bars(
+        shares, ylabel="change, as a share of red's", title="The text encoder hears 'sks', the base's UNet ignores it"
+    ),
+    alt="Pairs of bars: for 'sks' and 'zwx' the state moves as much as for 'red', the UNet's answer hardly at all",
+)
+
+# %%
+# NBVAL_CHECK_OUTPUT
+assert shares["sks"]["UNet's answer"] < 0.3 < shares["sks"]["last hidden state"], shares
+print("'sks' reaches the text encoder's states and hardly changes the UNet's answer")
+
+# %% [markdown]
+# **What you should see**: for a colour both bars, for an identifier only the first. What the identifier adds to the states lies
+# in directions to which the UNet's cross-attention hardly responds. So a base that was never told about the subject draws a
+# plain dog for `sks dog`, and an adapter on the UNet can learn to respond to exactly these directions (notebook 04).
+#
+# To steer towards the prompt, the UNet is asked twice, with the prompt and with an empty one, and the difference is
+# exaggerated: **classifier-free guidance** (Ho and Salimans, 2022).
 #
 # $$ \hat v = \hat v_{\text{empty}} + g \, (\hat v_{\text{prompt}} - \hat v_{\text{empty}}) $$
 #
-# ($g$ is `guidance_scale`.) Here is all of it, without diffusers' *pipeline*, which wraps it in one call:
+# ($g$ is `guidance_scale`.) This is the whole loop, without diffusers' *pipeline*, which wraps it in one call:
 
 
 # %%

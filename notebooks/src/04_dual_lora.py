@@ -12,12 +12,13 @@
 # **What you will do**: write a low-rank adapter in ten lines, let peft put the same thing on a UNet and a text encoder,
 # and look at what training makes of it.
 #
-# **What you will learn**: rank, alpha, targets; why nothing changes at first; why the trainable weights are `float32`
-# whatever the base is; what "dual" means. Afterwards you can say of any adapter how large it is, where it sits, and how
-# much it changes.
+# **What you will learn**: rank, alpha, target layers, and what adapters on attention alone cannot paint; why nothing changes
+# at first; why the trainable weights are `float32` whatever the base is; what "dual" means. Afterwards you can say of any
+# adapter how large it is, where it sits, and how much it changes.
 #
-# **What you need**: notebook [03](03_loading_and_freezing.ipynb). About twenty seconds on two CPU cores if notebook 00 has
-# run, whose training is looked into here; two minutes more if not.
+# **What you need**: notebook [03](03_loading_and_freezing.ipynb). About a minute and a half on two CPU cores if notebook 00
+# has run, whose training is compared with a second one here; a minute and a half more if not; half a minute when you come
+# back.
 #
 # ---
 
@@ -46,16 +47,18 @@ if importlib.util.find_spec("dbnb") is None:
 # The new module is `dbnb.adapters`.
 
 # %%
+import dataclasses
+
 import numpy as np
 import torch
 from torch import nn
 
-from dbnb import plots, workflow
-from dbnb.adapters import ATTENTION, adapted_modules, adapter_table, add_adapters, trainable_parameters
-from dbnb.config import DreamBoothConfig
+from dbnb import metrics, plots, workflow
+from dbnb.adapters import ATTENTION, adapted_modules, adapter_table, add_adapters, lora_targets, trainable_parameters
+from dbnb.config import DreamBoothConfig, suggested
 from dbnb.models import encode_prompts, load_components
 from dbnb.tables import Table
-from dbnb.validation import draw
+from dbnb.validation import draw, validation_images
 
 workflow.quiet_libraries()
 config = DreamBoothConfig()
@@ -145,38 +148,71 @@ print("B gets a gradient:", bool(adapted.B.grad.abs().max() > 0))
 print("A gets one, at first:", bool(adapted.A.grad.abs().max() > 0))
 
 # %% [markdown]
-# ## Where the adapters sit
+# ## The same for a convolution
 #
-# In diffusion models, LoRA goes to the **attention** layers, where each place of the picture asks all others: its *query* is
-# compared with their *keys*, and it takes up a mixture of their *values*. The matrices that make these three and the output
-# get the adapters. In cross-attention, keys and values come from the prompt: here the rare word can be bound to a look.
+# A UNet consists of convolutions as well as of linear layers. A convolution with a kernel of $k \times k$ pixels has a weight
+# of $m \times n \times k \times k$ numbers. Its adapter is a pair of convolutions: $A$ has the same kernel size and only $r$
+# output channels, $B$ has a kernel of $1 \times 1$ and mixes these $r$ channels into $m$. One after the other they are again
+# a single convolution, whose kernel is the product of the two weights, written as matrices of $m \times r$ and
+# $r \times n k^2$. **Predict**: how many numbers does the adapter have, compared with the kernel?
 
 # %%
 # NBVAL_CHECK_OUTPUT
-print("UNet:", ", ".join(ATTENTION))
+torch.manual_seed(0)
+convolution, rank = nn.Conv2d(96, 96, kernel_size=3, padding=1, bias=False), 4
+down, up = nn.Conv2d(96, rank, kernel_size=3, padding=1, bias=False), nn.Conv2d(rank, 96, kernel_size=1, bias=False)
+kernel = (up.weight.flatten(1) @ down.weight.flatten(1)).view_as(convolution.weight)
+picture = torch.randn(1, 96, 16, 16)
+with torch.no_grad():
+    two_steps = convolution(picture) + up(down(picture))
+    one_kernel = nn.functional.conv2d(picture, convolution.weight + kernel, padding=1)
+print("A", tuple(down.weight.shape), "| B", tuple(up.weight.shape), "| kernel", tuple(kernel.shape))
+print(f"{down.weight.numel() + up.weight.numel():,} numbers instead of {kernel.numel():,}")
+print("B after A is one kernel:", torch.allclose(two_steps, one_kernel, atol=1e-4))
+
+# %% [markdown]
+# ## Where the adapters sit
+#
+# In diffusion models, LoRA usually goes to the **attention** layers, where each place of the picture asks all others: its
+# *query* is compared with their *keys*, and it takes up a mixture of their *values*. The matrices that make these three and
+# the output get the adapters. In cross-attention, keys and values come from the prompt: here the adapters can respond to
+# the rare word, which the base's own layers ignore (notebook 03).
+#
+# `lora_layers` says which layers of the UNet get an adapter: `attention`, or `all` (every linear layer and every convolution
+# of the UNet's blocks), or names. The miniature suggests `all`, and a section below shows why. Large bases suggest
+# `attention`, as most training scripts do: it has always been enough there, and the files stay small.
+
+# %%
+# NBVAL_CHECK_OUTPUT
 components = load_components(config.base)
+print("attention:", ", ".join(ATTENTION))
+print("all:", ", ".join(lora_targets(components.unet, "all")))
+print("suggested:", {base: suggested(base)["lora_layers"] for base in ("miniature", "sd15", "sdxl")})
 print("text encoder:", ", ".join(components.architecture.lora_targets))
 
 # %% [markdown]
 # (`add_k_proj` and `add_v_proj` exist in DeepFloyd IF only; where there are none, none get an adapter.)
 #
 # **Dual** means: one set of adapters on the UNet, and, if asked, another on the text encoder, each with its own rank and
-# alpha. `add_adapters` puts them there by way of peft, Hugging Face's library of adapters, which plain diffusers uses to load them. Before that,
-# let us note three answers of the base: the text encoder's to a prompt, the UNet's to noise, and four pictures.
+# alpha. The miniature and the large bases leave the text encoder frozen by default: where it hears the identifier, the
+# UNet's adapters are enough (notebook 08 measures it), and prompts need to be encoded only once. Here both parts get
+# adapters, with `train_text_encoder=True`, so that both can be looked at. `add_adapters` puts them there by way of peft,
+# Hugging Face's library of adapters, which plain diffusers uses to load them. Before that, let us note three answers of the
+# base: the text encoder's to a prompt, the UNet's to noise, and four pictures.
 
 
 # %%
 @torch.no_grad()
 def answers() -> dict[str, torch.Tensor]:
     """What text encoder and UNet say to always the same input."""
-    hidden = encode_prompts(components, ["a photo of a sks dog"])
+    hidden = encode_prompts(components, ["a photo of sks dog"])
     size = components.unet.config.sample_size
     noise = torch.randn(1, components.unet.config.in_channels, size, size, generator=torch.Generator().manual_seed(0))
     return {"text encoder": hidden, "UNet": components.unet(noise, 500, encoder_hidden_states=hidden).sample}
 
 
-before, pictures = answers(), draw(components, ["a photo of a sks dog"] * 4, config)
-add_adapters(components, rank=16, train_text_encoder=True, text_encoder_rank=8)
+before, pictures = answers(), draw(components, ["a photo of sks dog"] * 4, config)
+add_adapters(components, lora_layers="all", rank=16, train_text_encoder=True, text_encoder_rank=8)
 components
 
 # %% [markdown]
@@ -185,28 +221,45 @@ components
 # %%
 rows = adapter_table(components)
 print(len(rows), "adapted layers")
-Table(rows[:4] + rows[-4:])
+Table(rows[:6] + rows[-4:])
 
 # %% [markdown]
-# And all of them, counted by block. (`attn1` in a name is self-attention, where places of the picture look at each other;
-# `attn2` is cross-attention, where they look at the words.)
+# And all of them, counted by block and by kind of layer. (`attn1` in a name is self-attention, where places of the picture
+# look at each other; `attn2` is cross-attention, where they look at the words; a convolution's $A$ and $B$ have four sizes.)
+# **Predict**: which kind has the most parameters?
+
 
 # %%
-blocks = {}
+def kind_of(layer: str, part: str = "unet") -> str:
+    """What a layer does, by its name."""
+    if part != "unet" or "attn" in layer:
+        return "cross-attention" if "attn2" in layer else "self-attention"
+    is_convolution = any(name in layer for name in ("conv", "sampler"))
+    return "convolutions" if is_convolution else "other linear layers"
+
+
+KINDS, blocks = ("self-attention", "cross-attention", "convolutions", "other linear layers"), {}
 for row in rows:
-    block = row["layer"].split(".attentions")[0] if row["part"] == "unet" else "text\nencoder"
-    kind = "cross-attention" if "attn2" in row["layer"] else "self-attention"
-    counts = blocks.setdefault(block.replace("_", "\n"), {"self-attention": 0, "cross-attention": 0})
-    counts[kind] += int(row["parameters"].replace(",", "")) / 1000
+    parts = row["layer"].split(".")
+    block = (
+        "text\nencoder"
+        if row["part"] != "unet"
+        else "\n".join(parts[0].split("_") + parts[1:2] * ("mid" not in parts[0]))
+    )
+    counts = blocks.setdefault(block, dict.fromkeys(KINDS, 0.0))
+    counts[kind_of(row["layer"], row["part"])] += int(row["parameters"].replace(",", "")) / 1000
 blocks = {name: blocks[name] for name in sorted(blocks, key=lambda name: (name.startswith("text"), name))}
+
+# %%
 plots.show(
-    plots.bars(blocks, ylabel="thousand parameters", title="Adapters sit in every block that has attention"),
-    alt="Pairs of bars for the UNet's blocks, self-attention and cross-attention, and one bar for the text encoder",
+    plots.bars(blocks, ylabel="thousand parameters", title="Most of the adapters' parameters belong to convolutions"),
+    alt="Groups of four bars for the UNet's blocks, the convolutions' bar the highest, and one bar for the text encoder",
 )
 
 # %% [markdown]
-# **What you should see**: a block's share follows from its channels and from how many attention layers it has. All of the
-# text encoder's adapters sit in its self-attention, the only kind it has.
+# **What you should see**: convolutions have the largest share in every block, since their $A$ has nine numbers where a linear
+# layer's has one. A block without attention has adapters only because `lora_layers` is `all`. All of the text encoder's
+# adapters sit in its self-attention, the only kind it has.
 #
 # Is it true of the whole model that nothing has changed? **Predict** both numbers.
 
@@ -216,7 +269,7 @@ for name, answer in answers().items():
     print(f"largest change of the {name}'s answer:", (answer - before[name]).abs().max().item())
 
 # %%
-again = draw(components, ["a photo of a sks dog"] * 4, config)
+again = draw(components, ["a photo of sks dog"] * 4, config)
 plots.show(
     plots.image_rows(
         [pictures, again], labels=["base", "with new adapters"], inches=1.2, title="New adapters change nothing"
@@ -320,41 +373,98 @@ print("directions:", int(np.argmax(errors["the change"] ** 2 <= 0.1)) + 1, "of",
 # %% [markdown]
 # ## Which layers moved?
 #
-# The size of the change against the size of the weights, layer by layer:
+# The size of the change against the size of the weights, layer by layer (`flatten` writes a convolution's weights as
+# matrices):
 
 # %%
 moved = {}
 for part, module in adapted_modules(session.components).items():
     for name, sub in module.named_modules():
         if hasattr(sub, "lora_A") and "default" in sub.lora_A:
-            delta = sub.scaling["default"] * sub.lora_B["default"].weight @ sub.lora_A["default"].weight
-            moved[f"{part}: {name}"] = (delta.norm() / sub.base_layer.weight.norm()).item()
+            A, B = (getattr(sub, matrix)["default"].weight.flatten(1) for matrix in ("lora_A", "lora_B"))
+            moved[f"{part}: {name}"] = (sub.scaling["default"] * (B @ A).norm() / sub.base_layer.weight.norm()).item()
 ranked = sorted(moved.items(), key=lambda item: -item[1])
 Table({"layer": name, "change / weights": f"{ratio:.3f}"} for name, ratio in ranked[:5] + ranked[-3:])
 
 # %%
-kinds = {"text encoder": "text_encoder", "UNet,\nself-attention": "attn1", "UNet,\ncross-attention": "attn2"}
-means = {kind: {"mean": np.mean([v for k, v in moved.items() if mark in k])} for kind, mark in kinds.items()}
+means = {kind: np.mean([v for k, v in moved.items() if kind_of(k) == kind]) for kind in KINDS}
 plots.show(
-    plots.bars(means, ylabel="change / weights", title="How far each kind of layer moved"),
-    alt="Three bars: how far text encoder, self-attention and cross-attention moved, relative to their weights",
+    plots.bars(
+        {kind.replace(" ", "\n", 1): {"mean": mean} for kind, mean in means.items()},
+        ylabel="change / weights",
+        title=f"Furthest from their old weights, on average: {max(means, key=means.get)}",
+    ),
+    alt="Four bars: how far self-attention, cross-attention, convolutions and other layers moved, relative to their weights",
 )
 
 # %% [markdown]
-# **What you should see**: numbers well below 1 for most layers: the old weights are bent, not replaced. Furthest moved
-# cross-attention, where the picture looks at the words and a rare word can be bound to a look; least the text encoder, which
-# trains at a lower rate.
+# **What you should see**: numbers below 1 for most layers: the old weights are adjusted, not replaced. Every kind of layer
+# has moved. Cross-attention has to, since only there does the word `sks` reach the picture; the others change how the picture
+# is painted.
+#
+# ## What attention alone cannot paint
+#
+# Attention decides what goes where: it copies mixtures of features from one place of the picture to another. Which features
+# there are, and how a colour or a pattern is made of them, is decided by the convolutions and the feed-forward layers. So
+# here is a second training with adapters on attention only, with the same steps, the same rank and the same rate. The
+# number is the mean cosine with the five photographs in the space of an identity encoder (notebook 08). **Predict**: which of
+# the toy's features will be missing: the teal, the yellow, the spots?
+
+# %%
+concept, sessions = session.concept, {"all layers": session}
+sessions["attention only"] = workflow.trained(dataclasses.replace(config, lora_layers="attention"))
+encoders = metrics.load_encoders(session.components.base)
+photographs, further = concept.images(), workflow.references(config)
+real = encoders.identity_features(photographs)
+top = metrics.ceiling(encoders, session.components, photographs, further, config.resolution)["subject_fidelity"]
+drawn, fidelity = {}, {}
+for name in ("attention only", "all layers"):
+    images = validation_images(sessions[name].components, concept, config, count=8, sets=("subject", "scenes"))
+    drawn[name] = images.scenes
+    fidelity[name] = metrics.subject_fidelity(encoders.identity_features([*images.subject, *images.scenes]), real)
+print(f"other photographs of the toy reach {top:.2f};", {name: round(value, 2) for name, value in fidelity.items()})
+
+# %%
+plots.show(
+    plots.image_rows(
+        [[photograph.resize((64, 64)) for photograph in photographs], *drawn.values()],
+        labels=["photographs", *(f"{name}:\nfidelity {value:.2f}" for name, value in fidelity.items())],
+        title="The same steps and the same rate: adapters on attention alone, and on all layers",
+    ),
+    alt="Photographs of the toy, and the toy in eight places drawn with adapters on attention only and on all layers",
+)
+
+# %%
+# NBVAL_CHECK_OUTPUT
+assert fidelity["all layers"] > fidelity["attention only"], fidelity
+print("with adapters on all layers the pictures are nearer to the photographs")
+
+# %% [markdown]
+# **What you should see**: compare the colour of the body and the pattern on it with the first row, picture by picture. With
+# adapters on attention only, expect colours that are not quite the toy's and spots that run together; with adapters on all
+# layers the teal stays teal and the spots are closer to spots. The price is a larger file and a slower step:
+
+# %%
+for name, one in sessions.items():
+    size = sum(
+        p.numel() for module in adapted_modules(one.components).values() for _, p in trainable_parameters(module)
+    )
+    seconds = sorted(line["seconds"] for line in one.log)[len(one.log) // 2]
+    print(f"{name:15} {size:9,} parameters, {4 * size / 2**20:.1f} MiB, {seconds:.3f} s a step")
+
+# %% [markdown]
+# (The seconds were measured when each training ran, perhaps while the machine had other things to do.)
 #
 # ## Rank, and what it costs
 
 # %%
 # NBVAL_CHECK_OUTPUT
-for rank in (1, 4, 16, 64):
-    fresh = load_components(config.base)
-    add_adapters(fresh, rank=rank, train_text_encoder=True)
-    count = {part: sum(p.numel() for _, p in trainable_parameters(m)) for part, m in adapted_modules(fresh).items()}
-    file = f"{4 * sum(count.values()) / 2**20:.2f} MiB"
-    print(f"rank {rank:2}: UNet {count['unet']:9,}, text encoder {count['text_encoder']:7,}, file about {file}")
+for layers in ("attention", "all"):
+    for rank in (1, 4, 16, 64):
+        fresh = load_components(config.base)
+        add_adapters(fresh, lora_layers=layers, rank=rank)
+        count = sum(p.numel() for _, p in trainable_parameters(fresh.unet))
+        print(f"{layers:9} rank {rank:2}: {count:9,} parameters, file about {4 * count / 2**20:.2f} MiB")
 
 # %% [markdown]
 # The number of parameters grows in proportion to the rank. What a rank *buys* is measured in notebook 08.
@@ -362,21 +472,22 @@ for rank in (1, 4, 16, 64):
 # ## On your own
 #
 # 1. What does `alpha = 2 * rank` do at the start of training, and what to the learning rate? (think)
-# 2. Turn the text encoder's adapters off in `session` and draw the subject. What is missing? (3 minutes)
+# 2. Train with adapters on the resnets' convolutions only: `lora_layers="conv1,conv2"`. **Predict** first: the prompt enters
+#    the UNet in cross-attention. What will `a photo of a dog` become? (3 minutes)
 # 3. Merge: show that $W + \frac{\alpha}{r}BA$ in one plain layer answers as the adapted layer does. (5 minutes)
 #
 # <details><summary>Answers</summary>
 #
 # 1. Nothing at the start, $B$ is zero. Every step then moves the output twice as far: much like a higher learning rate.
-# 2. Little or much, depending on the rates: the UNet learned what the toy looks like, and the question is whether it is asked
-#    for it clearly enough. Notebook 07 measures it, with the other half alone as well.
+# 2. The convolutions can learn how the toy is painted, but the layers that read the prompt are frozen, and these hardly
+#    respond to `sks`. So both prompts should give nearly the same dogs.
 #
 # ```python
-# both = draw(session.components, ["a photo of a sks dog"] * 4, config)
-# session.components.text_encoder.disable_adapters()
-# unet_alone = draw(session.components, ["a photo of a sks dog"] * 4, config)
-# session.components.text_encoder.enable_adapters()
-# plots.show(plots.image_rows([both, unet_alone], labels=["both", "UNet alone"]), alt="both adapters, and the UNet's alone")
+# settings = dict(lora_layers="conv1,conv2", max_train_steps=100)
+# only = workflow.trained(dataclasses.replace(config, **settings)).components
+# prompts = [concept.instance_prompt, concept.class_prompt]
+# rows = [draw(only, [prompt] * 6, config) for prompt in prompts]
+# plots.show(plots.image_rows(rows, labels=prompts), alt="subject and class with adapters on convolutions only")
 # ```
 #
 # 3. Equal but for rounding:
@@ -392,7 +503,9 @@ for rank in (1, 4, 16, 64):
 # ## In short
 #
 # - $W$ stays, $BA$ is added; $B = 0$ at first, so training starts at the base.
-# - Adapters sit in attention, on the UNet and optionally the text encoder, each with its own rank and alpha.
+# - Adapters sit in the UNet, on attention or on all layers, and optionally in the text encoder; each part has its own rank
+#   and alpha. Adapters on attention alone cannot learn every pattern.
+# - A convolution's adapter is a $k \times k$ convolution to $r$ channels and a $1 \times 1$ convolution.
 # - Trainable weights are `float32`.
 #
 # Next: [05 The dataset](05_dataset.ipynb), what the adapters are trained on.

@@ -276,9 +276,10 @@ folder.cleanup()
 # %% [markdown]
 # ## Computed once: text embeddings
 #
-# Where the text encoder is frozen, a prompt always gives the same vectors. There are two prompts in the whole training,
-# so they are encoded before it starts, and the text encoder could even leave the memory. Where the text encoder is
-# trained, its answer changes with each step: then each *distinct* prompt is encoded once per step, however large the batch.
+# Where the text encoder is frozen, a prompt always gives the same vectors. There are two prompts in the whole training (or
+# a few more, if several instance prompts are given), so they are encoded before it starts, and the text encoder could even
+# leave the memory. Where the text encoder is trained, its answer changes with each step: then each *distinct* prompt is
+# encoded once per step, however large the batch.
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -292,7 +293,7 @@ print({prompt: tuple(hidden.shape) for prompt, (hidden, _) in embeddings.items()
 # noisy: compare, do not quote. **Predict**: which saves more, keeping latents or keeping text embeddings?
 
 # %%
-add_adapters(components, rank=config.rank)
+add_adapters(components, lora_layers=config.lora_layers, rank=config.rank)
 ways = {"nothing kept": (dataset, None), "latents kept": (cached, None),
         "text embeddings\nkept": (dataset, embeddings), "both kept": (cached, embeddings)}  # fmt: skip
 seconds = {name: [] for name in ways}
@@ -309,13 +310,13 @@ assert median["both kept"] < median["nothing kept"]
 heights = {name: {"ms": 1000 * value} for name, value in median.items()}
 plots.show(
     plots.bars(heights, ylabel="milliseconds a step", title="What is kept need not be computed again"),
-    alt="Bars of milliseconds a step: kept latents save a third, kept text embeddings hardly anything",
+    alt="Bars of milliseconds a step: kept latents save a good part, kept text embeddings hardly anything",
 )
 
 # %% [markdown]
-# **What you should see**: the VAE was the expensive guest. The text encoder of the miniature is small; on a large base it
-# weighs more. It is frozen here, so that both can be kept; the miniature's own training trains it and keeps the latents
-# only: the second bar.
+# **What you should see**: encoding the pictures again at each step was the expensive part. The text encoder of the miniature
+# is small; on a large base it costs more. It is frozen here, as in the miniature's default training, so that both can be
+# kept: the last bar. A training that adapts the text encoder as well can keep the latents only: the second bar.
 #
 # Encoding all pictures beforehand is not free either. How soon is it paid back?
 
