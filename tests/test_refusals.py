@@ -239,7 +239,10 @@ Image.radial_gradient("L").convert("RGB").save(_SOUND, "PNG")
 _KINDS = ("picture", "cut", "empty", "text", "dangling", "folder", "folder with a picture")
 _NAMES = (
     st.tuples(
-        st.text(st.characters(exclude_characters="/\0"), min_size=1, max_size=8),
+        st.one_of(
+            st.text(st.characters(exclude_characters="/\0", exclude_categories=["Cs"]), min_size=1, max_size=8),
+            st.binary(min_size=1, max_size=8).filter(lambda name: not set(name) & set(b"/\0")).map(os.fsdecode),
+        ),
         st.sampled_from([".png", ".jpg", ".avif", ".heic", ".txt", "", ".PNG"]),
     )
     .map("".join)
