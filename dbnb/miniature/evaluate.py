@@ -333,9 +333,9 @@ def subject_experiment(base: str, folder: Path, count: int, **options) -> dict[s
     """Personalise the base to the sample toy and to `count` random ones: what `metrics.json` holds, by run.
 
     Each is run with prior preservation, three also without, the sample also with its text encoder trained and with
-    adapters on attention alone. Each
-    gets five photographs to learn from and six more as the ceiling. The runs share the cores out, one thread each: the
-    miniature's operations are so small that two runs side by side end sooner than one after the other.
+    adapters on attention alone. Each gets five photographs to learn from and six more as the ceiling. The runs share
+    the cores out, one thread each: the miniature's operations are so small that two runs side by side end sooner than
+    one after the other.
     """
     toys = {"the sample dog": SAMPLE_TOY}
     for i in range(count):
