@@ -17,7 +17,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 __version__ = "0.1.0"
 _MODULES = (
     "adapters", "concept", "config", "dataset", "export", "files", "metrics", "miniature", "models", "planner", "plots",
-    "prior", "processes", "toybox", "training", "validation", "widgets", "workflow",
+    "prior", "processes", "single_file", "toybox", "training", "validation", "widgets", "workflow",
 )  # fmt: skip
 
 

@@ -55,7 +55,8 @@ class DreamBoothConfig:
     """
 
     base: str = _option(
-        "miniature", "a preset (miniature, sd15, sd21, sdxl, if), a hub id or a path: what is personalised"
+        "miniature",
+        "what is personalised: a preset (miniature, sd15, sd21, sdxl, if), hub id, folder or .safetensors file",
     )
     revision: str | None = _option(None, "of a base on the hub: a branch, tag or commit")
     variant: str | None = _option(None, "which files of the base to read, such as fp16")
@@ -295,28 +296,70 @@ def suggested(base: str) -> dict[str, Any]:
     """The settings that a base suggests: its preset, or for a pipeline's folder what its own configs tell.
 
     Without a VAE it is an IF, with a second text encoder an SDXL, and one that draws at most 64 pixels a miniature. A
-    hub id without a preset is taken for a Stable Diffusion. Raises ValueError where a config cannot be read.
+    hub id without a preset is taken for a Stable Diffusion, and one file for what the names of its tensors tell. Raises
+    ValueError where a config or that file cannot be read.
     """
     base = next((name for name, preset in PRESETS.items() if preset["base"] == base), base)
     folder = Path(os.path.expanduser(base))
+    if base not in PRESETS and os.path.isfile(folder):
+        return PRESETS[one_file_family(folder)]
     if base in PRESETS or not os.path.isfile(folder / "unet" / "config.json"):
         return PRESETS.get(base, PRESETS["sd15"])
-    resolution = _read_config(folder / "unet").get("sample_size")
+    resolution = read_config(folder / "unet").get("sample_size")
     if isinstance(resolution, list):
         resolution = max(resolution)
     family = "sdxl" if (folder / "text_encoder_2").is_dir() else "sd15"
     if not (folder / "vae" / "config.json").is_file():
         family = "if"
     elif resolution is not None:
-        levels = _read_config(folder / "vae").get("block_out_channels", [0] * 4)
+        levels = read_config(folder / "vae").get("block_out_channels", [0] * 4)
         resolution *= 2 ** (len(levels) - 1)
         if resolution <= PRESETS["miniature"]["resolution"]:
             family = "miniature"
     return PRESETS[family] | ({} if resolution is None else {"resolution": resolution})
 
 
-def _read_config(part: Path) -> dict[str, Any]:
-    """The config of one part of a base."""
+def one_file_family(path: Path) -> str:
+    """The preset that a checkpoint in one file belongs to, by its header alone.
+
+    Raises ValueError where it is no whole Stable Diffusion 1, 2 or XL in safetensors.
+    """
+    from safetensors import SafetensorError, safe_open  # not for --help
+
+    if path.suffix.lower() in (".ckpt", ".pt", ".pth", ".bin"):
+        raise ValueError(f"--base {path} could run code when it is read: give the same base as .safetensors.")
+    try:
+        with safe_open(path, "np") as file:
+            names = list(file.keys())
+            first = "model.diffusion_model.input_blocks.0.0.weight"
+            channels = file.get_slice(first).get_shape()[1] if first in names else 4
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"--base {path} cannot be read as safetensors ({error}): download it again.") from error
+    if any("lora" in name for name in names):
+        raise ValueError(f"--base {path} is an adapter (LoRA) and no base: give the base that it was made for.")
+    texts = {
+        "conditioner.embedders.1.": "sdxl",
+        "cond_stage_model.model.": "sd21",
+        "cond_stage_model.transformer.": "sd15",
+    }
+    family = next((texts[start] for start in texts if any(name.startswith(start) for name in names)), None)
+    parts = {"UNet": "model.diffusion_model.", "VAE": "first_stage_model."}
+    missing = [part for part, start in parts.items() if not any(name.startswith(start) for name in names)]
+    if missing or family is None:
+        missing += ["text encoder"] if family is None else []
+        raise ValueError(
+            f"--base {path} has no {', no '.join(missing)} in the names of a checkpoint: give a whole Stable Diffusion "
+            "1, 2 or XL in one file, or a diffusers folder."
+        )
+    if channels != 4:
+        raise ValueError(
+            f"--base {path} has a UNet of {channels} channels (inpainting?): known are text-to-image bases."
+        )
+    return family
+
+
+def read_config(part: Path) -> dict[str, Any]:
+    """The config of one part of a base. Raises ValueError, naming the file, where it cannot be read."""
     try:
         config = json.loads((part / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

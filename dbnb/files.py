@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+_ENDS = 64 << 20
+
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
@@ -23,3 +25,14 @@ def whole(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def ends(path: Path) -> bytes:
+    """Up to 64 MiB from a file's start and as much from its end.
+
+    A whole checkpoint can be gigabytes; training moves every weight, so its ends tell.
+    """
+    with path.open("rb") as file:
+        start = file.read(_ENDS)
+        file.seek(max(file.tell(), path.stat().st_size - _ENDS))
+        return start + file.read()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,7 +22,9 @@ from huggingface_hub.errors import (
 )
 from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel
 
-from dbnb.config import PRESETS
+from dbnb.config import PRESETS, read_config
+from dbnb.files import ends
+from dbnb.single_file import converted
 from dbnb.tables import Table
 
 
@@ -32,9 +35,6 @@ def _roberta_series() -> type:
     # Checkpoints name this class by the module's old place, where diffusers itself no longer finds it.
     diffusers.pipelines.alt_diffusion = alt_diffusion
     return alt_diffusion.RobertaSeriesModelWithTransformation
-
-
-_HASHED = 64 << 20  # a whole checkpoint can be gigabytes; training moves every weight, so its ends tell
 
 
 @dataclass(frozen=True)
@@ -183,18 +183,22 @@ def _why_not_fetched(error: BaseException | None, variant: str | None) -> str:
 def resolve_base(base: str, *, revision: str | None = None, variant: str | None = None) -> Path:
     """A preset, a path or a hub id -> a local pipeline folder (the hub's files land in huggingface_hub's cache).
 
-    `revision` and `variant` are the hub's. Raises FileNotFoundError in one sentence when it is neither a folder nor to
-    be had on the hub.
+    `revision` and `variant` are the hub's. A checkpoint in one file is converted, once. Raises FileNotFoundError in one
+    sentence when it is neither here nor to be had on the hub.
     """
     if base == "miniature":
         from dbnb import miniature
 
         return miniature.path()
     base = PRESETS.get(base, {}).get("base", base)
-    path = Path(base).expanduser()
-    if path.is_dir():
+    path = Path(os.path.expanduser(base))
+    if os.path.isfile(path):
+        return converted(path)
+    if os.path.isdir(path):
         if not (path / "model_index.json").is_file():
-            raise FileNotFoundError(f"{path} has no model_index.json: give the folder of a whole diffusers pipeline.")
+            raise FileNotFoundError(
+                f"--base {path} has no model_index.json: give the folder of a whole diffusers pipeline."
+            )
         return path
     if base.count("/") != 1 or base.startswith((".", "/", "~")):
         raise FileNotFoundError(f"Base {base!r} is no folder here and no hub id (owner/name): check the spelling.")
@@ -214,24 +218,27 @@ def fingerprint(base: Path) -> str:
         if path.suffix in (".json", ".safetensors", ".bin", ".txt") and path.is_file():
             digest.update(str(path.relative_to(base)).encode())
             digest.update(str(path.stat().st_size).encode())
-            with path.open("rb") as file:
-                digest.update(file.read(_HASHED))
-                file.seek(max(file.tell(), path.stat().st_size - _HASHED))
-                digest.update(file.read())
+            digest.update(ends(path))
     return digest.hexdigest()[:16]
 
 
 def text_architecture(base: Path, part: str = "text_encoder") -> tuple[str, Architecture]:
     """Name and row of a base's text encoder. Raises ValueError that names an unknown one and lists the known."""
-    names = json.loads((base / part / "config.json").read_text(encoding="utf-8")).get("architectures") or ["(none)"]
+    names = read_config(base / part).get("architectures") or ["(none)"]
     if names[0] not in ARCHITECTURES:
         raise ValueError(f"Text encoder {names[0]} of {base} is not known here; known are {', '.join(ARCHITECTURES)}.")
     return names[0], ARCHITECTURES[names[0]]
 
 
 def read_tokenizer(base: Path, part: str = "tokenizer") -> Any:
-    """A base's tokenizer, or its second one."""
-    return AutoTokenizer.from_pretrained(base / part, trust_remote_code=False)
+    """A base's tokenizer, or its second one. Raises ValueError where it cannot be read."""
+    try:
+        return AutoTokenizer.from_pretrained(base / part, trust_remote_code=False)
+    except Exception as error:  # transformers and tokenizers raise a dozen kinds
+        why = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise ValueError(
+            f"The base's {base / part} holds no tokenizer that can be read ({why}): copy it again."
+        ) from error
 
 
 def _index(base: Path) -> dict[str, Any]:
@@ -250,17 +257,19 @@ def _index(base: Path) -> dict[str, Any]:
 
 
 def _has(index: Mapping[str, Any], part: str) -> bool:
-    return (index.get(part) or [None, None])[1] is not None
+    entry = index.get(part)
+    return isinstance(entry, list) and len(entry) == 2 and entry[1] is not None
 
 
 def check_base(base: Path, *, resolution: int, tokenizer_max_length: int | None = None) -> None:
     """Raise the ValueError that names a setting which this base cannot take: read off its configs, not its weights."""
     index = _index(base)
     if _has(index, "vae"):  # pipelines ask for a multiple of 8, whatever the VAE
-        step = math.lcm(8, 2 ** (len(AutoencoderKL.load_config(base / "vae")["block_out_channels"]) - 1))
+        step = math.lcm(8, 2 ** (len(read_config(base / "vae").get("block_out_channels", [0] * 4)) - 1))
     else:
-        unet = UNet2DConditionModel.load_config(base / "unet")
-        step = math.lcm(4 if unet["in_channels"] == 6 else 1, 2 ** (len(unet["block_out_channels"]) - 1))
+        unet = read_config(base / "unet")
+        levels = len(unet.get("block_out_channels", [0] * 4))
+        step = math.lcm(4 if unet.get("in_channels") == 6 else 1, 2 ** (levels - 1))
     if resolution % step:
         lower = resolution // step * step
         nearest = f"{lower} or {lower + step}" if lower else str(step)

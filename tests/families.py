@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import torch
@@ -156,3 +157,72 @@ def write(family: str, folder: Path) -> Path:
         pipeline = FAMILIES[family]()
     pipeline.save_pretrained(folder)
     return folder
+
+
+_RESNET = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "time_emb_proj": "emb_layers.1",
+    "conv_shortcut": "skip_connection",
+}
+
+
+def _original_unet(name: str, each: int) -> str:
+    """A UNet's parameter as the original code names it; each level is `each` blocks long."""
+    ends = {"time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2"}
+    ends |= {"conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2"}
+    for new, old in ends.items():
+        if name.startswith(new):
+            return name.replace(new, old, 1)
+    place, level, kind, number, rest = re.fullmatch(
+        r"(down|up|mid)_blocks?\.?(\d*)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.*)", name
+    ).groups()
+    if kind == "resnets":
+        part, _, last = rest.rpartition(".")
+        rest = f"{_RESNET[part]}.{last}"
+    if place == "mid":
+        return f"middle_block.{2 * int(number) if kind == 'resnets' else 1}.{rest}"
+    if kind == "downsamplers":
+        return f"input_blocks.{each * (int(level) + 1)}.0.op.{rest.removeprefix('conv.')}"
+    if kind == "upsamplers":  # behind the attention, where there is one
+        return f"output_blocks.{each * int(level) + each - 1}.1.{rest}"
+    block = each * int(level) + int(number) + (place == "down")
+    return f"{'input' if place == 'down' else 'output'}_blocks.{block}.{int(kind == 'attentions')}.{rest}"
+
+
+def _original_vae(name: str, levels: int) -> str:
+    """A VAE's parameter as the original code names it."""
+    name = re.sub(r"down_blocks\.(\d+)\.resnets\.", r"down.\1.block.", name)
+    name = re.sub(r"up_blocks\.(\d+)\.", lambda found: f"up.{levels - 1 - int(found[1])}.", name)
+    name = re.sub(r"(up\.\d+)\.resnets\.", r"\1.block.", name)
+    name = re.sub(r"down_blocks\.(\d+)\.downsamplers\.0", r"down.\1.downsample", name)
+    name = name.replace("upsamplers.0", "upsample").replace("conv_shortcut", "nin_shortcut")
+    name = name.replace("mid_block.resnets.0", "mid.block_1").replace("mid_block.resnets.1", "mid.block_2")
+    name = name.replace("mid_block.attentions.0", "mid.attn_1").replace("conv_norm_out", "norm_out")
+    for new, old in {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}.items():
+        name = name.replace(f"attn_1.{new}", f"attn_1.{old}")
+    return name
+
+
+def one_file(pipeline: StableDiffusionPipeline) -> dict[str, torch.Tensor]:
+    """A Stable Diffusion 1's weights under the names of the original code: one file, as A1111 and ComfyUI have it."""
+    each, levels = pipeline.unet.config.layers_per_block + 1, len(pipeline.vae.config.block_out_channels)
+    parts = {
+        "model.diffusion_model.": (pipeline.unet, lambda name: _original_unet(name, each)),
+        "first_stage_model.": (pipeline.vae, lambda name: _original_vae(name, levels)),
+        "cond_stage_model.transformer.": (
+            pipeline.text_encoder,
+            lambda name: name if name.startswith("text_model.") else f"text_model.{name}",
+        ),
+    }
+    tensors = {
+        start + rename(name): value.contiguous()
+        for start, (module, rename) in parts.items()
+        for name, value in module.state_dict().items()
+    }
+    for name, value in tensors.items():  # convolutions of one pixel there
+        if "mid.attn_1" in name and name.endswith("weight") and value.ndim == 2:
+            tensors[name] = value[:, :, None, None].contiguous()
+    return tensors

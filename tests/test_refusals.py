@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import io
 import json
 import math
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
+from families import write
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from dbnb import workflow
+from dbnb import miniature, workflow
 from dbnb.__main__ import main
-from dbnb.config import DreamBoothConfig, check_libraries, parse_args
+from dbnb.adapters import add_adapters
+from dbnb.concept import Concept, inspect_images, load_image
+from dbnb.config import DreamBoothConfig, check_libraries, parse_args, suggested
+from dbnb.dataset import DreamBoothDataset
+from dbnb.models import check_base, read_tokenizer, resolve_base, text_architecture
+from dbnb.training import train
+from dbnb.validation import draw
 
 
 @pytest.fixture
@@ -176,3 +188,150 @@ def test_a_run_in_other_letters_ends_well_on_any_console(tmp_path, concept):
     assert settings_["class_word"] == "狗" and "小明的狗" in (tmp_path / "run" / "README.md").read_text(
         encoding="utf-8"
     )
+
+
+def _tried(arguments: list[str]) -> tuple[DreamBoothConfig | None, str]:
+    """The settings, or the one sentence instead of them."""
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        try:
+            return parse_args(arguments), ""
+        except SystemExit as error:
+            assert error.code == 2
+    lines = said.getvalue().splitlines()
+    assert lines[-1].startswith(("dbnb: ", "python -m dbnb: error: ")) and (len(lines) == 1 or "usage" in lines[0])
+    return None, lines[-1]
+
+
+_ANY_TEXT = st.text(st.characters(exclude_categories=[]), max_size=12)
+_TEXT_OPTIONS = ("identifier", "class_word", "instance_prompt", "class_prompt")
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.sampled_from(sorted(NUMBERS)), st.one_of(st.integers().map(str), st.floats().map(str), _ANY_TEXT))
+def test_any_text_for_a_number_is_a_number_or_one_sentence(name, text):
+    config, said = _tried([f"--{name}={text}"])
+    assert name in said if config is None else getattr(config, name) in (None, float(text))
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.sampled_from(_TEXT_OPTIONS), _ANY_TEXT)
+def test_any_words_are_taken_or_refused_by_their_name(name, text):
+    config, said = _tried([f"--{name}={text}", *(["--instance_prompt=sks"] if name == "class_prompt" else [])])
+    if config is None:
+        assert name in said
+        return
+    prompts = {} if config.instance_prompt is None else {"instance_prompt": config.instance_prompt}
+    try:
+        concept = Concept.from_folder(
+            None, config.identifier, config.class_word, class_prompt=config.class_prompt, **prompts
+        )
+        concept.check_tokens(_TOKENIZER)
+    except ValueError as error:
+        assert name in str(error) and len(str(error).splitlines()) == 1
+        return
+    assert concept.report().encode("utf-8") and len(concept.report().splitlines()) == 6 + ("same" in concept.report())
+
+
+_TOKENIZER = read_tokenizer(miniature.path())
+_SOUND = io.BytesIO()
+Image.radial_gradient("L").convert("RGB").save(_SOUND, "PNG")
+_KINDS = ("picture", "cut", "empty", "text", "dangling", "folder", "folder with a picture")
+_NAMES = (
+    st.tuples(
+        st.text(st.characters(exclude_characters="/\0"), min_size=1, max_size=8),
+        st.sampled_from([".png", ".jpg", ".avif", ".heic", ".txt", "", ".PNG"]),
+    )
+    .map("".join)
+    .filter(lambda name: name not in (".", ".."))
+)
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.dictionaries(_NAMES, st.sampled_from(_KINDS), max_size=5))
+def test_any_folder_gives_pictures_or_one_sentence_that_names_it(entries):
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name) / "photos"
+        folder.mkdir()
+        for entry, kind in entries.items():
+            path = folder / entry
+            if kind == "dangling":
+                path.symlink_to(folder / "gone" / "away")
+            elif kind.startswith("folder"):
+                path.mkdir()
+                if kind != "folder":
+                    (path / "1.png").write_bytes(_SOUND.getvalue())
+            else:
+                data = {"picture": _SOUND.getvalue(), "cut": _SOUND.getvalue()[:500], "empty": b"", "text": b"hello"}
+                path.write_bytes(data[kind])
+        try:
+            paths, notes = inspect_images(folder, option="instance_data_dir")
+        except ValueError as error:
+            assert f"--instance_data_dir {folder}" in str(error) and len(str(error).splitlines()) == 1
+            return
+        assert {note.name for note in notes} == set(entries) and all(load_image(path).size for path in paths)
+        report = Concept.from_folder(folder, "sks", "dog").report()
+        assert report.encode("utf-8") and len(report.splitlines()) == 1 + len(notes) + (len(paths) < 3)
+
+
+@settings(deadline=None, max_examples=50)
+@given(_ANY_TEXT)
+def test_any_text_for_a_base_is_one_sentence(text):
+    config, said = _tried([f"--base={text}"])
+    if config is None:
+        assert "base" in said
+        return
+    with pytest.raises((FileNotFoundError, ValueError), match="(?i)base") as caught:
+        resolve_base(config.base)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("damage", [b"", b"{}", b"[]", b"null", b'{"a": ', b"\xff\xfe", None], ids=repr)
+def test_a_damaged_config_of_a_base_is_one_sentence(tmp_path, damage):
+    folder = write("sd1", tmp_path / "base")
+    names = ["model_index.json", *(f"{part}/config.json" for part in ("unet", "vae", "text_encoder"))]
+    for path in [folder / name for name in (*names, "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json")]:
+        sound = path.read_bytes()
+        path.unlink()
+        if damage is not None:
+            path.write_bytes(damage)
+        try:
+            suggested(str(folder))
+            resolve_base(str(folder))
+            check_base(folder, resolution=32, tokenizer_max_length=20)
+            text_architecture(folder)
+            read_tokenizer(folder)
+        except (ValueError, OSError) as error:
+            assert len(str(error).splitlines()) == 1 and str(folder) in str(error)
+        path.write_bytes(sound)
+
+
+@pytest.mark.parametrize(
+    "family, wrong, right",
+    [("sd1", 36, (32, 40)), ("sdxl", 36, (32, 40)), ("alt", 4, (8,)), ("if", 31, (30, 32)), ("if2", 30, (28, 32))],
+)
+def test_a_resolution_that_a_base_cannot_draw_names_those_it_can(tmp_path, family, wrong, right):
+    folder = write(family, tmp_path)
+    with pytest.raises(
+        ValueError, match=f"resolution={wrong} must be a multiple of .* take {' or '.join(map(str, right))}"
+    ):
+        check_base(folder, resolution=wrong)
+    for resolution in right:
+        check_base(folder, resolution=resolution)
+
+
+@pytest.mark.parametrize("family, most", [("sd1", 24), ("sdxl", 24), ("alt", 38), ("if", None)])
+def test_a_prompt_length_that_a_text_encoder_cannot_take_is_named(tmp_path, family, most):
+    folder = write(family, tmp_path)
+    check_base(folder, resolution=32, tokenizer_max_length=most or 1000)
+    for length in (1, *([] if most is None else [most + 1])):
+        with pytest.raises(ValueError, match=f"tokenizer_max_length={length} must be"):
+            check_base(folder, resolution=32, tokenizer_max_length=length)
+
+
+def test_a_seed_of_64_bits_trains(components, concept, config):
+    config = dataclasses.replace(config, seed=2**64 - 1, max_train_steps=2, checkpointing_steps=0)
+    add_adapters(components, rank=2, seed=config.seed)
+    dataset = DreamBoothDataset(concept.paths, concept.instance_prompt, size=64, seed=config.seed)
+    assert [line["step"] for line in train(config, components, dataset)] == [1, 2]
+    assert len(draw(components, [concept.instance_prompt], config)) == 1
