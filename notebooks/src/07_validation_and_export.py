@@ -431,8 +431,9 @@ print("the UNet's half paints the toy; with both halves 'sks dog' is the toy, an
 # **What you should see**: the number beside each row says how much of the toy is left where nobody has named it. With both
 # halves it should be low. If it is low with the UNet's adapters alone too, the UNet tells the two prompts apart by itself: the
 # text encoder hears `sks` already without adapters (notebooks 01 and 03). That is why the miniature's default leaves it
-# frozen, as large bases do. On a base whose text encoder ignores the identifier, both prompts give the same states, and then
-# only a trained text encoder can separate them (notebook 08 makes such a base).
+# frozen, as large bases do. On a base whose text encoder ignores the identifier, both prompts have nearly the same states, and
+# training the text encoder pays, because it can learn to hear the identifier. (Notebook 08 shows the extreme case, an
+# identifier with the vector of `a`.)
 
 # %% [markdown]
 # ## The card
