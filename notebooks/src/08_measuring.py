@@ -53,23 +53,18 @@ import dataclasses
 import json
 import os
 import platform
-import shutil
 import statistics
-import tempfile
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from dbnb import metrics, plots, toybox, workflow
 from dbnb.adapters import adapted_modules, trainable_parameters
 from dbnb.config import DreamBoothConfig
 from dbnb.metrics import diversity, subject_fidelity
-from dbnb.miniature.alike import DIFFERENCES, likeness, look_alike, turned
 from dbnb.models import fingerprint, load_components
 from dbnb.tables import Table
 from dbnb.toybox import SCENES
-from dbnb.toybox.sample import SAMPLE_TOY
 from dbnb.training import versions
 from dbnb.validation import validation_images
 
@@ -141,8 +136,12 @@ print("the identity encoder tells the toy from other dogs")
 # the encoder find smallest? Will it keep to the scale?
 
 # %%
-rng, real = np.random.default_rng(0), encoders.identity_features(photographs)
-toys = {"the same toy": SAMPLE_TOY}
+import numpy as np
+
+from dbnb.miniature.alike import DIFFERENCES, likeness, look_alike, turned
+from dbnb.toybox.sample import SAMPLE_TOY
+
+rng, toys = np.random.default_rng(0), {"the same toy": SAMPLE_TOY}
 toys |= {f"hue {n} degrees": dataclasses.replace(SAMPLE_TOY, body=turned(SAMPLE_TOY.body, n)) for n in (15, 30)}
 toys |= {name: look_alike(SAMPLE_TOY, name, rng) for name in DIFFERENCES if name != "hue"}
 toys["another dog"] = toybox.random_toy("dog", 5)
@@ -150,6 +149,9 @@ taken = {
     name: [toybox.photograph(toy, scene=scene, seed=100 + i, size=64) for i, scene in enumerate(SCENES)]
     for name, toy in toys.items()
 }
+
+# %%
+real = encoders.identity_features(photographs)
 found = {name: subject_fidelity(encoders.identity_features(pictures), real) for name, pictures in taken.items()}
 titles = [f"{name}\n{found[name]:.2f}" for name in toys]
 plots.show(
@@ -308,6 +310,9 @@ print(len(RUNS), "trainings")
 # is.
 
 # %%
+import shutil
+import tempfile
+
 copies = tempfile.TemporaryDirectory()
 
 
@@ -342,6 +347,7 @@ def row(name: str, one: workflow.Session, found: dict[str, float]) -> dict:
     }
 
 
+# %%
 def measure(name: str, seed: int = 0) -> dict:
     """Train a row with a seed, draw, and measure; what was drawn is kept."""
     settings, start = {"seed": seed} | ROWS[name], before
