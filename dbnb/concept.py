@@ -380,11 +380,9 @@ def holds_identifier(prompt: str, identifier: str, tokenizer: Any = None) -> boo
     return decoded[1] in decoded[0]
 
 
-def _check_words(**texts: str | None) -> None:
+def _check_words(**texts: Sequence[str]) -> None:
     """Raise the ValueError that names the first text which cannot stand on one line of a file, or shows nothing."""
-    for name, text in texts.items():
-        if text is None:
-            continue
+    for name, text in ((name, text) for name, several in texts.items() for text in several):
         if any(unicodedata.category(letter) in UNPRINTABLE for letter in text):
             raise ValueError(
                 f"{name}={text!a} holds a line break or another control character: write it in plain words on one line."
@@ -420,16 +418,21 @@ class Concept:
         whether the base's tokenizer agrees, `check_tokens` says.
         """
         prompts = [instance_prompt] if isinstance(instance_prompt, str) else list(instance_prompt or ())
-        for prompt in prompts or [None]:
-            _check_words(
-                identifier=identifier, class_word=class_word, instance_prompt=prompt, class_prompt=class_prompt
-            )
+        _check_words(identifier=[identifier], class_word=[class_word], instance_prompt=prompts)
+        _check_words(class_prompt=[] if class_prompt is None else [class_prompt])
+        prompts = prompts or [f"a photo of {identifier} {class_word}"]
         folder, option = (folder, "instance_data_dir") if folder else (SAMPLE_DIR / "photos", None)
         paths, notes = inspect_images(folder, resolution, option=option)
-        first, *further = prompts or [f"a photo of {identifier} {class_word}"]
-        class_prompt = class_prompt or f"a photo of {article_for(class_word)} {class_word}"
-        side = max(SHOWN, resolution)
-        concept = cls(identifier, class_word, tuple(paths), tuple(notes), first, class_prompt, tuple(further), side)
+        concept = cls(
+            identifier,
+            class_word,
+            tuple(paths),
+            tuple(notes),
+            prompts[0],
+            class_prompt or f"a photo of {article_for(class_word)} {class_word}",
+            tuple(prompts[1:]),
+            side=max(SHOWN, resolution),
+        )
         concept.check_tokens()
         return concept
 
@@ -470,6 +473,6 @@ class Concept:
             lines.append(f"  {len(self.paths)} pictures: three to ten, of different views and places, work best")
         if _alike(self.identifier) == _alike(self.class_word):
             lines.append("  identifier and class word are the same: the class itself will come to mean the subject")
-        elif _alike(self.instance_prompt) == _alike(self.class_prompt):
+        elif _alike(self.class_prompt) in map(_alike, self.instance_prompts):
             lines.append("  both prompts are the same: the class itself will come to mean the subject")
         return "\n".join(lines)

@@ -273,7 +273,7 @@ _LARGE = dict(
 )  # fmt: skip
 PRESETS: dict[str, dict[str, Any]] = {
     "miniature": dict(
-        base="miniature", resolution=64, max_train_steps=300, learning_rate=2e-3, text_encoder_learning_rate=3e-4,
+        base="miniature", resolution=64, max_train_steps=300, learning_rate=3e-3, text_encoder_learning_rate=3e-4,
         lr_scheduler="cosine", train_text_encoder=False, num_inference_steps=10, guidance_scale=2.5,
         sample_batch_size=25, rank=16, lora_layers="all", train_batch_size=4, gradient_checkpointing=False,
         mixed_precision="no",

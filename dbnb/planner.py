@@ -13,7 +13,7 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 from peft import LoraConfig
 
-from dbnb.adapters import ATTENTION, trainable_parameters
+from dbnb.adapters import lora_targets, trainable_parameters
 
 
 @dataclass(frozen=True)
@@ -61,16 +61,23 @@ BASES = {
 
 
 def training_memory(
-    base: Base, *, rank: int = 16, batch: int = 2, bytes_per_weight: int = 2, gradient_checkpointing: bool = False
+    base: Base,
+    *,
+    rank: int = 16,
+    batch: int = 2,
+    bytes_per_weight: int = 2,
+    gradient_checkpointing: bool = False,
+    lora_layers: str = "attention",
 ) -> dict[str, int]:
-    """Bytes by purpose for training the UNet's adapters; `batch` counts all pictures, instance and class.
+    """Bytes by purpose for training the UNet's adapters; `batch` counts all pictures, instance and class;
+    `lora_layers` is as in `adapters.lora_targets`.
 
     "weights": all frozen parts; "adapters": float32 weights, gradients and AdamW's two moments; "activations": what
     autograd keeps of the UNet's forward pass. Libraries, the CUDA context and fragmentation come on top.
     """
     with torch.device("meta"):
         unet = UNet2DConditionModel(**base.unet).requires_grad_(False)
-        unet.add_adapter(LoraConfig(r=rank, target_modules=list(ATTENTION)))
+        unet.add_adapter(LoraConfig(r=rank, target_modules=lora_targets(unet, lora_layers)))
         side = unet.config.sample_size
         noisy = torch.empty(batch, unet.config.in_channels, side, side)
         width = unet.config.encoder_hid_dim or unet.config.cross_attention_dim

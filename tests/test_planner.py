@@ -7,7 +7,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from peft import LoraConfig
 
-from dbnb.adapters import ATTENTION
+from dbnb.adapters import lora_targets
 from dbnb.planner import BASES, Base, training_memory
 
 SMALL = Base(
@@ -19,9 +19,10 @@ SMALL = Base(
 )  # fmt: skip
 
 
-def test_the_plan_is_what_a_real_forward_pass_keeps():
+@pytest.mark.parametrize("lora_layers", ["attention", "all"])
+def test_the_plan_is_what_a_real_forward_pass_keeps(lora_layers):
     unet = UNet2DConditionModel(**SMALL.unet).requires_grad_(False)
-    unet.add_adapter(LoraConfig(r=4, target_modules=list(ATTENTION)))
+    unet.add_adapter(LoraConfig(r=4, target_modules=lora_targets(unet, lora_layers)))
     weights = {p.untyped_storage().data_ptr() for p in unet.parameters()}
     kept: dict[int, int] = {}
 
@@ -32,7 +33,7 @@ def test_the_plan_is_what_a_real_forward_pass_keeps():
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         output = unet(torch.randn(4, 4, 32, 32), torch.tensor([1, 2, 3, 4]), torch.randn(4, 24, 48)).sample
     real = sum(size for pointer, size in kept.items() if pointer not in weights)
-    plan = training_memory(SMALL, rank=4, batch=4, bytes_per_weight=4)
+    plan = training_memory(SMALL, rank=4, batch=4, bytes_per_weight=4, lora_layers=lora_layers)
     assert output.requires_grad and plan["activations"] == pytest.approx(real, rel=0.1)
     trainable = sum(p.numel() for p in unet.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in unet.parameters() if not p.requires_grad)

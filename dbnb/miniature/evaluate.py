@@ -332,9 +332,10 @@ def _metrics_of(config: DreamBoothConfig) -> dict:
 def subject_experiment(base: str, folder: Path, count: int, **options) -> dict[str, dict]:
     """Personalise the base to the sample toy and to `count` random ones: what `metrics.json` holds, by run.
 
-    Each is run with prior preservation, three also without, the sample also with the text encoder frozen. Each
-    gets five photographs to learn from and six more as the ceiling. The runs share the cores out, one thread each: the
-    miniature's operations are so small that two runs side by side end sooner than one after the other.
+    Each is run with prior preservation, three also without, the sample also with its text encoder trained and with
+    adapters on attention alone. Each gets five photographs to learn from and six more as the ceiling. The runs share
+    the cores out, one thread each: the miniature's operations are so small that two runs side by side end sooner than
+    one after the other.
     """
     toys = {"the sample dog": SAMPLE_TOY}
     for i in range(count):
@@ -353,7 +354,8 @@ def subject_experiment(base: str, folder: Path, count: int, **options) -> dict[s
         if number < 3:
             variants["without prior preservation"] = {"with_prior_preservation": False}
         if toy is SAMPLE_TOY:
-            variants["text encoder frozen"] = {"train_text_encoder": False}
+            variants["text encoder trained too"] = {"train_text_encoder": True}
+            variants["adapters on attention alone"] = {"lora_layers": "attention"}
         for variant, changed in variants.items():
             configs[f"{name}, {variant}"] = DreamBoothConfig(
                 base=base, class_word=toy.kind, instance_data_dir=str(folder / name / "photos"),

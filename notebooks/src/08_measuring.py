@@ -10,16 +10,17 @@
 # # 08 Measuring: which setting does what
 #
 # **What you will do**: measure a training on four counts, with a floor, a ceiling and an error bar; then compare trainings
-# that differ in one setting each.
+# that differ in one setting each, some of them with several seeds.
 #
 # **What you will learn**: subject fidelity, prompt fidelity, prior preservation and diversity, after the DreamBooth paper;
-# what prior preservation, the text encoder, the rank, the steps and the identifier are worth on this base. Afterwards you
+# what prior preservation, the adapted layers, the identifier's vector, the text encoder, the rank and the steps are worth on
+# this base. Afterwards you
 # can say of two of your own results which is better, at what, and how sure you are.
 #
 # **What you need**: notebooks [02](02_prior_preservation.ipynb) and [07](07_validation_and_export.ipynb). No GPU. On two
-# CPU cores about a minute, plus about two for the training of notebook [00](00_start_here.ipynb) where it is not in
-# the cache yet. The trainings of the comparison take a quarter of an hour; their numbers come from a file, and one of them
-# is computed again before your eyes.
+# CPU cores about two minutes, plus a minute and a half for the training of notebook [00](00_start_here.ipynb) where it is not
+# in the cache yet. The trainings of the comparison take about half an hour; their numbers come from a file, and one of them
+# is computed again while you watch.
 #
 # ---
 
@@ -52,11 +53,12 @@ import dataclasses
 import json
 import os
 import platform
+import statistics
 from pathlib import Path
 
 import torch
 
-from dbnb import metrics, plots, workflow
+from dbnb import metrics, plots, toybox, workflow
 from dbnb.adapters import adapted_modules, trainable_parameters
 from dbnb.config import DreamBoothConfig
 from dbnb.metrics import diversity, subject_fidelity
@@ -70,16 +72,17 @@ workflow.quiet_libraries()
 
 # %% [markdown]
 # The training of notebook 00, and what is drawn before and after it: `COUNT` pictures of the subject, as many by place (all
-# eight places in turn), as many of the bare class.
+# eight places in turn), as many of the bare class, and as many in the sentences of notebook 07 (in turn).
 
 # %%
 COUNT = 16
+SETS = ("subject", "scenes", "classes", "sentences")
 config = DreamBoothConfig()
 session = workflow.trained(config)
 base = load_components(config.base)
 encoders = metrics.load_encoders(base.base)
 concept, photographs, further = session.concept, session.concept.images(), workflow.references(config)
-before, after = (validation_images(one, concept, config, count=COUNT) for one in (base, session.components))
+before, after = (validation_images(one, concept, config, count=COUNT, sets=SETS) for one in (base, session.components))
 
 # %% [markdown]
 # ## Is it the same toy?
@@ -87,8 +90,8 @@ before, after = (validation_images(one, concept, config, count=COUNT) for one in
 # Comparing pixels does not help: the same toy in another place shares hardly a pixel. An **image encoder** turns a
 # picture into a vector; its training decides what makes vectors alike. The paper found that CLIP's image half is a weak
 # judge of identity (it likes any two dogs) and took **DINO**, which learned to tell pictures apart without labels. Here
-# DINO's part is played by a small encoder that learned one thing: two photographs of one toy belong together, those of
-# another toy of the same kind do not. Beside it stands **CLIP**: two encoders, one for pictures and one for texts,
+# DINO's part is played by a small encoder that was trained for this alone: photographs of one toy get similar vectors, those of
+# another toy of the same kind do not, and the less two toys look alike, the further apart they are. Beside it stands **CLIP**: two encoders, one for pictures and one for texts,
 # trained so that a picture and its caption get similar vectors (the miniature brings a small one of its own).
 #
 # **Predict**: the photographs that were trained on, further ones of the same toy (half of them in other places), and six other dogs: which
@@ -125,6 +128,60 @@ assert same > other + 0.2, ends
 print("the identity encoder tells the toy from other dogs")
 
 # %% [markdown]
+# ## How strict is the encoder?
+#
+# Any other dog is an easy case. A measure of identity has to notice the differences that an eye notices: a wrong hue, spots
+# that have run together. So here are toys that differ from ours in one thing only, each in all eight places. `likeness` is
+# the scale that the encoder was trained to: 1 for the same toy, less for each difference. **Predict**: which difference will
+# the encoder find smallest? Will it keep to the scale?
+
+# %%
+import numpy as np
+
+from dbnb.miniature.alike import DIFFERENCES, likeness, look_alike, turned
+from dbnb.toybox.sample import SAMPLE_TOY
+
+rng, toys = np.random.default_rng(0), {"the same toy": SAMPLE_TOY}
+toys |= {f"hue {n} degrees": dataclasses.replace(SAMPLE_TOY, body=turned(SAMPLE_TOY.body, n)) for n in (15, 30)}
+toys |= {name: look_alike(SAMPLE_TOY, name, rng) for name in DIFFERENCES if name != "hue"}
+toys["another dog"] = toybox.random_toy("dog", 5)
+taken = {
+    name: [toybox.photograph(toy, scene=scene, seed=100 + i, size=64) for i, scene in enumerate(SCENES)]
+    for name, toy in toys.items()
+}
+
+# %%
+real = encoders.identity_features(photographs)
+found = {name: subject_fidelity(encoders.identity_features(pictures), real) for name, pictures in taken.items()}
+titles = [f"{name}\n{found[name]:.2f}" for name in toys]
+plots.show(
+    plots.show_images([pictures[1] for pictures in taken.values()], titles=titles, columns=9, inches=1.35,
+                      title="Look-alikes, and their similarity to the photographs"),
+    alt="Nine toys: ours, seven that differ from it in hue, pattern, accent, accessory or proportions, and another dog",
+)  # fmt: skip
+
+# %%
+scales = {
+    name.replace(" ", "\n", 1): {"measured": found[name], "the scale it was trained to": likeness(SAMPLE_TOY, toy)}
+    for name, toy in toys.items()
+}
+plots.show(
+    plots.bars(scales, ylabel="similarity", title="Each difference lowers the similarity to the photographs"),
+    alt="Pairs of bars, measured similarity and the scale of training: highest for the same toy, lowest for another dog",
+)
+
+# %%
+# NBVAL_CHECK_OUTPUT
+assert max(found, key=found.get) == "the same toy", found
+print("no look-alike is as near to the photographs as the toy itself")
+
+# %% [markdown]
+# **What you should see**: the same toy first and every look-alike clearly below it. The two bars of a pair need not be equal:
+# what counts is that they rise and fall together. So a fidelity between two of these bars has a meaning: it is how near a toy
+# comes that has one thing wrong.
+#
+# ## Two functions
+#
 # Two functions make all numbers: the mean cosine between two groups, and the mean distance (1 - cosine) within one.
 # **Predict** their values for three equal vectors, and for four that have nothing in common:
 
@@ -172,7 +229,10 @@ QUESTIONS = {
     "scene_recognised": "In which share of the pictures does CLIP name the right place of eight?",
     "class_diversity": "How varied is the bare class? Mean distance between its pictures.",
     "class_subject_similarity": "Has every dog become the toy? Lower is better.",
+    "sentence_fidelity": "Is it the toy when asked for in other sentences?",
+    "worst_sentence_fidelity": "And in the sentence that does worst?",
     "normalized_subject_fidelity": "How far from floor (0) to ceiling (1)?",
+    "sentence_fidelity_ratio": "Which share of the gain over the base is left in other sentences?",
     "class_diversity_ratio": "Which share of the class's variety is left?",
 }
 columns = ("before", "after", "ceiling")
@@ -210,8 +270,8 @@ plots.show(
 
 # %% [markdown]
 # **What you should see**: a bell around the measured value. That is the error of the *pictures*. Another seed in training, or
-# other photographs, move the number as well, so treat small differences in the table below as none. This difference is not
-# small:
+# other photographs, change the number as well, which is why the table below repeats its most important rows with other seeds.
+# This difference is larger than any of these errors:
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -224,26 +284,60 @@ print("the base's similarity lies below the error bar")
 #
 # An **ablation**: take the default, change one thing, measure. **Predict** before you look: which change costs most
 # fidelity? Which costs the class?
+#
+# Two of the rows need a word. *Identifier 'red'* is an identifier that has a meaning. *Identifier unheard* is the opposite:
+# in a copy of the base, the vector of `sks` is replaced by that of `a`. To this text encoder `a photo of sks dog` is the very
+# same prompt as `a photo of a dog`. The rows in `REPEATED` are trained with three seeds each. Another seed changes everything
+# that is drawn by chance in a training: the class images, the adapters' beginning, the order of the pictures, the noise.
 
 # %%
 # NBVAL_CHECK_OUTPUT
-ROWS = {"default": {}, "no prior preservation": {"with_prior_preservation": False}}
-ROWS["text encoder frozen"] = {"train_text_encoder": False}
+ROWS = {"default": {}, "attention only": {"lora_layers": "attention"}, "identifier unheard": {"vector_of": "a"}}
+ROWS |= {"identifier 'red'": {"identifier": "red"}, "text encoder trained": {"train_text_encoder": True}}
+ROWS["no prior preservation"] = {"with_prior_preservation": False}
 ROWS |= {f"rank {rank}": {"rank": rank} for rank in (2, 8, 32)}
-ROWS |= {f"{n} steps": {"max_train_steps": n} for n in (100, 400, 800) if n != config.max_train_steps}
-ROWS["identifier 'red'"] = {"identifier": "red"}
-print(f"default: rank {config.rank}, {config.max_train_steps} steps, identifier {config.identifier!r}")
+ROWS |= {f"{n} steps": {"max_train_steps": n} for n in (100, 200, 600) if n != config.max_train_steps}
+REPEATED, SEEDS = ("default", "attention only", "identifier unheard", "text encoder trained"), (0, 1, 2)
+RUNS = [(name, seed) for name in ROWS for seed in (SEEDS if name in REPEATED else SEEDS[:1])]
+print(f"default: adapters on {config.lora_layers} layers, rank {config.rank}, {config.max_train_steps} steps,", end=" ")
+print(f"identifier {config.identifier!r}, text encoder {'trained' if config.train_text_encoder else 'frozen'}")
 print("and in its place:", "; ".join(name for name in ROWS if name != "default"))
+print(len(RUNS), "trainings")
 
 
 # %% [markdown]
-# What follows trains one row (or takes its training from the cache), draws, and measures. For an identifier that already
-# means something the floor has to be drawn anew: the base's idea of *that* prompt.
+# A copy of the base whose identifier cannot be told from a word takes a few lines. Everything else in the folder stays as it
+# is.
+
+# %%
+import shutil
+import tempfile
+
+copies = tempfile.TemporaryDirectory()
+
+
+def base_with_vector_of(word: str) -> str:
+    """The folder of a copy of the base in which the identifier has the vector of a word."""
+    target = Path(copies.name) / word
+    if not target.is_dir():
+        shutil.copytree(base.base, target)
+        parts = load_components(config.base)
+        vectors = parts.text_encoder.get_input_embeddings().weight.data
+        identifier, other = parts.tokenizer.convert_tokens_to_ids([f"{config.identifier}</w>", f"{word}</w>"])
+        vectors[identifier] = vectors[other]
+        parts.text_encoder.save_pretrained(target / "text_encoder")
+    return str(target)
+
+
+# %% [markdown]
+# What follows trains one row (or takes its training from the cache), draws, and measures. Pictures are drawn from the same
+# noise whatever the training's seed. For an identifier with another meaning, or none, the floor has to be drawn anew: it is
+# what the base draws for *that* prompt.
 
 
 # %%
 def row(name: str, one: workflow.Session, found: dict[str, float]) -> dict:
-    """One row of the table: its settings, its size, the seconds of its training, its numbers."""
+    """One training of the table: its settings, its size, the seconds it took, its numbers."""
     modules = adapted_modules(one.components).values()
     return {
         "settings": ROWS[name],
@@ -253,55 +347,66 @@ def row(name: str, one: workflow.Session, found: dict[str, float]) -> dict:
     }
 
 
-def measure(name: str) -> dict:
-    """Train a row, draw, and measure; what was drawn is kept."""
-    one = workflow.trained(dataclasses.replace(config, **ROWS[name]))
-    start = before
-    if one.concept.instance_prompt != concept.instance_prompt:
-        start = validation_images(base, one.concept, config, count=COUNT)
-    kept[name] = validation_images(one.components, one.concept, config, count=COUNT)
+# %%
+def measure(name: str, seed: int = 0) -> dict:
+    """Train a row with a seed, draw, and measure; what was drawn is kept."""
+    settings, start = {"seed": seed} | ROWS[name], before
+    if word := settings.pop("vector_of", None):
+        settings["base"] = base_with_vector_of(word)
+    one = workflow.trained(dataclasses.replace(config, **settings))
+    if {"base", "identifier"} & settings.keys():
+        start = validation_images(load_components(one.config.base), one.concept, config, count=COUNT)
+    kept[name] = validation_images(one.components, one.concept, config, count=COUNT, sets=SETS)
     return row(name, one, workflow.measured(one, start, kept[name], encoders, further)["after"])
 
 
 # %% [markdown]
-# All rows were computed once, with this function, and stored in `ablation.json` beside this notebook, together with the
-# machine and with what they depend on: a fingerprint of the base, the number of pictures, the default settings. Where one
-# of these is different now, they are not taken.
+# All trainings were run once, with this function, and their numbers stored in `ablation.json` beside this notebook, by row
+# and seed, together with the machine and with what they depend on: a fingerprint of the base, the number of pictures, the
+# default settings. Where one of these is different now, they are not taken.
 
 # %%
 path = next((p for p in (Path("ablation.json"), Path("notebooks/ablation.json")) if p.is_file()), Path("ablation.json"))
 file = json.loads(path.read_text()) if path.is_file() else {}
 names = (
-    "max_train_steps learning_rate text_encoder_learning_rate lr_scheduler rank num_class_images "
-    "num_inference_steps guidance_scale"
+    "max_train_steps learning_rate text_encoder_learning_rate lr_scheduler lora_layers rank train_text_encoder "
+    "num_class_images num_inference_steps guidance_scale"
 ).split()
 made_by = {"base": fingerprint(base.base), "pictures": COUNT} | {name: getattr(config, name) for name in names}
 stored = file["rows"] if file.get("made_by") == made_by else {}
-print(f"{len(stored)} rows of {len(ROWS)} are stored; computed on: {file['machine'] if stored else 'none'}")
+there = [run for run in RUNS if str(run[1]) in stored.get(run[0], {})]
+print(f"{len(there)} trainings of {len(RUNS)} are stored; computed on: {file['machine'] if stored else 'none'}")
 
 # %% [markdown]
-# Do not believe a table that you cannot recompute. The default has just been measured. Each row named in `recompute` is
-# computed now, on your machine; `list(ROWS)` computes all (about a quarter of an hour on two cores). With `store = True`
-# the file is written anew.
+# Do not believe a table that you cannot recompute. The default with seed 0 has just been measured. Each training in
+# `recompute`, a row and a seed, is run now, on your machine; `recompute = RUNS` runs all (about half an hour on two cores).
+# With `store = True` the file is written anew.
 
 # %%
-recompute = ["100 steps"]
+recompute = [("100 steps", 0)]
 store = False
-kept, fresh = {"default": after}, {"default": row("default", session, numbers["after"])}
-fresh |= {name: measure(name) for name in recompute if name != "default"}
+kept, fresh = {"default": after}, {"default": {"0": row("default", session, numbers["after"])}}
+for name, seed in recompute:
+    if (name, seed) != ("default", 0):
+        fresh.setdefault(name, {})[str(seed)] = measure(name, seed)
 if store:
     machine = f"{platform.machine()}, {os.cpu_count()} cores, " + ", ".join(f"{n} {v}" for n, v in versions().items())
-    file = {"machine": machine, "made_by": made_by, "rows": stored | fresh}
+    merged = {name: stored.get(name, {}) | fresh.get(name, {}) for name in ROWS if name in stored | fresh}
+    file = {"machine": machine, "made_by": made_by, "rows": merged}
     path.write_text(json.dumps(file, indent=1) + "\n")
     stored = file["rows"]
 
 # %%
 columns = ("normalized_subject_fidelity", "scene_recognised", "class_diversity_ratio", "class_subject_similarity")
+columns += ("sentence_fidelity_ratio",)
+twice = [(name, seed) for name, runs in fresh.items() for seed in runs]
 Table(
-    {"row": name, "computed": when}
-    | {column.replace("_", " "): f"{table[name]['numbers'][column]:.2f}" for column in columns}
-    for name in fresh for when, table in (("stored", stored), ("now", fresh)) if name in table
-)  # fmt: skip
+    {"row": name, "seed": seed, "computed": when}
+    | {column.replace("_", " "): f"{table[name][seed]['numbers'].get(column, float('nan')):.2f}" for column in columns}
+    for name, seed in twice[:4]
+    for when, table in (("stored", stored), ("now", fresh))
+    if seed in table.get(name, {})
+)
 
 # %% [markdown]
 # **What you should see**: nearly the same twice. Another processor rounds otherwise, and hundreds of steps enlarge that a
@@ -309,59 +414,82 @@ Table(
 
 # %%
 # NBVAL_CHECK_OUTPUT
-for name in fresh.keys() & stored.keys():
-    was, now = (table[name]["numbers"]["normalized_subject_fidelity"] for table in (stored, fresh))
-    assert abs(was - now) < 0.2, f"{name}: stored {was}, now {now}"
+for name, seed in twice:
+    if seed in stored.get(name, {}):
+        was, now = (table[name][seed]["numbers"]["normalized_subject_fidelity"] for table in (stored, fresh))
+        assert abs(was - now) < 0.2, f"{name}, seed {seed}: stored {was}, now {now}"
 print("what was stored can be computed again" if stored else "nothing is stored")
 
 # %% [markdown]
-# The whole table. Where no rows are stored, it holds what was computed here.
+# The whole table. Where no rows are stored, it holds what was computed here. A row with several seeds shows their mean and,
+# after ±, their standard deviation. Read a difference between two rows against these.
+
 
 # %%
-rows = {name: (fresh | stored)[name] for name in ROWS if name in fresh | stored}
+def over_seeds(name: str, column: str) -> tuple[float, float]:
+    """Mean and standard deviation (0 for a single seed) of a number over a row's seeds."""
+    values = [run["numbers"].get(column, float("nan")) for run in rows[name].values()]
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def as_text(name: str, column: str) -> str:
+    """The number as the table shows it."""
+    mean, spread = over_seeds(name, column)
+    return f"{mean:.2f}" + (f" ± {spread:.2f}" if len(rows[name]) > 1 else "")
+
+
+rows = {name: fresh.get(name, {}) | stored.get(name, {}) for name in ROWS if name in fresh | stored}
 Table(
-    {"training": name}
-    | {column.replace("_", " "): f"{found['numbers'][column]:.2f}" for column in columns}
-    | {"adapter parameters": f"{found['parameters']:,}", "seconds of training": str(found["seconds"])}
-    for name, found in rows.items()
+    {"training": name, "seeds": str(len(runs))}
+    | {column.replace("_", " "): as_text(name, column) for column in columns}
+    | {"adapter parameters": f"{next(iter(runs.values()))['parameters']:,}"}
+    | {"seconds of training": f"{statistics.mean(run['seconds'] for run in runs.values()):.0f}"}
+    for name, runs in rows.items()
 )
 
 # %% [markdown]
-# **What you should see**: two rows that stand out. *No prior preservation* draws the toy as well as the default, but nothing
-# else any more: the bare class is as much like the toy as the toy's own pictures are, about a fifth of its variety is
-# left. *Text encoder frozen* costs a third of the fidelity, and variety too: `sks` changes the text's embedding only a
-# little, so what the UNet learns for `sks dog` reaches `dog` as well. Trained, the text encoder tells the two apart
-# (notebook 07 shows it).
+# **What you should see**: first compare *default* with *attention only*, the same steps and the same rank. The difference in
+# fidelity is what the adapters on convolutions and feed-forward layers are worth on this base (notebook 04 shows the
+# pictures); see whether it is larger than the spread of the seeds. Then *identifier unheard*: the same prompt stands for the
+# toy in one half of each batch and for all dogs in the other, so the model has to answer with a mixture, and neither `sks dog`
+# nor `dog` can be right. *Text encoder trained* says what a second set of adapters adds where the identifier is heard anyway.
+# And *no prior preservation* draws the toy, but hardly anything else: look at its class diversity and at how much its class
+# is like the subject.
 #
 # Do fidelity and variety pull against each other, or does one setting give both? Both in one figure: the best place is at
 # the upper right.
 
 # %%
-points = {name: (found["numbers"][columns[0]], found["numbers"][columns[2]]) for name, found in rows.items()}
+points = {name: (over_seeds(name, columns[0])[0], over_seeds(name, columns[2])[0]) for name in rows}
 poorest = min(points, key=lambda name: points[name][1])
-plots.show(
-    plots.scatter(
-        points, xlabel="subject fidelity (0 the base, 1 real photographs)", ylabel="class diversity, after / before",
-        title=f"Best is the upper right; least of the class is left by '{poorest}'",
-    ),
-    alt="Each training as a point: fidelity to the right, preserved class diversity upwards",
+figure = plots.scatter(
+    points, xlabel="subject fidelity (0 the base, 1 real photographs)", ylabel="class diversity, after / before",
+    title=f"Best is the upper right; least of the class is left by '{poorest}'",
 )  # fmt: skip
+for name, (x, y) in points.items():
+    if len(rows[name]) > 1:
+        spreads = [over_seeds(name, column)[1] for column in (columns[0], columns[2])]
+        figure.axes[0].errorbar(x, y, xerr=spreads[0], yerr=spreads[1], fmt="none", ecolor="0.5", lw=1, zorder=0)
+plots.show(
+    figure,
+    alt="Each training as a point: fidelity to the right, preserved class diversity upwards; crosses show the seeds' spread",
+)
 
 # %% [markdown]
-# **What you should see**: no conflict. Most points share the upper right corner, and their order there means little: they
-# differ by hardly more than the error bar, and by another seed each would move. The three that lie elsewhere are the three
-# to remember: too few steps, a frozen text encoder, no class images.
+# **What you should see**: the crosses are the standard deviations over seeds, for the rows that have several. Points whose
+# distance is no larger than such a cross do not differ in any way that you could rely on. The points that lie clearly
+# away from the upper right corner are the ones to remember: each of them names something that a good training needs.
 #
 # Steps and ranks by themselves:
 
 # %%
 lines = {}
 for what, setting, default in (("steps", "max_train_steps", config.max_train_steps), ("rank", "rank", config.rank)):
-    at = {ROWS[name].get(setting, default): found["numbers"] for name, found in rows.items()
-          if name == "default" or setting in ROWS[name]}  # fmt: skip
+    at = {ROWS[name].get(setting, default): name for name in rows if name == "default" or setting in ROWS[name]}
     x = sorted(at)
-    lines[f"fidelity by {what}"] = ([value / default for value in x], [at[value][columns[0]] for value in x])
-    lines[f"diversity by {what}"] = ([value / default for value in x], [at[value][columns[2]] for value in x])
+    for measured, column in (("fidelity", columns[0]), ("diversity", columns[2])):
+        means = [over_seeds(at[value], column)[0] for value in x]
+        lines[f"{measured} by {what}"] = ([value / default for value in x], means)
 plots.show(
     plots.curves(lines, xlabel="setting, as a multiple of the default", ylabel="share",
                  title=f"1 is the default: {config.max_train_steps} steps, rank {config.rank}"),
@@ -369,30 +497,35 @@ plots.show(
 )  # fmt: skip
 
 # %% [markdown]
-# **What you should see**: *steps* pay most until about 400, then less and less comes, at the same price a step. Variety is
-# lowest after the fewest: first the toy leaks into the class, then the class images push it out again. *Rank* 2 is too
-# little; from 8 on more parameters change little that could not be chance, nor do they cost time.
+# **What you should see**: the first *steps* bring most of the fidelity, and later ones less and less, at the same price a step.
+# The *rank* matters less than the steps: compare its lines with the spread of the default's seeds in the table.
 #
-# *The identifier `red`* seems to be the best of all, and is not. Its places are recognised less often, and the word is gone:
-# who asks this base for a red dog now gets the toy. No column asks for that. A table answers only what it was asked.
+# *The identifier `red`* may look as good as any other in this table. But the word is lost: asked for a red dog, this model
+# now draws the toy. No column asks for that. A table answers only what it was asked.
 #
-# The question with the clearest answer is what the class images are for:
+# Three answers are clear enough to be checked:
 
 # %%
 # NBVAL_CHECK_OUTPUT
-if "no prior preservation" in rows:
-    without, default = (rows[name]["numbers"] for name in ("no prior preservation", "default"))
+mean_of = {name: {column: over_seeds(name, column)[0] for column in columns} for name in rows}
+if {"no prior preservation", "attention only", "identifier unheard"} <= rows.keys():
+    default, without = mean_of["default"], mean_of["no prior preservation"]
     assert without["class_diversity_ratio"] < default["class_diversity_ratio"], "no drift to be seen"
     assert without["class_subject_similarity"] > default["class_subject_similarity"], "no drift to be seen"
     print("prior preservation keeps the class varied and unlike the toy")
+    for name in ("attention only", "identifier unheard"):
+        assert mean_of[name][columns[0]] < default[columns[0]], name
+    print("adapters on all layers draw the toy better than adapters on attention only")
+    print("an identifier without a vector of its own costs fidelity")
 
 # %% [markdown]
 # What stands behind two of the rows: the default, and the one that was computed just now. **Predict**: what will be missing
 # after a hundred steps, the place, the colour or the spots?
 
 # %%
-shown = {name: kept[name] for name in ("default", *recompute[:1])}
-reached = [f"{name}: {fresh[name]['numbers'][columns[0]]:.2f}" for name in shown]
+other = next((run for run in recompute if run[0] != "default"), ("default", 0))
+shown = {name: kept[name] for name in dict.fromkeys(("default", other[0]))}
+reached = [f"{name}: {next(reversed(fresh[name].values()))['numbers'][columns[0]]:.2f}" for name in shown]
 plots.show(
     plots.image_rows(
         [images.scenes[:8] for images in shown.values()], labels=list(shown),
@@ -403,9 +536,9 @@ plots.show(
 )  # fmt: skip
 
 # %% [markdown]
-# **What you should see**: after a hundred steps every place is right, since the base knew them before. The colours are on
-# their way, most dogs are blue or green, one may still be red. The spots are missing; after the whole training there is
-# yellow everywhere, though more in patches than in round spots. What is smallest in the photographs is learned last.
+# **What you should see**: after a hundred steps the places are right, since the base knew them before. Compare the body's
+# colour and the pattern with the row above, picture by picture: the colour is learned before the pattern. What is smallest in
+# the photographs is learned last.
 #
 # ## Does it copy?
 #
@@ -438,9 +571,8 @@ print(f"distance among the drawn {diversity(clip_drawn):.2f}, among the photogra
 #
 # ## On your own
 #
-# 1. Add `prior_loss_weight` 0.3 and 3.0 at 100 steps to the rows. Where do they land in the figure? (2 minutes)
-# 2. Train 100 steps with `seed=1` and `seed=2`. Which differences in the table are larger than those between seeds?
-#    (2 minutes)
+# 1. Add `prior_loss_weight` 0.3 and 3.0 at 100 steps to the rows. Where would they be in the figure? (2 minutes)
+# 2. Run *100 steps* with the seeds 1 and 2 as well. Is its spread larger than the default's? (2 minutes)
 # 3. The paper compares *all* drawn pictures with *all* real ones. What would the maximum instead of the mean measure?
 #    (think)
 #
@@ -455,14 +587,13 @@ print(f"distance among the drawn {diversity(clip_drawn):.2f}, among the photogra
 #     print(weight, {column: found[column] for column in columns})
 # ```
 #
-# 2. With the row of 100 steps (seed 0) these are three seeds; a difference in the table that is smaller than their spread is
-#    none.
+# 2. A short training depends more on chance: its few batches are a smaller sample. Compare with the default's spread.
 #
 # ```python
 # for seed in (1, 2):
-#     ROWS[f"seed {seed}"] = {"seed": seed, "max_train_steps": 100}
-#     found = measure(f"seed {seed}")["numbers"]
-#     print(seed, {column: found[column] for column in columns})
+#     rows["100 steps"][str(seed)] = measure("100 steps", seed)
+# for name in ("100 steps", "default"):
+#     print(name, {column: as_text(name, column) for column in columns})
 # ```
 #
 # 3. How close the best copy comes: a measure of memorising rather than of fidelity.
@@ -472,6 +603,7 @@ print(f"distance among the drawn {diversity(clip_drawn):.2f}, among the photogra
 #
 # - Four questions, four measures; floor and ceiling give them a scale, repetition gives them an error.
 # - Change one thing at a time, keep the numbers with what made them, and recompute a row before you believe the table.
+# - Repeat with other seeds: a difference that is smaller than their spread is none.
 # - Look at fidelity and variety together: prior preservation keeps the second.
 #
 # Next: [09 When it goes wrong](09_when_it_goes_wrong.ipynb).

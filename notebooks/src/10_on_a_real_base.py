@@ -169,7 +169,7 @@ dataset = DreamBoothDataset(session.concept.paths, session.concept.instance_prom
 seconds = {}
 for checkpointing in (False, True):
     parts = load_components("miniature")
-    add_adapters(parts, rank=config.rank)
+    add_adapters(parts, lora_layers=config.lora_layers, rank=config.rank)
     if checkpointing:
         parts.unet.enable_gradient_checkpointing()
     _ = cache_latents(dataset, parts.vae)
@@ -210,7 +210,7 @@ assert largest_batch(SD, 8, True) >= 2, "not even one photograph and one class i
 print(f"{SD} and 8 GB: fits in half precision with checkpointing")
 
 # %% [markdown]
-# A text encoder that is trained too adds little. Latents that are kept from the start (notebook 05) let the VAE rest, but it
+# These plans are for adapters on attention. A text encoder that is trained too adds little. Latents that are kept from the start (notebook 05) let the VAE rest, but it
 # stays loaded, as the text encoder does, and a large one (DeepFloyd IF has a T5 of billions of parameters) can outweigh the
 # UNet.
 #
@@ -231,8 +231,9 @@ rates = {base: preset["learning_rate"] for base, preset in PRESETS.items()}
 print({base: f"{rates['miniature'] / rate:.0f} times lower" for base, rate in rates.items() if base != "miniature"})
 
 # %% [markdown]
-# So learning rates are lower: a large model needs smaller nudges. Guidance is stronger. And the text encoder stays frozen at
-# first; training it needs more memory and a careful rate.
+# So learning rates are lower: a large model needs smaller steps. Guidance is stronger. Adapters sit on attention only, as most
+# training scripts do it: that is enough for a large base, and the file stays small (the miniature needs them on all layers,
+# notebook 04). The text encoder stays frozen on all bases; training it needs more memory and a careful rate.
 #
 # **The cell to change.** On a GPU, take out the `#` and put in your folder. On a small card, add
 # `gradient_checkpointing=True`. On Colab, upload the photographs into that folder first:
@@ -336,8 +337,9 @@ assert spent["UNet, forward"] + spent["loss, backward"] > 0.7 * sum(spent.values
 
 # %% [markdown]
 # **What you should see**: the two passes through the UNet. That the rest is so small is the work of two caches (notebook 05):
-# pictures are encoded once, and each distinct prompt once a step. Without the first, the autoencoder would take a good part of
-# a pass more. On a GPU the order stays, the numbers do not.
+# pictures are encoded once, and each distinct prompt once a step. (`train` encodes prompts only once in all, where the text
+# encoder is frozen.) Without the first cache, the autoencoder would add a good part of a pass. On a GPU the order stays the
+# same, the numbers do not.
 #
 # A run is more than its training, though. Count what the UNet does, in *passes* of one picture: a training step takes about
 # two for each picture (the backward pass costs one, since frozen weights need no gradients of their own), three with

@@ -52,8 +52,9 @@ def peer_arguments(folder: Path, class_folder: Path, steps: int, *further: str) 
 
 
 def our_arguments(folder: Path, steps: int, *further: str) -> list[str]:
-    """The same in ours."""
-    return ["--max_train_steps", str(steps), "--output_dir", str(folder), *_both(), *further]
+    """The same in ours; the peer knows adapters on attention alone."""
+    attention = ("--lora_layers", "attention")
+    return ["--max_train_steps", str(steps), "--output_dir", str(folder), *attention, *_both(), *further]
 
 
 def _both() -> list[str]:
