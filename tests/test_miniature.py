@@ -127,12 +127,12 @@ def test_identifiers_have_vectors_of_their_own():
     pipeline = StableDiffusionPipeline.from_pretrained(miniature.path())
     table = pipeline.text_encoder.get_input_embeddings().weight.detach()
     words = {name: pipeline.tokenizer.convert_tokens_to_ids(f"{name}</w>") for name in (*KINDS, *COLORS)}
-    length = table[list(words.values())].norm(dim=1).mean()
+    length = table[list(words.values())].norm(dim=1).mean().item()
     for identifier in IDENTIFIERS:
         number = pipeline.tokenizer.convert_tokens_to_ids(f"{identifier}</w>")
         cosines = torch.cosine_similarity(table[number], table[torch.arange(len(table)) != number])
         assert cosines.abs().max() < 0.3
-        assert table[number].norm() == pytest.approx(length, rel=1e-3)
+        assert table[number].norm().item() == pytest.approx(length, rel=1e-3)
 
 
 def test_a_training_that_was_stopped_ends_where_an_uninterrupted_one_does(tmp_path):
