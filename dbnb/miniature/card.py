@@ -90,8 +90,8 @@ def figures(result: dict) -> str:
         "Frechet distance of drawings and renders with the same labels | of two such sets of renders": (
             "{drawn_to_real:.2f} against {real_to_real:.2f}".format(**result["frechet"])
         ),
-        "the same, kernel distance times 1000, with its spread over subsets": "{} against {}".format(
-            *("{:.1f} ± {:.1f}".format(*result["kernel"][name]) for name in ("drawn_to_real", "real_to_real"))
+        "the same, kernel distance, with its spread over subsets": "{} against {}".format(
+            *("{:.2f} ± {:.2f}".format(*result["kernel"][name]) for name in ("drawn_to_real", "real_to_real"))
         ),
         "mean distance to the nearest training photograph (16 x 16 pixels, 0 to 1)": "not measured"
         if result["copying"] is None

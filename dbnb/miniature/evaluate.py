@@ -74,15 +74,19 @@ def frechet(a: np.ndarray, b: np.ndarray) -> float:
 def kernel_distance(a: np.ndarray, b: np.ndarray, *, subsets: int = 50, size: int = 100) -> tuple[float, float]:
     """Kernel distance of two sets of features (Bińkowski et al., 2018): its mean over random subsets, and their spread.
 
-    The unbiased squared maximum mean discrepancy with the kernel (x.y / D + 1)^3, times 1000: 0 for two samples of one
-    distribution, however few they are, and then as often below 0 as above.
+    The unbiased squared maximum mean discrepancy with the kernel (x.y / D + 1)^3: 0 for two samples of one
+    distribution, however few they are, and then as often below 0 as above. Features at the same place in the two sets
+    may belong to the same labels: such pairs are left out between the sets, as each feature with itself is within one.
     """
     rng, values = np.random.default_rng(0), []
     for _ in range(subsets):
-        x, y = (s[rng.choice(len(s), min(size, len(s)), replace=False)] for s in (a, b))
-        xx, yy, xy = ((p @ q.T / p.shape[1] + 1.0) ** 3 for p, q in ((x, x), (y, y), (x, y)))
-        within = [(k.sum() - np.trace(k)) / (len(k) * (len(k) - 1)) for k in (xx, yy)]
-        values.append(1000.0 * (sum(within) - 2.0 * xy.mean()))
+        chosen = rng.choice(min(len(a), len(b)), min(size, len(a), len(b)), replace=False)
+        x, y = a[chosen], b[chosen]
+        means = []
+        for p, q in ((x, x), (y, y), (x, y)):
+            kernel = (p @ q.T / p.shape[1] + 1.0) ** 3
+            means.append((kernel.sum() - np.trace(kernel)) / (len(kernel) * (len(kernel) - 1)))
+        values.append(means[0] + means[1] - 2.0 * means[2])
     return float(np.mean(values)), float(np.std(values))
 
 
