@@ -156,8 +156,8 @@ print("nearer to the toy than the base is; dogs are still varied")
 #
 # Training used a single prompt, and nobody writes the same sentence every time. Has the model learned the toy as the meaning
 # of `sks dog`, or as the meaning of one sentence? `SENTENCES` holds twelve others, with other openings, other articles or
-# none, the place in front, a hat, a scarf; training has seen none of them. Each is drawn four times. **Predict**: which of
-# them will reach the training prompt's fidelity, and which will be the worst?
+# none, the place in front; training has seen none of them. Each is drawn four times. **Predict**: which of them will reach
+# the training prompt's fidelity, and which will be the worst?
 
 # %%
 said = validation_images(session.components, concept, config, count=4 * len(SENTENCES), sets=("sentences",))
@@ -192,11 +192,11 @@ plots.show(
 # %%
 plots.show(
     plots.image_rows(
-        [[said.sentences[i] for i in numbers_of[prompt]] for prompt in ranked],
-        labels=[f"{prompt}: {fidelity[prompt]:.2f}" for prompt in ranked], inches=0.8,
+        [[said.sentences[i] for i in numbers_of[prompt][:2]] for prompt in (*ranked[:2], *ranked[-2:])],
+        labels=[f"{prompt}: {fidelity[prompt]:.2f}" for prompt in (*ranked[:2], *ranked[-2:])],
         title=f"Nearest to the toy: '{ranked[0]}'; furthest from it: '{ranked[-1]}'",
     ),
-    alt="Twelve rows of four pictures, one for each sentence, from the highest fidelity to the lowest",
+    alt="Four rows of two pictures: the two sentences with the highest fidelity, and the two with the lowest",
 )  # fmt: skip
 
 # %%
@@ -205,10 +205,12 @@ assert mean - floor > 0.7 * (of_training - floor), (mean, of_training, floor)
 print("on average, other sentences reach more than 70 % of what the training prompt gains over the base")
 
 # %% [markdown]
-# **What you should see**: the toy in most rows, and in the last rows some pictures that are not the toy or not quite. Look at
-# those first: the lowest bar is what you have to expect when you write a prompt without thinking of the training prompt.
-# For the sentences with a hat or a scarf look at the pictures as well as the bars. The identity encoder was trained to count
-# another accessory as another toy, so it gives them a lower value even where the toy that wears it is right.
+# **What you should see**: the toy in the upper rows, and in the lower ones perhaps some pictures that are not quite the toy.
+# Look at those first: the lowest bar is what you have to expect when you write a prompt without thinking of the training
+# prompt.
+#
+# None of the twelve asks for another look. A prompt such as `a photo of sks dog with a blue hat` does: in the toy world a hat
+# has the colour of the toy's ears and spots, so the base turns these blue as well.
 #
 # That other sentences work at all is not due to the adapters, which have seen one sentence. It is due to the text encoder,
 # which gives the words `sks dog` nearly the same states in any of these sentences: the base's training taught it, in a stage
@@ -222,7 +224,7 @@ print("on average, other sentences reach more than 70 % of what the training pro
 # `a photo of sks dog`: at which strength do they become the toy?
 
 # %%
-others, levels = before.classes[:6], (0.3, 0.5, 0.7, 0.9)
+others, levels = before.classes[:4], (0.3, 0.5, 0.7, 0.9)
 redrawn = [from_references(session.components, others, concept.instance_prompt, config, strength=s) for s in levels]
 plots.show(
     plots.image_rows(
@@ -393,7 +395,7 @@ second.cleanup()
 halves = {"neither": (0, 0), "UNet alone": (1, 0), "text encoder alone": (0, 1), "both": (1, 1)}
 halves = {name: {"unet": unet, "text_encoder": text} for name, (unet, text) in halves.items()}
 prompt = f"{concept.instance_prompt} {SCENES['beach']}"
-by_half = {name: drawn(strengths, prompt, count=6, pipe=both_parts) for name, strengths in halves.items()}
+by_half = {name: drawn(strengths, prompt, count=5, pipe=both_parts) for name, strengths in halves.items()}
 scores = {name: likeness(pictures) for name, pictures in by_half.items()}
 plots.show(
     plots.image_rows(
@@ -410,7 +412,7 @@ plots.show(
 # `a photo of a dog`, which is not to mean the toy:
 
 # %%
-of_class = {name: drawn(s, concept.class_prompt, count=6, pipe=both_parts) for name, s in halves.items()}
+of_class = {name: drawn(s, concept.class_prompt, count=5, pipe=both_parts) for name, s in halves.items()}
 leaked = {name: likeness(pictures) for name, pictures in of_class.items()}
 plots.show(
     plots.image_rows(

@@ -216,7 +216,7 @@ print("burnt: worse than the base at dogs, worse than a good training at the toy
 #
 # ## 3. Learned by heart
 #
-# **Made**: a training on a single photograph, taken in the desert, without class images. **Predict**: `… on the beach`?
+# **Made**: a training on a single photograph, taken in the desert, without class images, at a high rate. **Predict**: `… on the beach`?
 
 # %%
 alone = DreamBoothDataset(concept.paths[:1], SUBJECT, size=config.resolution)
@@ -224,7 +224,7 @@ _ = cache_latents(alone, base.vae)
 models["one photograph"] = learner = load_components(config.base)
 add_adapters(learner, **ADAPTERS)
 curve = {"the one photograph": {}, "further photographs": {}}
-for done in steps(learner, (batch_at(alone, n, 4) for n in range(100)), rate=2e-3):
+for done in steps(learner, (batch_at(alone, n, 4) for n in range(100)), rate=5e-3):
     if done % 20 == 0:
         for name, data in zip(curve, (alone, further), strict=True):
             curve[name][done] = held_out_loss(learner, data, batches=6)["instance_loss"]
