@@ -2,7 +2,7 @@
 
 The notebooks are the product; this package is the toolbox they lift their cells from, one module a step: concept,
 prior, models, adapters, dataset, training, validation and export. What diffusers, peft, accelerate or transformers
-already do, they do.
+already do, they do. `docs/architecture.md` shows how the modules build on each other.
 """
 
 from __future__ import annotations
@@ -15,14 +15,42 @@ from types import ModuleType
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 __version__ = "0.1.0"
-_MODULES = (
-    "adapters", "concept", "config", "dataset", "export", "files", "metrics", "miniature", "models", "planner", "plots",
-    "prior", "processes", "single_file", "toybox", "training", "validation", "widgets", "workflow",
-)  # fmt: skip
+__all__ = [
+    "adapters",  # step 4: LoRA on the denoiser and the text encoder
+    "checkpoints",  # step 6: saving a run and going on with it
+    "concept",  # step 1: photographs, identifier and class word
+    "config",  # every option of a run, and the records made of them
+    "dataset",  # step 5: instance and class images in batches
+    "drawing",  # a base's pipeline, a fast solver, pictures from seeds
+    "export",  # step 7: the adapter file, the model card, the Hub
+    "files",  # files that are written whole or not at all; caches
+    "metrics",  # step 7: fidelity, prior preservation, diversity
+    "miniature",  # the base that comes with the course, and its training
+    "models",  # step 3: the parts of a base, frozen and cast
+    "outputs",  # a run's folder
+    "pictures",  # pictures from disk, looked through
+    "planner",  # memory and time on a GPU
+    "plots",  # the figures of the course
+    "presets",  # what each base suggests
+    "prior",  # step 2: class images and their cache
+    "processes",  # several processes, signals
+    "single_file",  # a base in one .safetensors file
+    "tables",  # tables as text, Markdown and HTML
+    "tokens",  # how a tokenizer reads an identifier
+    "toybox",  # the toy world
+    "training",  # step 6: one training step and the loop
+    "validation",  # step 7: pictures from prompts and from references
+    "widgets",  # sliders and buttons of the notebooks
+    "workflow",  # the seven steps in a row
+]
 
 
 def __getattr__(name: str) -> ModuleType:
     """Load a module when it is first used: `import dbnb` itself stays instant."""
-    if name in _MODULES:
+    if name in __all__:
         return importlib.import_module(f"dbnb.{name}")
     raise AttributeError(f"module 'dbnb' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

@@ -19,6 +19,7 @@ from peft import LoraConfig
 from peft.tuners import lora
 from torch.nn.grad import conv2d_input, conv2d_weight
 
+from dbnb.config import AdapterSettings
 from dbnb.models import Components
 from dbnb.tables import Table
 
@@ -52,44 +53,25 @@ def lora_targets(unet: UNet2DConditionModel, lora_layers: str = "attention") -> 
     return asked
 
 
-def add_adapters(
-    components: Components,
-    *,
-    lora_layers: str = "attention",
-    rank: int = 16,
-    lora_alpha: float | None = None,
-    lora_dropout: float = 0.0,
-    train_text_encoder: bool = False,
-    text_encoder_rank: int | None = None,
-    text_encoder_lora_alpha: float | None = None,
-    text_encoder_lora_dropout: float = 0.0,
-    use_dora: bool = False,
-    use_rslora: bool = False,
-    seed: int = 0,
-) -> None:
+def add_adapters(components: Components, settings: AdapterSettings) -> None:
     """Put adapters on the UNet and, if asked, on the text encoder; trainable weights are float32 whatever the base's.
 
     `lora_layers` says which layers of the UNet, as `lora_targets` reads it; on the text encoder it is always the
     attention projections. A is drawn from a normal of deviation 1/rank and B is zero (peft's "gaussian"). The same seed
     gives the same A. A convolution's A is a convolution of the same kernel, its B one of 1 x 1.
-    `use_dora` is Liu et al., 2024; `use_rslora` Kalajdzievski, 2023.
+    `use_dora` is Liu et al., 2024; `use_rslora` Kalajdzievski, 2023. Raises ValueError for a layer that is not there.
     """
-    targets = lora_targets(components.unet, lora_layers)
-    text_encoder_rank, kind = text_encoder_rank or rank, {"use_dora": use_dora, "use_rslora": use_rslora}
+    targets = lora_targets(components.unet, settings.lora_layers)
+    kind = {"use_dora": settings.use_dora, "use_rslora": settings.use_rslora}
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        components.unet.add_adapter(_lora_config(rank, lora_alpha, lora_dropout, targets, **kind))
-        if train_text_encoder:
+        torch.manual_seed(settings.seed)
+        config = _lora_config(settings.rank, settings.lora_alpha, settings.lora_dropout, targets, **kind)
+        components.unet.add_adapter(config)
+        if settings.train_text_encoder:
+            rank, alpha = settings.text_encoder_rank or settings.rank, settings.text_encoder_lora_alpha
             for _, encoder, architecture in components.text_encoders().values():
-                encoder.add_adapter(
-                    _lora_config(
-                        text_encoder_rank,
-                        text_encoder_lora_alpha,
-                        text_encoder_lora_dropout,
-                        architecture.lora_targets,
-                        **kind,
-                    )
-                )
+                dropout = settings.text_encoder_lora_dropout
+                encoder.add_adapter(_lora_config(rank, alpha, dropout, architecture.lora_targets, **kind))
     # peft creates adapters in the base layer's dtype: half-precision updates would be rounded away.
     cast_training_params([module for module in components.modules().values()], dtype=torch.float32)
     for module in adapted_modules(components).values():

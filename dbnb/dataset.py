@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from dbnb.concept import load_image
 from dbnb.models import upcast
+from dbnb.pictures import load_image
 
 # The roles that random draws play; each has its own generator, so that one draw more in one never shifts another.
 ORDER, CROP, FLIP, NOISE, TIMESTEP, POSTERIOR, SMALL_NOISE, OFFSET, PROMPT = range(9)
@@ -52,7 +52,6 @@ class DreamBoothDataset(Dataset):
         center_crop: bool = True,
         random_flip: bool = False,
         seed: int = 0,
-        length: int = 10**9,
     ) -> None:
         instance_prompts = (instance_prompt,) if isinstance(instance_prompt, str) else tuple(instance_prompt)
         self.prompts = {"instance": instance_prompts, "class": (class_prompt,)}
@@ -60,13 +59,11 @@ class DreamBoothDataset(Dataset):
             "instance": [_resized(load_image(path, size), size) for path in instance_paths],
             "class": [_resized(load_image(path, size), size) for path in class_paths],
         }
-        self.size, self.center_crop, self.random_flip, self.seed, self.length = (
-            size, center_crop, random_flip, seed, length,
-        )  # fmt: skip
+        self.size, self.center_crop, self.random_flip, self.seed = size, center_crop, random_flip, seed
         self.latents: dict[tuple[str, int, bool], torch.Tensor] = {}
 
     def __len__(self) -> int:
-        return self.length
+        return 10**9  # more samples than any run takes: a sample's number says all about it
 
     @property
     def halves(self) -> tuple[str, ...]:

@@ -25,18 +25,15 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from dbnb.adapters import adapted_modules
 from dbnb.concept import Concept
-from dbnb.config import PRESETS, DreamBoothConfig
+from dbnb.config import DreamBoothConfig, Sampling
+from dbnb.drawing import build_pipeline
 from dbnb.files import whole
 from dbnb.metrics import metrics_table
 from dbnb.models import Components
-from dbnb.prior import build_pipeline
+from dbnb.outputs import KOHYA_NAME, PUBLISHED, WEIGHT_NAME
+from dbnb.presets import PRESETS
 from dbnb.tables import Table
 from dbnb.validation import draw
-
-WEIGHT_NAME = "pytorch_lora_weights.safetensors"
-KOHYA_NAME = "kohya_lora_weights.safetensors"
-# All that an upload may contain; checkpoints, logs and settings of this machine stay here.
-PUBLISHED = (WEIGHT_NAME, KOHYA_NAME, "README.md", "before_after.png", "loss.png", "metrics.json")
 
 
 def _scales(module: torch.nn.Module) -> dict[str, float]:
@@ -196,14 +193,15 @@ def _other_layers(trained: torch.nn.Module, reloaded: torch.nn.Module) -> str:
     return f"{other[0]} is scaled by {other_scales[other[0]]:g} instead of {scales[other[0]]:g}" if other else ""
 
 
-def verify_reload(components: Components, adapter: Path, concept: Concept, config: DreamBoothConfig) -> int:
+def verify_reload(components: Components, adapter: Path, concept: Concept, sampling: Sampling) -> int:
     """Largest difference, in 1/255, between what the trained model and the reloaded adapter draw.
 
     Raises ValueError where the file is not what was trained: where its tensors or scales are others, the UNet predicts
     something else from the same noise and prompt, or the pictures are others as a whole. A single pixel proves nothing:
     in half precision the reloaded adapter is rounded, and a sampler makes much of a little.
     """
-    quick = dataclasses.replace(config, num_inference_steps=min(8, config.num_inference_steps), sample_batch_size=2)
+    steps = min(8, sampling.num_inference_steps)
+    quick = dataclasses.replace(sampling, num_inference_steps=steps, batch_size=2)
     prompts, photographs = [concept.instance_prompt] * 2, concept.images()
     reloaded = reload_pipeline(components, adapter)
     others = (_other_layers(module, getattr(reloaded, part)) for part, module in adapted_modules(components).items())
@@ -290,13 +288,13 @@ def hub_id(config: DreamBoothConfig) -> str:
 
 
 def check_hub(repo_id: str) -> None:
-    """Ask the hub who we are: without a valid name, token or network, an upload would fail after the training.
+    """Ask the Hub who we are: without a valid name, token or network, an upload would fail after the training.
 
     Raises ValueError or OSError in one sentence.
     """
     try:
         validate_repo_id(repo_id)
-        HfApi().whoami()
+        who = HfApi().whoami()
     except HFValidationError as error:
         raise ValueError(
             f"--hub_model_id {repo_id!r} is no name on the hub ({_first_line(error)}): give owner/name."
@@ -306,6 +304,13 @@ def check_hub(repo_id: str) -> None:
             f"--push_to_hub would fail ({_first_line(error)}): log in with `hf auth login`, check the network, "
             "or leave it out and upload later."
         ) from error
+    mine = [who["name"], *(organization["name"] for organization in who.get("orgs", []))]
+    owner = repo_id.rpartition("/")[0]
+    if owner and owner not in mine:
+        raise ValueError(
+            f"--hub_model_id {repo_id!r} belongs to {owner!r}, and the token to {who['name']!r}: give a name that "
+            f"begins with {' or '.join(f'{name}/' for name in mine)}."
+        )
 
 
 def _first_line(error: Exception) -> str:

@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+import os
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 _ENDS = 64 << 20
+
+
+def cache_dir() -> Path:
+    """Where caches are shared between runs: $DBNB_CACHE, else $XDG_CACHE_HOME/dbnb, else ~/.cache/dbnb.
+
+    Raises OSError where none of them is set and there is no home.
+    """
+    if root := os.environ.get("DBNB_CACHE"):
+        return Path(root)
+    if root := os.environ.get("XDG_CACHE_HOME"):
+        return Path(root) / "dbnb"
+    try:
+        return Path.home() / ".cache" / "dbnb"
+    except RuntimeError as error:
+        raise OSError("There is no home folder to keep caches in: set DBNB_CACHE to a folder.") from error
 
 
 @contextmanager

@@ -160,9 +160,12 @@ def evaluate(
 
 
 def ceiling(
-    encoders: Encoders, components: Components, instances: Sequence[Image.Image], references: Sequence[Image.Image],
+    encoders: Encoders,
+    components: Components,
+    instances: Sequence[Image.Image],
+    references: Sequence[Image.Image],
     resolution: int,
-) -> dict[str, float]:  # fmt: skip
+) -> dict[str, float]:
     """What other real photographs of the subject reach; without any, each instance image against the others."""
     pictures = through_vae(components, references or instances, resolution)
     numbers = {}

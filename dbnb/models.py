@@ -22,8 +22,8 @@ from huggingface_hub.errors import (
 )
 from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel
 
-from dbnb.config import PRESETS, read_config
 from dbnb.files import ends
+from dbnb.presets import PRESETS, read_config
 from dbnb.single_file import converted
 from dbnb.tables import Table
 
@@ -92,8 +92,11 @@ class Components:
     def modules(self) -> dict[str, torch.nn.Module]:
         """The parts that hold parameters."""
         parts = {
-            "text_encoder": self.text_encoder, "text_encoder_2": self.text_encoder_2, "vae": self.vae, "unet": self.unet
-        }  # fmt: skip
+            "text_encoder": self.text_encoder,
+            "text_encoder_2": self.text_encoder_2,
+            "vae": self.vae,
+            "unet": self.unet,
+        }
         return {name: module for name, module in parts.items() if module is not None}
 
     def to(self, device: torch.device | str) -> Components:
@@ -125,6 +128,7 @@ class Components:
     # Read off one weight: the UNet's own properties walk through all of its modules, milliseconds at each step.
     @property
     def device(self) -> torch.device:
+        """Where the base is."""
         return self.unet.conv_in.weight.device
 
     @property
@@ -297,9 +301,12 @@ def dtype_of(mixed_precision: str) -> torch.dtype:
 
 
 def load_components(
-    base: str | Path, *, weight_dtype: torch.dtype | Mapping[str, torch.dtype] = torch.float32,
-    revision: str | None = None, variant: str | None = None,
-) -> Components:  # fmt: skip
+    base: str | Path,
+    *,
+    weight_dtype: torch.dtype | Mapping[str, torch.dtype] = torch.float32,
+    revision: str | None = None,
+    variant: str | None = None,
+) -> Components:
     """Load tokenizer, text encoder, VAE (if `model_index.json` names one), UNet and noise schedule; freeze; cast.
 
     `weight_dtype` is one dtype for all, or one for each of "text_encoder", "vae", "unet" (float32 if not named). The
@@ -327,9 +334,10 @@ def load_components(
     if _has(index, "text_encoder_2"):
         architecture_2 = text_architecture(folder, "text_encoder_2")[1]
         second = dict(
-            tokenizer_2=read_tokenizer(folder, "tokenizer_2"), architecture_2=architecture_2,
+            tokenizer_2=read_tokenizer(folder, "tokenizer_2"),
+            architecture_2=architecture_2,
             text_encoder_2=load("text_encoder_2", architecture_2.text_encoder_class()),
-        )  # fmt: skip
+        )
     components = Components(
         base=folder,
         tokenizer=read_tokenizer(folder),

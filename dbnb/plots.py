@@ -84,9 +84,14 @@ def show_images(
 
 @_all_text_is_text
 def image_rows(
-    rows: Sequence[Sequence[Image.Image]], *, labels: Sequence[str] = (), titles: Sequence[str] = (),
-    inches: float = 1.1, title: str = "", gap: float = 0.0,
-) -> Figure:  # fmt: skip
+    rows: Sequence[Sequence[Image.Image]],
+    *,
+    labels: Sequence[str] = (),
+    titles: Sequence[str] = (),
+    inches: float = 1.1,
+    title: str = "",
+    gap: float = 0.0,
+) -> Figure:
     """Rows of pictures, each row with a label on its left, each column with a title; `gap` inches above each row."""
     columns = max(len(row) for row in rows)
     label_inches = _CHARACTER * max((len(line) for label in labels for line in label.split("\n")), default=0) + 0.1
@@ -128,15 +133,26 @@ def _mark(axis: Any, marks: Mapping[str, float] | None) -> None:
     """Named dashed lines across an axis: what its heights are to be compared with."""
     for name, height in (marks or {}).items():
         axis.axhline(height, color="0.3", lw=1, ls="--")
-        axis.annotate(textwrap.fill(name, 12), (1.0, height), xycoords=("axes fraction", "data"), xytext=(4, 0),
-                      textcoords="offset points", va="center", fontsize=SMALL, color="0.3")  # fmt: skip
+        axis.annotate(
+            textwrap.fill(name, 12),
+            (1.0, height),
+            xycoords=("axes fraction", "data"),
+            xytext=(4, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=SMALL,
+            color="0.3",
+        )
 
 
 @_all_text_is_text
 def loss_curves(
-    log: Sequence[Mapping[str, Any]], *, window: int = 25, held_out: Mapping[str, Mapping[int, float]] | None = None,
+    log: Sequence[Mapping[str, Any]],
+    *,
+    window: int = 25,
+    held_out: Mapping[str, Mapping[int, float]] | None = None,
     title: str = "",
-) -> Figure:  # fmt: skip
+) -> Figure:
     """Instance and prior loss over the steps: each step as a dot, a running mean as a line.
 
     `held_out` holds further losses by name and step: those at noise, or of pictures, that training never sees.
@@ -149,8 +165,12 @@ def loss_curves(
         steps, values = np.array(points).T
         axis.plot(steps, values, ".", ms=2, alpha=0.25, color=COLORS[name])
         w = min(window, len(values))
-        axis.plot(steps[w - 1 :], np.convolve(values, np.ones(w) / w, "valid"), color=COLORS[name],
-                  label=f"{name.replace('_', ' ')}, mean of {w} steps")  # fmt: skip
+        axis.plot(
+            steps[w - 1 :],
+            np.convolve(values, np.ones(w) / w, "valid"),
+            color=COLORS[name],
+            label=f"{name.replace('_', ' ')}, mean of {w} steps",
+        )
     for i, (name, values) in enumerate((held_out or {}).items()):
         axis.plot(list(values), list(values.values()), f"{MARKERS[i]}--", ms=5, color=HELD_OUT[i % 3], label=name)
     axis.set_ylim(0, None)
@@ -161,9 +181,14 @@ def loss_curves(
 
 @_all_text_is_text
 def curves(
-    series: Mapping[str, tuple[Sequence[float], Sequence[float]]], *, xlabel: str, ylabel: str, title: str = "",
-    marks: Mapping[str, float] | None = None, colors: Sequence[str] = PALETTE,
-) -> Figure:  # fmt: skip
+    series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    *,
+    xlabel: str,
+    ylabel: str,
+    title: str = "",
+    marks: Mapping[str, float] | None = None,
+    colors: Sequence[str] = PALETTE,
+) -> Figure:
     """Lines with markers: name -> (x values, y values); `marks` are heights to compare with, by name."""
     figure, axis = _plot(xlabel, ylabel, title)
     for i, (name, (x, y)) in enumerate(series.items()):
@@ -201,7 +226,7 @@ def bars(
 @_all_text_is_text
 def histogram(
     values: Sequence[float], *, xlabel: str, title: str = "", marks: Mapping[str, float] | None = None
-) -> Figure:  # fmt: skip
+) -> Figure:
     """How often each value occurs; `marks` are values of interest, by name."""
     figure, axis = _plot(xlabel, "how often", title)
     axis.hist(np.asarray(values), bins=40, color=PALETTE[5])
@@ -228,9 +253,15 @@ def scatter(points: Mapping[str, tuple[float, float]], *, xlabel: str, ylabel: s
 
 @_all_text_is_text
 def matrices(
-    values: Mapping[str, np.ndarray], *, title: str = "", inches: float = 2.4, labels: Sequence[str] = (),
-    groups: Mapping[str, int] | None = None, unit: str = "", aspect: str = "auto",
-) -> Figure:  # fmt: skip
+    values: Mapping[str, np.ndarray],
+    *,
+    title: str = "",
+    inches: float = 2.4,
+    labels: Sequence[str] = (),
+    groups: Mapping[str, int] | None = None,
+    unit: str = "",
+    aspect: str = "auto",
+) -> Figure:
     """Matrices side by side as pictures, blue below zero and red above, one scale for all.
 
     Each fills its place, or with `aspect` "equal" shows its numbers as squares.

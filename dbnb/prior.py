@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import inspect
 import json
 import os
 from collections.abc import Sequence
@@ -14,113 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
-import numpy as np
-import torch
 from accelerate.utils import gather_object
-from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, SchedulerMixin
+from diffusers import DPMSolverMultistepScheduler
 from filelock import FileLock
-from PIL import Image
 
 from dbnb.adapters import adapted_modules
-from dbnb.concept import inspect_images
-from dbnb.files import whole
+from dbnb.config import Sampling
+from dbnb.drawing import SOLVER, build_pipeline, draw_images, image_seed
+from dbnb.files import cache_dir, whole
 from dbnb.models import Components, fingerprint
+from dbnb.pictures import inspect_images
 from dbnb.processes import from_first, processes
 
 _ATTEMPTS = 5  # drawings of one class image, where the base's safety checker objects
-SOLVER = "sde-dpmsolver++"
-
-
-def cache_dir() -> Path:
-    """Where caches are shared between runs: $DBNB_CACHE, else $XDG_CACHE_HOME/dbnb, else ~/.cache/dbnb.
-
-    Raises OSError where none of them is set and there is no home.
-    """
-    if root := os.environ.get("DBNB_CACHE"):
-        return Path(root)
-    if root := os.environ.get("XDG_CACHE_HOME"):
-        return Path(root) / "dbnb"
-    try:
-        return Path.home() / ".cache" / "dbnb"
-    except RuntimeError as error:
-        raise OSError("There is no home folder to keep caches in: set DBNB_CACHE to a folder.") from error
-
-
-def fast_solver(noise_scheduler: SchedulerMixin) -> DPMSolverMultistepScheduler:
-    """DPM-Solver++ (Lu et al., 2022) in its stochastic form, for a base's noise schedule.
-
-    Each step adds some fresh noise, which mends what earlier steps got wrong: drawn without, a toy of the miniature
-    falls apart into patches of colour. The noise comes from the pipeline's generators: a seed still decides a picture.
-    """
-    # A learned variance is split off by the pipeline only if the scheduler does not expect it.
-    learned = str(noise_scheduler.config.get("variance_type", "")).startswith("learned")
-    return DPMSolverMultistepScheduler.from_config(
-        noise_scheduler.config, algorithm_type=SOLVER, **({"variance_type": "fixed_small"} if learned else {})
-    )
-
-
-def build_pipeline(components: Components) -> DiffusionPipeline:
-    """The base's own diffusers pipeline around these parts, with a fast solver."""
-    parts = components.parts() | components.further
-    pipeline = DiffusionPipeline.from_pretrained(
-        components.base, use_safetensors=True, variant=components.variant, **parts
-    )
-    others = {name: part for name, part in pipeline.components.items() if part is not None and name != "scheduler"}
-    components.further = {name: part for name, part in others.items() if name not in components.parts()}
-    pipeline.scheduler = fast_solver(components.noise_scheduler)
-    pipeline.set_progress_bar_config(disable=True)
-    if getattr(pipeline, "safety_checker", None) is not None:
-        pipeline.safety_checker.to(dtype=components.dtype)
-    return pipeline.to(components.device)
-
-
-def image_seed(seed: int, index: int) -> int:
-    """The seed of image number `index` of a series; adding images never changes earlier ones."""
-    return int(np.random.SeedSequence((seed, index)).generate_state(1, np.uint32)[0])
-
-
-def call_options(pipeline: DiffusionPipeline) -> dict[str, Any]:
-    """What a family's call needs besides: IF would want two more packages to tidy captions scraped from the web."""
-    return {"clean_caption": False} if "clean_caption" in inspect.signature(pipeline.__call__).parameters else {}
-
-
-@torch.no_grad()
-def draw_images(
-    pipeline: DiffusionPipeline,
-    prompts: Sequence[str],
-    seeds: Sequence[int],
-    *,
-    num_inference_steps: int,
-    guidance_scale: float,
-    resolution: int,
-    batch_size: int,
-    small: Sequence[Image.Image] | None = None,
-) -> list[Image.Image]:
-    """One image for each (prompt, seed), whatever the batch size.
-
-    `small` are the pictures that an upscaling base is to enlarge, one for each prompt. Where the base's safety checker
-    has blackened an image, its `info["blackened"]` is True.
-    """
-    images: list[Image.Image] = []
-    further = call_options(pipeline)
-    for start in range(0, len(prompts), batch_size):
-        stop = start + batch_size
-        if small is not None:
-            further["image"] = list(small[start:stop])
-        output = pipeline(
-            list(prompts[start:stop]),
-            generator=[torch.Generator().manual_seed(seed) for seed in seeds[start:stop]],
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            height=resolution,
-            width=resolution,
-            **further,
-        )
-        flags = getattr(output, "nsfw_content_detected", None) or [False] * len(output.images)
-        for image, flag in zip(output.images, flags, strict=True):
-            image.info["blackened"] = bool(flag)
-        images += output.images
-    return images
 
 
 @dataclass(frozen=True)
@@ -139,6 +44,7 @@ class ClassImageRecipe:
 
     @property
     def folder(self) -> Path:
+        """Where the pictures of this recipe are cached."""
         key = hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()[:16]
         return cache_dir() / "class_images" / key
 
@@ -197,12 +103,8 @@ def class_images(
     components: Components,
     prompt: str,
     num_class_images: int,
+    sampling: Sampling,
     *,
-    resolution: int,
-    num_inference_steps: int,
-    guidance_scale: float,
-    batch_size: int = 25,
-    seed: int = 0,
     class_data_dir: str | Path | None = None,
 ) -> ClassImages:
     """`num_class_images` pictures of the class: one's own first, the rest from the cache, drawn where missing.
@@ -219,7 +121,7 @@ def class_images(
         if nothing := _why_nothing(Path(class_data_dir)):
             about_own = f"{class_data_dir} {nothing}: none of them is your own; "
         else:
-            own = inspect_images(class_data_dir, resolution, option="class_data_dir")[0][:num_class_images]
+            own = inspect_images(class_data_dir, sampling.resolution, option="class_data_dir")[0][:num_class_images]
             about_own = f"{len(own)} images of {class_data_dir}"
             if len(own) == num_class_images:
                 return ClassImages(tuple(own), "own", about_own)
@@ -233,12 +135,12 @@ def class_images(
     recipe = ClassImageRecipe(
         base=fingerprint(components.base),
         prompt=prompt,
-        resolution=resolution,
-        num_inference_steps=num_inference_steps,
-        guidance_scale=guidance_scale,
+        resolution=sampling.resolution,
+        num_inference_steps=sampling.num_inference_steps,
+        guidance_scale=sampling.guidance_scale,
         scheduler=f"{DPMSolverMultistepScheduler.__name__}, {SOLVER}",
         dtype=str(components.dtype).removeprefix("torch."),
-        seed=seed,
+        seed=sampling.seed,
         diffusers=diffusers.__version__,
     )
     folder = recipe.folder
@@ -255,7 +157,7 @@ def class_images(
         # A second run waits, and finds what the first has drawn; of several processes the first holds it for all.
         lock = FileLock(folder / ".lock") if processes().is_main_process else nullcontext()
         with lock:
-            _draw_missing(components, recipe, wanted, batch_size)
+            _draw_missing(components, recipe, wanted, sampling)
     except OSError as error:
         raise OSError(
             f"Class images cannot be kept in {folder} ({error}): set DBNB_CACHE to another folder."
@@ -263,7 +165,7 @@ def class_images(
     return ClassImages(paths, decision, reason)
 
 
-def _draw_missing(components: Components, recipe: ClassImageRecipe, wanted: Sequence[str], batch_size: int) -> None:
+def _draw_missing(components: Components, recipe: ClassImageRecipe, wanted: Sequence[str], sampling: Sampling) -> None:
     """Draw those of the `wanted` files that the recipe's folder lacks, and note each batch in its manifest.
 
     Several processes draw a batch each at a time, the same batches as one alone: the pictures are the same too.
@@ -272,6 +174,7 @@ def _draw_missing(components: Components, recipe: ClassImageRecipe, wanted: Sequ
     valid = from_first(lambda: _valid_images(folder))
     missing = [index for index, name in enumerate(wanted) if name not in valid]
     pipeline = build_pipeline(components)
+    batch_size = sampling.batch_size
     for start in range(0, len(missing), batch_size * state.num_processes):
         first = start + batch_size * state.process_index
         chunk, drawn = missing[first : first + batch_size], {}
@@ -281,10 +184,7 @@ def _draw_missing(components: Components, recipe: ClassImageRecipe, wanted: Sequ
                 pipeline,
                 [recipe.prompt] * len(wanting),
                 [seed for _, seed in wanting],
-                num_inference_steps=recipe.num_inference_steps,
-                guidance_scale=recipe.guidance_scale,
-                resolution=recipe.resolution,
-                batch_size=batch_size,
+                sampling,
             )
             refused = []
             for (index, seed), image in zip(wanting, images, strict=True):

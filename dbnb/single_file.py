@@ -7,8 +7,8 @@ import shutil
 import uuid
 from pathlib import Path
 
-from dbnb.config import PRESETS, one_file_family
-from dbnb.files import ends
+from dbnb.files import cache_dir, ends
+from dbnb.presets import PRESETS, one_file_family
 
 
 def _configs(repository: str, path: Path) -> Path:
@@ -41,8 +41,6 @@ def converted(path: Path) -> Path:
     from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
     from filelock import FileLock
     from safetensors import safe_open
-
-    from dbnb.prior import cache_dir
 
     family = one_file_family(path)
     folder = cache_dir() / "bases" / hashlib.sha256(ends(path)).hexdigest()[:16]

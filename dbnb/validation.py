@@ -15,9 +15,9 @@ from diffusers import DiffusionPipeline
 from PIL import Image, ImageOps
 
 from dbnb.concept import Concept
-from dbnb.config import DreamBoothConfig
+from dbnb.config import Sampling
+from dbnb.drawing import build_pipeline, call_options, draw_images, image_seed
 from dbnb.models import Components
-from dbnb.prior import build_pipeline, call_options, draw_images, image_seed
 from dbnb.toybox.scenes import SCENES
 
 # Other ways to ask for the subject, which no training uses: `{}` is the identifier and the class word. None asks for
@@ -61,7 +61,7 @@ class ValidationImages:
 def draw(
     components: Components,
     prompts: Sequence[str],
-    config: DreamBoothConfig,
+    sampling: Sampling,
     *,
     seeds: Sequence[int] | None = None,
     references: Sequence[Image.Image] = (),
@@ -72,23 +72,19 @@ def draw(
     Without `seeds`, image i always starts from the same noise. A base that enlarges pictures gets `references` in turn,
     at a quarter of the resolution.
     """
-    seeds = seeds or [image_seed(config.seed + _SERIES, index) for index in range(len(prompts))]
+    seeds = seeds or [image_seed(sampling.seed + _SERIES, index) for index in range(len(prompts))]
     small = None
     if components.upscales:
-        side = config.resolution // 4
+        side = sampling.resolution // 4
         fitted = [ImageOps.fit(image, (side, side), Image.Resampling.LANCZOS) for image in references]
         small = [fitted[index % len(fitted)] for index in range(len(prompts))]
-    return draw_images(
-        pipeline or build_pipeline(components), prompts, seeds, num_inference_steps=config.num_inference_steps,
-        guidance_scale=config.guidance_scale, resolution=config.resolution, batch_size=config.sample_batch_size,
-        small=small,
-    )  # fmt: skip
+    return draw_images(pipeline or build_pipeline(components), prompts, seeds, sampling, small=small)
 
 
 def validation_images(
     components: Components,
     concept: Concept,
-    config: DreamBoothConfig,
+    sampling: Sampling,
     *,
     count: int,
     references: Sequence[Image.Image] = (),
@@ -106,7 +102,7 @@ def validation_images(
     scene_prompts = concept.prompts_in([scenes[name] for name in names])
 
     def drawn(name: str, prompts: Sequence[str]) -> list[Image.Image]:
-        return draw(components, prompts, config, references=concept.images()) if name in sets else []
+        return draw(components, prompts, sampling, references=concept.images()) if name in sets else []
 
     if components.upscales:
         sets = ("subject",) if "subject" in sets else ()
@@ -119,25 +115,29 @@ def validation_images(
         classes=drawn("classes", [concept.class_prompt] * count),
         sentences=drawn("sentences", sentence_prompts),
         sentence_prompts=sentence_prompts if "sentences" in sets else [],
-        redrawn=from_references(components, references, concept.instance_prompt, config),
+        redrawn=from_references(components, references, concept.instance_prompt, sampling),
     )
 
 
 @torch.no_grad()
 def from_references(
-    components: Components, references: Sequence[Image.Image], prompt: str, config: DreamBoothConfig, *,
+    components: Components,
+    references: Sequence[Image.Image],
+    prompt: str,
+    sampling: Sampling,
+    *,
     strength: float = 0.6,
-) -> list[Image.Image]:  # fmt: skip
+) -> list[Image.Image]:
     """Redraw reference images under a prompt (img2img): the higher the strength, the more is forgotten.
 
     Raises ValueError where `strength` leaves no solver step to take.
     """
-    if not 1 <= int(config.num_inference_steps * strength) <= config.num_inference_steps:
+    if not 1 <= int(sampling.num_inference_steps * strength) <= sampling.num_inference_steps:
         raise ValueError(
-            f"strength={strength} of {config.num_inference_steps} steps leaves none to take: raise it to 1."
+            f"strength={strength} of {sampling.num_inference_steps} steps leaves none to take: raise it to 1."
         )
     if components.upscales:
-        return draw(components, [prompt] * len(references), config, references=references)
+        return draw(components, [prompt] * len(references), sampling, references=references)
     pipeline = build_pipeline(components)
     # A family's image-to-image pipeline is named after its text-to-image one; diffusers' own list lacks AltDiffusion.
     # Its from_pipe would cast every part to float32: a half-precision base would train on at twice the memory.
@@ -146,15 +146,19 @@ def from_references(
     settings = {name: value for name, value in pipeline.config.items() if name in known}
     pipeline = image_to_image(**(settings | {n: part for n, part in pipeline.components.items() if n in known}))
     pipeline.set_progress_bar_config(disable=True)
-    size = (config.resolution, config.resolution)
+    size = (sampling.resolution, sampling.resolution)
     images = [ImageOps.fit(image, size, Image.Resampling.LANCZOS) for image in references]
-    seeds = [image_seed(config.seed + _SERIES, index) for index in range(len(images))]
+    seeds = [image_seed(sampling.seed + _SERIES, index) for index in range(len(images))]
     redrawn: list[Image.Image] = []
-    for start in range(0, len(images), config.sample_batch_size):
-        part = slice(start, start + config.sample_batch_size)
+    for start in range(0, len(images), sampling.batch_size):
+        part = slice(start, start + sampling.batch_size)
         redrawn += pipeline(
-            [prompt] * len(images[part]), image=images[part], strength=strength,
-            num_inference_steps=config.num_inference_steps, guidance_scale=config.guidance_scale,
-            generator=[torch.Generator().manual_seed(seed) for seed in seeds[part]], **call_options(pipeline),
-        ).images  # fmt: skip
+            [prompt] * len(images[part]),
+            image=images[part],
+            strength=strength,
+            num_inference_steps=sampling.num_inference_steps,
+            guidance_scale=sampling.guidance_scale,
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds[part]],
+            **call_options(pipeline),
+        ).images
     return redrawn

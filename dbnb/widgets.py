@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from dbnb import plots
-from dbnb.concept import token_report
+from dbnb.tokens import token_report
 
 
 def _png(picture: Image.Image | Figure, width: int) -> bytes:
@@ -30,9 +30,11 @@ def _slider(options: Sequence[str], description: str):
     import ipywidgets
 
     return ipywidgets.SelectionSlider(
-        options=list(options), description=description, style={"description_width": "initial"},
+        options=list(options),
+        description=description,
+        style={"description_width": "initial"},
         layout={"width": "480px"},
-    )  # fmt: skip
+    )
 
 
 def _image(value: bytes):
@@ -63,7 +65,7 @@ def browse(pictures: Mapping[str, Image.Image | Figure], description: str, *, wi
 
 def before_after(
     before: Sequence[Image.Image], after: Sequence[Image.Image], labels: Sequence[str], *, width: int = 256
-):  # fmt: skip
+):
     """A slider over pairs of pictures, and two buttons that change one of a pair for the other in the same place.
 
     Without ipywidgets it is a figure of all the pairs. Raises ValueError where the three are not of one length.

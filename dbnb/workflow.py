@@ -18,10 +18,11 @@ from PIL import Image, ImageOps
 
 from dbnb import export, metrics, plots
 from dbnb.adapters import adapted_modules, add_adapters, lora_targets
-from dbnb.concept import SAMPLE_DIR, SHOWN, Concept, inspect_images, load_image, token_report
+from dbnb.checkpoints import run_identity, versions
+from dbnb.concept import Concept
 from dbnb.config import DreamBoothConfig
 from dbnb.dataset import DreamBoothDataset
-from dbnb.files import whole
+from dbnb.files import cache_dir, whole
 from dbnb.models import (
     Components,
     check_base,
@@ -32,9 +33,13 @@ from dbnb.models import (
     resolve_base,
     text_architecture,
 )
-from dbnb.prior import ClassImages, cache_dir, class_images
+from dbnb.outputs import alone
+from dbnb.pictures import SHOWN, inspect_images, load_image
+from dbnb.prior import ClassImages, class_images
 from dbnb.processes import processes
-from dbnb.training import alone, check_start, run_identity, train, versions
+from dbnb.tokens import token_report
+from dbnb.toybox.sample import SAMPLE_DIR
+from dbnb.training import check_start, train
 from dbnb.validation import SETS, ValidationImages, validation_images
 
 
@@ -79,7 +84,7 @@ def references(config: DreamBoothConfig) -> list[Image.Image]:
 
 def before_after(
     before: ValidationImages, after: ValidationImages, concept: Concept, references: Sequence[Image.Image] = ()
-):  # fmt: skip
+):
     """The figure of a run: the photographs, and the same prompts from the same noise before and after."""
     n = 8
     photos, references = (
@@ -89,8 +94,15 @@ def before_after(
     rows = [photos, before.subject[:n], after.subject[:n], before.scenes[:n], after.scenes[:n]]
     rows += [before.classes[:n], after.classes[:n]]
     subject, bare = concept.instance_prompt, concept.class_prompt
-    labels = ["photographs", f"before:\n{subject}", f"after:\n{subject}", "before:\n… in eight places",
-              "after:\n… in eight places", f"before:\n{bare}", f"after:\n{bare}"]  # fmt: skip
+    labels = [
+        "photographs",
+        f"before:\n{subject}",
+        f"after:\n{subject}",
+        "before:\n… in eight places",
+        "after:\n… in eight places",
+        f"before:\n{bare}",
+        f"after:\n{bare}",
+    ]
     if after.sentences:
         rows.append(after.sentences[:n])
         labels.append("after:\nin other sentences")
@@ -114,12 +126,16 @@ def prepare(
 
     `tell` gets what was found and decided. The adapters change nothing yet. What would stop the run hours later is
     looked at first.
-    """  # fmt: skip
+    """
     check_start(config)
     concept = Concept.from_folder(
-        config.instance_data_dir, config.identifier, config.class_word, resolution=config.resolution,
-        instance_prompt=config.instance_prompt, class_prompt=config.class_prompt,
-    )  # fmt: skip
+        config.instance_data_dir,
+        config.identifier,
+        config.class_word,
+        resolution=config.resolution,
+        instance_prompt=config.instance_prompt,
+        class_prompt=config.class_prompt,
+    )
     tell(concept.report())
     base = resolve_base(config.base, revision=config.revision, variant=config.variant)
     check_base(base, resolution=config.resolution, tokenizer_max_length=config.tokenizer_max_length)
@@ -136,30 +152,24 @@ def prepare(
     prior = None
     if config.with_prior_preservation:
         prior = class_images(
-            components, concept.class_prompt, config.num_class_images, resolution=config.resolution,
-            num_inference_steps=config.num_inference_steps, guidance_scale=config.guidance_scale,
-            batch_size=config.sample_batch_size, seed=config.seed, class_data_dir=config.class_data_dir,
-        )  # fmt: skip
+            components,
+            concept.class_prompt,
+            config.num_class_images,
+            config.sampling,
+            class_data_dir=config.class_data_dir,
+        )
         tell(f"class images: {prior.decision} ({prior.reason})")
-    add_adapters(
-        components,
-        lora_layers=config.lora_layers,
-        rank=config.rank,
-        lora_alpha=config.lora_alpha,
-        lora_dropout=config.lora_dropout,
-        train_text_encoder=config.train_text_encoder,
-        text_encoder_rank=config.text_encoder_rank,
-        text_encoder_lora_alpha=config.text_encoder_lora_alpha,
-        text_encoder_lora_dropout=config.text_encoder_lora_dropout,
-        use_dora=config.use_dora,
-        use_rslora=config.use_rslora,
+    add_adapters(components, config.adapters)
+    dataset = DreamBoothDataset(
+        concept.paths,
+        concept.instance_prompts,
+        class_paths=prior.paths if prior else (),
+        class_prompt=concept.class_prompt,
+        size=config.resolution,
+        center_crop=config.center_crop,
+        random_flip=config.random_flip,
         seed=config.seed,
     )
-    dataset = DreamBoothDataset(
-        concept.paths, concept.instance_prompts, class_paths=prior.paths if prior else (),
-        class_prompt=concept.class_prompt, size=config.resolution, center_crop=config.center_crop,
-        random_flip=config.random_flip, seed=config.seed,
-    )  # fmt: skip
     return Session(config, concept, components, prior, dataset)
 
 
@@ -175,9 +185,11 @@ def trained(config: DreamBoothConfig, *, tell: Callable[[object], None] = lambda
     decides["max_train_steps"] = config.max_train_steps
     key = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
     session.config = dataclasses.replace(
-        config, output_dir=str(cache_dir() / "runs" / key), resume_from_checkpoint="latest",
+        config,
+        output_dir=str(cache_dir() / "runs" / key),
+        resume_from_checkpoint="latest",
         checkpointing_steps=config.max_train_steps,
-    )  # fmt: skip
+    )
     with FileLock(cache_dir() / "runs" / f"{key}.lock"):  # a second notebook waits for the first one's run
         try:
             session.log = train(session.config, session.components, session.dataset)
@@ -191,9 +203,12 @@ def trained(config: DreamBoothConfig, *, tell: Callable[[object], None] = lambda
 
 
 def measured(
-    session: Session, before: ValidationImages, after: ValidationImages, encoders: metrics.Encoders,
+    session: Session,
+    before: ValidationImages,
+    after: ValidationImages,
+    encoders: metrics.Encoders,
     further: Sequence[Image.Image] = (),
-) -> dict[str, dict[str, float]]:  # fmt: skip
+) -> dict[str, dict[str, float]]:
     """The numbers of a run: what `metrics.json` holds."""
     concept, instances = session.concept, session.concept.images()
     return metrics.report(
@@ -206,7 +221,7 @@ def measured(
 def run(config: DreamBoothConfig) -> Result:
     """All seven steps; writes the adapter, figures, log, metrics, settings and card to `config.output_dir`.
 
-    A folder holds the results of one run: `training.set_aside` says what becomes of an earlier one's. Of several
+    A folder holds the results of one run: `outputs.set_aside` says what becomes of an earlier one's. Of several
     processes the first alone draws before and after, measures and writes; in the others `metrics` is None. Raises
     OSError where the upload fails, after all else is done.
     """
@@ -228,10 +243,10 @@ def _run(config: DreamBoothConfig) -> Result:
             processes().wait_for_everyone()
         return Result(output_dir / export.WEIGHT_NAME, log, None, components, interrupted)
     print(components)
-    before = validation_images(components, concept, config, count=count, references=further) if count else None
+    before = validation_images(components, concept, config.sampling, count=count, references=further) if count else None
 
     def sample(step: int) -> None:
-        now = validation_images(components, concept, config, count=8, sets=("subject", "scenes"))
+        now = validation_images(components, concept, config.sampling, count=8, sets=("subject", "scenes"))
         folder = output_dir / "samples"
         folder.mkdir(exist_ok=True)
         labels = [concept.instance_prompt, "… in eight places"]
@@ -248,7 +263,7 @@ def _run(config: DreamBoothConfig) -> Result:
     numbers = None
     if before is not None:
         sets = (*SETS, "sentences")
-        after = validation_images(components, concept, config, count=count, references=further, sets=sets)
+        after = validation_images(components, concept, config.sampling, count=count, references=further, sets=sets)
         _save_figure(before_after(before, after, concept, further), output_dir / "before_after.png")
         try:
             encoders = metrics.load_encoders(components.base)
@@ -262,7 +277,7 @@ def _run(config: DreamBoothConfig) -> Result:
     has_text_encoder = "text_encoder" in adapted_modules(components)
     with whole(output_dir / "README.md") as temporary:
         export.model_card(concept, config, numbers, has_text_encoder=has_text_encoder).save(temporary)
-    difference = export.verify_reload(components, adapter, concept, config)
+    difference = export.verify_reload(components, adapter, concept, config.sampling)
     print(
         f"{adapter.name}: {adapter.stat().st_size / 2**20:.2f} MiB, reloads to the same picture (no pixel differs by "
         f"more than {difference}/255)"

@@ -29,9 +29,13 @@ def build(script: Path) -> Path:
     for number, cell in enumerate(notebook.cells):
         cell.id = f"cell-{number:02d}"  # not random: the same script gives the same file
     client = NotebookClient(
-        notebook, timeout=1800, kernel_name="python3", record_timing=False, store_widget_state=False,
+        notebook,
+        timeout=1800,
+        kernel_name="python3",
+        record_timing=False,
+        store_widget_state=False,
         resources={"metadata": {"path": str(FOLDER)}},
-    )  # fmt: skip
+    )
     client.execute()
     for cell in notebook.cells:
         if cell.cell_type == "code":

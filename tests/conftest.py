@@ -51,10 +51,17 @@ def dataset(concept, class_paths) -> DreamBoothDataset:
 def config(tmp_path) -> DreamBoothConfig:
     """A short run into a temporary folder."""
     return DreamBoothConfig(
-        output_dir=str(tmp_path / "run"), max_train_steps=6, train_batch_size=2, rank=4, num_class_images=4,
-        checkpointing_steps=2, num_validation_images=8, num_inference_steps=3, validation_steps=0,
+        output_dir=str(tmp_path / "run"),
+        max_train_steps=6,
+        train_batch_size=2,
+        rank=4,
+        num_class_images=4,
+        checkpointing_steps=2,
+        num_validation_images=8,
+        num_inference_steps=3,
+        validation_steps=0,
         lr_scheduler="constant",
-    )  # fmt: skip
+    )
 
 
 @pytest.fixture(autouse=True)

@@ -38,18 +38,30 @@ _PIECES += [("▁", -2.0)] + [(letter, -3.0) for letter in "abcdefghijklmnopqrst
 
 def _unet(**changed) -> UNet2DConditionModel:
     options = dict(
-        sample_size=16, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(32, 64),
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=32, attention_head_dim=4, norm_num_groups=8,
-    )  # fmt: skip
+        sample_size=16,
+        in_channels=4,
+        out_channels=4,
+        layers_per_block=1,
+        block_out_channels=(32, 64),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=32,
+        attention_head_dim=4,
+        norm_num_groups=8,
+    )
     return UNet2DConditionModel(**options | changed)
 
 
 def _vae(scaling_factor: float = 0.18215) -> AutoencoderKL:
     return AutoencoderKL(
-        block_out_channels=(16, 32), down_block_types=("DownEncoderBlock2D",) * 2, norm_num_groups=8,
-        up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, scaling_factor=scaling_factor, sample_size=32,
-    )  # fmt: skip
+        block_out_channels=(16, 32),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        norm_num_groups=8,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        scaling_factor=scaling_factor,
+        sample_size=32,
+    )
 
 
 def schedule(**changed) -> DDPMScheduler:
@@ -59,10 +71,17 @@ def schedule(**changed) -> DDPMScheduler:
 
 def _clip_config(words, **changed) -> CLIPTextConfig:
     options = dict(
-        vocab_size=len(words), hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
-        max_position_embeddings=24, projection_dim=32, bos_token_id=words.bos_token_id, eos_token_id=words.eos_token_id,
+        vocab_size=len(words),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=24,
+        projection_dim=32,
+        bos_token_id=words.bos_token_id,
+        eos_token_id=words.eos_token_id,
         pad_token_id=words.pad_token_id,
-    )  # fmt: skip
+    )
     return CLIPTextConfig(**options | changed)
 
 
@@ -77,47 +96,74 @@ def no_safety_checker() -> dict:
 def _sd1():
     words = _clip_tokenizer()
     return StableDiffusionPipeline(
-        vae=_vae(), text_encoder=CLIPTextModel(_clip_config(words)), tokenizer=words, unet=_unet(),
-        scheduler=schedule(), **no_safety_checker(),
-    )  # fmt: skip
+        vae=_vae(),
+        text_encoder=CLIPTextModel(_clip_config(words)),
+        tokenizer=words,
+        unet=_unet(),
+        scheduler=schedule(),
+        **no_safety_checker(),
+    )
 
 
 def _sd2():
     words = _clip_tokenizer()
     return StableDiffusionPipeline(
-        vae=_vae(), text_encoder=CLIPTextModel(_clip_config(words, hidden_act="gelu")), tokenizer=words,
+        vae=_vae(),
+        text_encoder=CLIPTextModel(_clip_config(words, hidden_act="gelu")),
+        tokenizer=words,
         unet=_unet(use_linear_projection=True, attention_head_dim=(2, 4)),
-        scheduler=schedule(prediction_type="v_prediction"), **no_safety_checker(),
-    )  # fmt: skip
+        scheduler=schedule(prediction_type="v_prediction"),
+        **no_safety_checker(),
+    )
 
 
 def _sdxl():
     words = _clip_tokenizer()
     unet = _unet(
-        addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=80,
-        cross_attention_dim=64, transformer_layers_per_block=(1, 2), use_linear_projection=True,
-    )  # fmt: skip
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=80,
+        cross_attention_dim=64,
+        transformer_layers_per_block=(1, 2),
+        use_linear_projection=True,
+    )
     return StableDiffusionXLPipeline(
-        vae=_vae(0.13025), text_encoder=CLIPTextModel(_clip_config(words)), tokenizer=words, unet=unet,
-        text_encoder_2=CLIPTextModelWithProjection(_clip_config(words)), tokenizer_2=words, scheduler=schedule(),
+        vae=_vae(0.13025),
+        text_encoder=CLIPTextModel(_clip_config(words)),
+        tokenizer=words,
+        unet=unet,
+        text_encoder_2=CLIPTextModelWithProjection(_clip_config(words)),
+        tokenizer_2=words,
+        scheduler=schedule(),
         add_watermarker=False,
-    )  # fmt: skip
+    )
 
 
 def _alt():
     words = XLMRobertaTokenizer(
         vocab=[("<s>", 0.0), ("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)] + _PIECES[3:] + [("<mask>", 0.0)],
         model_max_length=24,
-    )  # fmt: skip
+    )
     config = RobertaSeriesConfig(
-        vocab_size=len(words), hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
-        project_dim=32, max_position_embeddings=40, pad_token_id=words.pad_token_id, type_vocab_size=1,
-    )  # fmt: skip
+        vocab_size=len(words),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        project_dim=32,
+        max_position_embeddings=40,
+        pad_token_id=words.pad_token_id,
+        type_vocab_size=1,
+    )
     text_encoder_class = ARCHITECTURES["RobertaSeriesModelWithTransformation"].text_encoder_class()
     return AltDiffusionPipeline(
-        vae=_vae(), text_encoder=text_encoder_class(config), tokenizer=words, unet=_unet(),
-        scheduler=schedule(), **no_safety_checker(),
-    )  # fmt: skip
+        vae=_vae(),
+        text_encoder=text_encoder_class(config),
+        tokenizer=words,
+        unet=_unet(),
+        scheduler=schedule(),
+        **no_safety_checker(),
+    )
 
 
 def _deepfloyd(cls, **changed):
@@ -126,18 +172,31 @@ def _deepfloyd(cls, **changed):
         T5Config(vocab_size=len(words), d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, dropout_rate=0.0)
     )
     options = dict(
-        sample_size=32, in_channels=3, out_channels=6, encoder_hid_dim=32, addition_embed_type="text",
-        addition_embed_type_num_heads=2, cross_attention_norm="group_norm", resnet_time_scale_shift="scale_shift",
-        act_fn="gelu", attention_head_dim=8, down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
+        sample_size=32,
+        in_channels=3,
+        out_channels=6,
+        encoder_hid_dim=32,
+        addition_embed_type="text",
+        addition_embed_type_num_heads=2,
+        cross_attention_norm="group_norm",
+        resnet_time_scale_shift="scale_shift",
+        act_fn="gelu",
+        attention_head_dim=8,
+        down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
         mid_block_type="UNetMidBlock2DSimpleCrossAttn",
         up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
-    )  # fmt: skip
+    )
     schedule = DDPMScheduler(beta_schedule="squaredcos_cap_v2", variance_type="learned_range", thresholding=True)
     further = {"image_noising_scheduler": DDPMScheduler(beta_schedule="squaredcos_cap_v2")} if changed else {}
     return cls(
-        tokenizer=words, text_encoder=encoder, unet=_unet(**options | changed), scheduler=schedule, watermarker=None,
-        **further, **no_safety_checker(),
-    )  # fmt: skip
+        tokenizer=words,
+        text_encoder=encoder,
+        unet=_unet(**options | changed),
+        scheduler=schedule,
+        watermarker=None,
+        **further,
+        **no_safety_checker(),
+    )
 
 
 FAMILIES = {

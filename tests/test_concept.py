@@ -11,10 +11,12 @@ import pytest
 from families import write
 from PIL import Image, ImageCms, ImageOps, features
 
-from dbnb import concept as concept_module
 from dbnb import miniature
-from dbnb.concept import Concept, holds_identifier, inspect_images, load_image, token_report
+from dbnb import pictures as pictures_module
+from dbnb.concept import Concept
 from dbnb.models import read_tokenizer
+from dbnb.pictures import inspect_images, load_image
+from dbnb.tokens import holds_identifier, token_report
 
 
 @pytest.fixture
@@ -43,8 +45,11 @@ def test_litter_is_ignored_and_listed(folder):
     paths, notes = inspect_images(folder)
     assert len(paths) == 3
     assert {note.name for note in notes if not note.used} == {
-        ".DS_Store", "Thumbs.db", "caption.txt", ".ipynb_checkpoints"
-    }  # fmt: skip
+        ".DS_Store",
+        "Thumbs.db",
+        "caption.txt",
+        ".ipynb_checkpoints",
+    }
 
 
 def test_broken_pictures_are_skipped_by_name(folder):
@@ -92,7 +97,7 @@ def test_transparency_is_white_not_the_hidden_colour(tmp_path):
 
 
 def test_too_many_pixels_are_refused_before_decoding(folder, monkeypatch):
-    monkeypatch.setattr(concept_module, "MAX_PIXELS", 1000)
+    monkeypatch.setattr(pictures_module, "MAX_PIXELS", 1000)
     with pytest.raises(ValueError, match="256 x 256"):
         load_image(folder / "01.png")
 
@@ -321,8 +326,8 @@ def test_a_large_photograph_is_decoded_small_and_looks_the_same(tmp_path):
 
 
 def test_each_picture_is_decoded_once_when_a_folder_is_looked_at(folder, monkeypatch):
-    decoded, decode = [], concept_module._decoded
-    monkeypatch.setattr(concept_module, "_decoded", lambda image, side: decoded.append(image) or decode(image, side))
+    decoded, decode = [], pictures_module._decoded
+    monkeypatch.setattr(pictures_module, "_decoded", lambda image, side: decoded.append(image) or decode(image, side))
     inspect_images(folder)
     assert len(decoded) == 3
 

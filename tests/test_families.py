@@ -13,7 +13,7 @@ from families import FAMILIES, write
 
 from dbnb import export
 from dbnb.adapters import adapted_modules, add_adapters, trainable_parameters
-from dbnb.config import DreamBoothConfig
+from dbnb.config import AdapterSettings, DreamBoothConfig, Sampling
 from dbnb.dataset import SMALL_NOISE, DreamBoothDataset, seeded
 from dbnb.models import embed_prompts, load_components
 from dbnb.prior import class_images
@@ -21,9 +21,13 @@ from dbnb.training import batch_at, precompute_embeds, train, training_step
 from dbnb.validation import from_references, validation_images
 
 TEXT_ENCODERS = {
-    "sd1": "CLIPTextModel", "sd2": "CLIPTextModel", "sdxl": "CLIPTextModel, CLIPTextModelWithProjection",
-    "alt": "RobertaSeriesModelWithTransformation", "if": "T5EncoderModel", "if2": "T5EncoderModel",
-}  # fmt: skip
+    "sd1": "CLIPTextModel",
+    "sd2": "CLIPTextModel",
+    "sdxl": "CLIPTextModel, CLIPTextModelWithProjection",
+    "alt": "RobertaSeriesModelWithTransformation",
+    "if": "T5EncoderModel",
+    "if2": "T5EncoderModel",
+}
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -49,9 +53,18 @@ def small(concept, class_paths):
 @pytest.fixture
 def settings(family, tmp_path):
     return DreamBoothConfig(
-        base=str(family[1]), output_dir=str(tmp_path), resolution=32, max_train_steps=2, train_batch_size=2, rank=2,
-        num_inference_steps=3, checkpointing_steps=1, validation_steps=0, num_class_images=3, sample_batch_size=3,
-    )  # fmt: skip
+        base=str(family[1]),
+        output_dir=str(tmp_path),
+        resolution=32,
+        max_train_steps=2,
+        train_batch_size=2,
+        rank=2,
+        num_inference_steps=3,
+        checkpointing_steps=1,
+        validation_steps=0,
+        num_class_images=3,
+        sample_batch_size=3,
+    )
 
 
 def test_parts_are_what_the_checkpoint_says(family, base):
@@ -61,7 +74,7 @@ def test_parts_are_what_the_checkpoint_says(family, base):
     assert ("vae" in rows) == (name not in ("if", "if2")) and base.upscales == (name == "if2")
     prediction = {"sd2": "v_prediction"}.get(name, "epsilon")
     assert base.noise_scheduler.config.prediction_type == prediction
-    add_adapters(base, rank=2, train_text_encoder=True)
+    add_adapters(base, AdapterSettings(rank=2, train_text_encoder=True))
     assert set(adapted_modules(base)) == {"unet", *base.text_encoders()}
     targets = {n.split(".lora_A")[0].rsplit(".", 1)[-1] for n, _ in trainable_parameters(base.unet) if "lora_A" in n}
     assert targets == {"to_q", "to_k", "to_v", "0"} | ({"add_k_proj", "add_v_proj"} if name in ("if", "if2") else set())
@@ -69,7 +82,7 @@ def test_parts_are_what_the_checkpoint_says(family, base):
 
 def test_prompts_are_embedded_as_the_pipeline_does_it(family, base, settings):
     name, _ = family
-    from dbnb.prior import build_pipeline
+    from dbnb.drawing import build_pipeline
 
     pipeline, prompts = build_pipeline(base), ["a photo of a sks dog", "a photo of a dog"]
     with torch.no_grad():
@@ -122,7 +135,7 @@ def test_training_resumes_and_the_adapter_reloads_to_the_same_picture(
     models = []
     for resumed in (False, True):
         components = load_components(family[1])
-        add_adapters(components, rank=2, lora_alpha=4, train_text_encoder=text)
+        add_adapters(components, AdapterSettings(rank=2, lora_alpha=4, train_text_encoder=text))
         resume = dataclasses.replace(config, resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
         train(resume if resumed else config, components, small)
         models.append(components)
@@ -130,39 +143,41 @@ def test_training_resumes_and_the_adapter_reloads_to_the_same_picture(
         other = adapted_modules(models[1])[part].state_dict()
         assert all(torch.equal(value, other[key]) for key, value in module.state_dict().items())
     adapter = export.save_adapters(models[0], tmp_path)
-    assert export.verify_reload(models[0], adapter, concept, config) <= 2
-    plain = validation_images(base, concept, config, count=2, sets=("subject",))
-    trained = validation_images(models[0], concept, config, count=2, sets=("subject",))
-    difference = [np.abs(np.asarray(a, int) - np.asarray(b, int)).max() for a, b in
-                  zip(plain.subject, trained.subject, strict=True)]  # fmt: skip
+    assert export.verify_reload(models[0], adapter, concept, config.sampling) <= 2
+    plain = validation_images(base, concept, config.sampling, count=2, sets=("subject",))
+    trained = validation_images(models[0], concept, config.sampling, count=2, sets=("subject",))
+    difference = [
+        np.abs(np.asarray(a, int) - np.asarray(b, int)).max()
+        for a, b in zip(plain.subject, trained.subject, strict=True)
+    ]
     assert max(difference) > 2
 
 
 def test_images_from_prompts_and_from_references(family, base, settings, concept):
     name, _ = family
-    images = validation_images(base, concept, settings, count=2, references=concept.images()[:2])
+    images = validation_images(base, concept, settings.sampling, count=2, references=concept.images()[:2])
     assert all(image.size == (32, 32) for image in [*images.subject, *images.scenes, *images.classes, *images.redrawn])
-    again = from_references(base, concept.images()[:2], concept.instance_prompt, settings)
+    again = from_references(base, concept.images()[:2], concept.instance_prompt, settings.sampling)
     assert all(np.array_equal(a, b) for a, b in zip(images.redrawn, again, strict=True))
-    options = dict(resolution=32, num_inference_steps=2, guidance_scale=2.0, batch_size=2)
+    sampling = Sampling(resolution=32, num_inference_steps=2, guidance_scale=2.0, batch_size=2)
     if name == "if2":
         with pytest.raises(ValueError, match="class_data_dir"):
-            class_images(base, concept.class_prompt, 3, **options)
+            class_images(base, concept.class_prompt, 3, sampling)
     else:
-        made = class_images(base, concept.class_prompt, 3, **options)
+        made = class_images(base, concept.class_prompt, 3, sampling)
         assert made.decision == "generate" and len(made.paths) == 3
 
 
 def test_redrawing_leaves_number_formats_alone(family, settings, concept):
     _, folder = family
     half = load_components(folder, weight_dtype=torch.bfloat16)
-    add_adapters(half, rank=2)
+    add_adapters(half, AdapterSettings(rank=2))
 
     def formats():
         return [p.dtype for module in half.modules().values() for p in module.parameters()]
 
     before = formats()
-    from_references(half, concept.images()[:1], concept.instance_prompt, settings)
+    from_references(half, concept.images()[:1], concept.instance_prompt, settings.sampling)
     assert formats() == before and set(before) == {torch.bfloat16, torch.float32}
 
 

@@ -23,10 +23,12 @@ from safetensors.torch import load_file
 
 from dbnb import prior
 from dbnb.adapters import add_adapters, trainable_parameters
-from dbnb.concept import Concept, load_image, save_uploads
-from dbnb.config import DreamBoothConfig
+from dbnb.checkpoints import checkpoints, load_checkpoint, save_checkpoint
+from dbnb.concept import Concept
+from dbnb.config import AdapterSettings, DreamBoothConfig, Sampling
 from dbnb.export import model_card
-from dbnb.training import check_start, checkpoints, load_checkpoint, save_checkpoint
+from dbnb.pictures import load_image, save_uploads
+from dbnb.training import check_start
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 IDENTITY = {"seed": 0}
@@ -35,7 +37,7 @@ IDENTITY = {"seed": 0}
 @pytest.fixture
 def state(components):
     """Components with adapters, and an optimizer that has taken one step."""
-    add_adapters(components, rank=4, train_text_encoder=True)
+    add_adapters(components, AdapterSettings(rank=4, train_text_encoder=True))
     parameters = [p for m in (components.unet, components.text_encoder) for _, p in trainable_parameters(m)]
     optimizer = torch.optim.AdamW(parameters)
     for p in parameters:
@@ -129,7 +131,7 @@ def test_a_read_only_folder_is_said_before_anything_is_made(monkeypatch, compone
     folder = Path(tempfile.mkdtemp())  # pytest's own nobody else may enter
     os.chmod(folder, 0o555)
     monkeypatch.setenv("DBNB_CACHE", str(folder / "cache"))
-    options = dict(resolution=64, num_inference_steps=1, guidance_scale=1.0, batch_size=1)
+    sampling = Sampling(resolution=64, num_inference_steps=1, guidance_scale=1.0, batch_size=1)
 
     def work():
         if os.getuid() == 0:  # who may write everywhere
@@ -137,7 +139,7 @@ def test_a_read_only_folder_is_said_before_anything_is_made(monkeypatch, compone
         said = []
         for attempt in (
             lambda: check_start(DreamBoothConfig(output_dir=str(folder / "run"))),
-            lambda: prior.class_images(components, "a photo of a dog", 1, **options),
+            lambda: prior.class_images(components, "a photo of a dog", 1, sampling),
         ):
             try:
                 attempt()
@@ -196,8 +198,8 @@ def test_a_damaged_picture_is_a_picture_or_a_sentence(concept, tmp_path, suffix)
 def test_a_damaged_cache_is_drawn_again_and_never_used(components, tmp_path, monkeypatch):
     monkeypatch.setenv("DBNB_CACHE", str(tmp_path))
     # One at a time: in a batch of another size a pixel may round otherwise.
-    options = dict(resolution=64, num_inference_steps=1, guidance_scale=1.0, batch_size=1)
-    found = prior.class_images(components, "a photo of a dog", 2, **options)
+    sampling = Sampling(resolution=64, num_inference_steps=1, guidance_scale=1.0, batch_size=1)
+    found = prior.class_images(components, "a photo of a dog", 2, sampling)
     folder = found.paths[0].parent
     whole = {path: path.read_bytes() for path in folder.iterdir() if path.suffix in (".png", ".json")}
     rng = random.Random(0)
@@ -208,7 +210,7 @@ def test_a_damaged_cache_is_drawn_again_and_never_used(components, tmp_path, mon
                 assert (folder / name).read_bytes() == whole[folder / name]
         path.write_bytes(whole[path])
     found.paths[1].write_bytes(whole[found.paths[1]][:100])
-    again = prior.class_images(components, "a photo of a dog", 2, **options)
+    again = prior.class_images(components, "a photo of a dog", 2, sampling)
     assert again.decision == "top up" and {p: p.read_bytes() for p in again.paths}.items() <= whole.items()
 
 
@@ -261,9 +263,18 @@ def test_a_checkpoint_holds_no_pickle(state, tmp_path):
 
 def test_uploads_stay_in_their_folder_under_names_of_their_own(tmp_path):
     names = [
-        "../../out.png", "/etc/passwd.png", r"C:\Users\me\dog.jpg", "dog.jpg", "DOG.JPG", ".hidden.png", "..", "",
-        "mon chien \u00e9.png", "mon chien e\u0301.png", "a<b>&c.png",
-    ]  # fmt: skip
+        "../../out.png",
+        "/etc/passwd.png",
+        r"C:\Users\me\dog.jpg",
+        "dog.jpg",
+        "DOG.JPG",
+        ".hidden.png",
+        "..",
+        "",
+        "mon chien \u00e9.png",
+        "mon chien e\u0301.png",
+        "a<b>&c.png",
+    ]
     folder = tmp_path / "photos"
     folder.mkdir()
     (folder / "dog.jpg").write_bytes(b"mine")
@@ -291,9 +302,12 @@ _COMMAND = (
 
 def _start(folder, cache, **environment):
     return subprocess.Popen(
-        [sys.executable, *_COMMAND, "--output_dir", str(folder)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        env=os.environ | {"DBNB_CACHE": str(cache), "OMP_NUM_THREADS": "1", **environment}, text=True,
-    )  # fmt: skip
+        [sys.executable, *_COMMAND, "--output_dir", str(folder)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env=os.environ | {"DBNB_CACHE": str(cache), "OMP_NUM_THREADS": "1", **environment},
+        text=True,
+    )
 
 
 def _same_adapters(*folders) -> bool:

@@ -30,15 +30,25 @@ def _write(folder) -> dict[str, int]:
         words = CLIPTokenizer.from_pretrained(miniature.path() / "tokenizer", model_max_length=77)
         text_encoder = CLIPTextModel(
             CLIPTextConfig(
-                vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
-                max_position_embeddings=77, bos_token_id=words.bos_token_id, eos_token_id=words.eos_token_id,
+                vocab_size=49408,
+                hidden_size=768,
+                intermediate_size=3072,
+                num_hidden_layers=12,
+                num_attention_heads=12,
+                max_position_embeddings=77,
+                bos_token_id=words.bos_token_id,
+                eos_token_id=words.eos_token_id,
             )
-        )  # fmt: skip
+        )
         unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
         vae = AutoencoderKL(
-            block_out_channels=(128, 256, 512, 512), down_block_types=("DownEncoderBlock2D",) * 4, layers_per_block=2,
-            up_block_types=("UpDecoderBlock2D",) * 4, latent_channels=4, sample_size=512,
-        )  # fmt: skip
+            block_out_channels=(128, 256, 512, 512),
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            layers_per_block=2,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            latent_channels=4,
+            sample_size=512,
+        )
     finally:
         torch.set_default_dtype(torch.float32)
     parts = {"text_encoder": text_encoder, "unet": unet, "vae": vae}
@@ -52,11 +62,31 @@ def test_stable_diffusion_1_5_in_full_size_trains_on_a_cpu(tmp_path):
     sizes = _write(tmp_path / "base")
     assert sizes == {"text_encoder": 123_060_480, "unet": 859_520_964, "vae": 83_653_863}
     command = [
-        sys.executable, "-m", "dbnb", "--base", str(tmp_path / "base"), "--max_train_steps", "2",
-        "--output_dir", str(tmp_path / "run"), "--num_class_images", "2", "--num_inference_steps", "2",
-        "--num_validation_images", "0", "--gradient_checkpointing", "--mixed_precision", "bf16", "--train_batch_size",
-        "1", "--sample_batch_size", "1", "--checkpointing_steps", "1",
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "dbnb",
+        "--base",
+        str(tmp_path / "base"),
+        "--max_train_steps",
+        "2",
+        "--output_dir",
+        str(tmp_path / "run"),
+        "--num_class_images",
+        "2",
+        "--num_inference_steps",
+        "2",
+        "--num_validation_images",
+        "0",
+        "--gradient_checkpointing",
+        "--mixed_precision",
+        "bf16",
+        "--train_batch_size",
+        "1",
+        "--sample_batch_size",
+        "1",
+        "--checkpointing_steps",
+        "1",
+    ]
     subprocess.run(command, check=True, env=os.environ | {"DBNB_CACHE": str(tmp_path / "cache")})
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
     log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]

@@ -96,8 +96,10 @@ def test_expected_errors_are_one_sentence(tmp_path, capsys, arguments, words):
 def test_options_follow_the_presets_and_say_what_is_wrong(capsys):
     assert parse_args([]).resolution == 64 and parse_args(["--base", "sd15"]).resolution == 512
     assert {name: DreamBoothConfig(base=name).resolution for name in ("sd21", "sdxl", "if")} == {
-        "sd21": 768, "sdxl": 1024, "if": 64
-    }  # fmt: skip
+        "sd21": 768,
+        "sdxl": 1024,
+        "if": 64,
+    }
     assert parse_args(["--no_prior_preservation"]).with_prior_preservation is False
     assert parse_args(["--base", str(miniature.path())]) == dataclasses.replace(
         parse_args([]), base=str(miniature.path())
@@ -112,7 +114,9 @@ def test_reference_images_are_redrawn_by_strength(config):
     reference = Image.new("RGB", (100, 100), (200, 60, 60))
     config.num_inference_steps = 10
     weak, strong = (
-        np.asarray(from_references(components, [reference], "a photo of a dog", config, strength=s)[0], dtype=int)
+        np.asarray(
+            from_references(components, [reference], "a photo of a dog", config.sampling, strength=s)[0], dtype=int
+        )
         for s in (0.2, 0.9)
     )
     target = np.array([200, 60, 60])
@@ -255,6 +259,14 @@ def test_an_interrupted_run_has_its_adapter_and_ends_with_130(tiny, tmp_path, mo
     monkeypatch.setattr(workflow, "train", interrupted)
     assert main([*tiny, "--output_dir", str(tmp_path)]) == 130
     assert "pytorch_lora_weights.safetensors" in _files(tmp_path) and "README.md" not in _files(tmp_path)
+
+
+def test_a_resume_with_other_settings_is_refused_before_anything_is_drawn(tiny, tmp_path, capsys, monkeypatch):
+    command = [*tiny, "--output_dir", str(tmp_path), "--checkpointing_steps", "2"]
+    assert main(command) == 0
+    monkeypatch.setattr(workflow, "load_components", lambda *_, **__: pytest.fail("the base was loaded"))
+    assert main([*command, "--resume_from_checkpoint", "latest", "--learning_rate", "5e-4"]) == 2
+    assert "belongs to another run: learning_rate was 0.003 and is 0.0005" in capsys.readouterr().err
 
 
 def test_sigterm_unwinds_and_ends_with_143(monkeypatch, capsys):

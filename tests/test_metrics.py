@@ -114,8 +114,9 @@ def test_what_a_prompt_set_is_too_small_for_is_left_out(encoders, components):
     assert metrics.ceiling(encoders, components, [photo], [], 64) == {}
     assert "normalized_subject_fidelity" not in metrics.report(numbers, numbers, {})["after"]
     assert set(metrics.evaluate(encoders, ValidationImages([photo], [], [], [], []), [photo], "a photo of a dog")) == {
-        "subject_fidelity", "clip_i",
-    }  # fmt: skip
+        "subject_fidelity",
+        "clip_i",
+    }
     with pytest.raises(ValueError, match="at least two"):
         metrics.diversity(torch.ones(1, 4))
 

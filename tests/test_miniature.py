@@ -15,6 +15,7 @@ from PIL import Image
 
 from dbnb import miniature
 from dbnb.miniature import card, evaluate, pilots, train
+from dbnb.miniature.fit import Stage, fit, generator
 from dbnb.toybox import COLORS, KINDS
 from dbnb.toybox.captions import IDENTIFIERS
 
@@ -146,16 +147,23 @@ def test_a_training_that_was_stopped_ends_where_an_uninterrupted_one_does(tmp_pa
         def loss_of_step(step):
             if step == stop_at:
                 raise Stopped
-            x = torch.randn(4, 8, generator=train.generator(0, step))
+            x = torch.randn(4, 8, generator=generator(0, step))
             return {"loss": (model(x) - x).square().mean()}
 
         def draw():
             return Image.new("RGB", (2, 2))
 
-        train.fit(
-            "toy", model, loss_of_step, steps=9, lr=1e-2, folder=folder, made_from={"seed": 0}, draw=draw,
-            minutes_between_checkpoints=0.0, steps_between_drawings=2,
-        )  # fmt: skip
+        stage = Stage(
+            name="toy",
+            steps=9,
+            batch_size=4,
+            folder=folder,
+            made_from={"seed": 0},
+            lr=1e-2,
+            minutes_between_checkpoints=0.0,
+            steps_between_drawings=2,
+        )
+        fit(stage, model, loss_of_step, draw=draw)
         return model.weight
 
     whole = run(tmp_path / "whole")
@@ -187,7 +195,7 @@ def test_measures_of_the_evaluation():
 
 def test_the_evaluation_runs_on_few_pictures_and_the_card_tells_it(tmp_path):
     evaluation = tmp_path / "e.json"
-    evaluate.main(["--count", "6", "--output", str(evaluation)])
+    evaluate.main(["--count", "6", "--unseen", "128", "--output", str(evaluation)])
     result = json.loads(evaluation.read_text())
     assert result["judge"]["kind"] > 0.9 and set(result) >= {"autoencoder", "drawn", "composition", "frechet"}
     assert list(result["ladder"])[0] == "photograph" and 0.0 <= result["among_look_alikes"] <= 1.0

@@ -14,9 +14,9 @@ from huggingface_hub import errors
 from safetensors.torch import load_file
 
 from dbnb import miniature
-from dbnb.config import PRESETS, suggested
+from dbnb.drawing import build_pipeline
 from dbnb.models import cut_off, encode_prompts, fingerprint, load_components, text_architecture
-from dbnb.prior import build_pipeline
+from dbnb.presets import PRESETS, suggested
 
 
 @pytest.fixture
@@ -104,9 +104,13 @@ def test_a_mistyped_base_is_said_to_be_that(tmp_path):
 
 @pytest.mark.parametrize(
     "kind, words",
-    [(errors.GatedRepoError, "accept its licence"), (errors.RepositoryNotFoundError, "check the spelling"),
-     (errors.RevisionNotFoundError, "--revision"), (errors.RemoteEntryNotFoundError, "no diffusers pipeline")],
-)  # fmt: skip
+    [
+        (errors.GatedRepoError, "accept its licence"),
+        (errors.RepositoryNotFoundError, "check the spelling"),
+        (errors.RevisionNotFoundError, "--revision"),
+        (errors.RemoteEntryNotFoundError, "no diffusers pipeline"),
+    ],
+)
 def test_what_the_hub_answers_is_said_with_what_to_do(monkeypatch, kind, words):
     def download(*args, **options):
         answer = SimpleNamespace(headers={}, request=None)

@@ -12,11 +12,19 @@ from dbnb.planner import BASES, Base, training_memory
 
 SMALL = Base(
     dict(
-        sample_size=32, attention_head_dim=4, cross_attention_dim=48, block_out_channels=(32, 64), norm_num_groups=8,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        sample_size=32,
+        attention_head_dim=4,
+        cross_attention_dim=48,
+        block_out_channels=(32, 64),
+        norm_num_groups=8,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
     ),
-    256, 1000, 2000, text_length=24,
-)  # fmt: skip
+    256,
+    1000,
+    2000,
+    text_length=24,
+)
 
 
 @pytest.mark.parametrize("lora_layers", ["attention", "all"])

@@ -25,8 +25,11 @@ def _pixels(figure) -> np.ndarray:
     "figure",
     [
         plots.show_images([Image.new("RGB", (64, 64), "red")] * 10, titles=[str(i) for i in range(10)], columns=8),
-        plots.loss_curves([{"step": i, "instance_loss": 1 / i, "prior_loss": 0.1} for i in range(1, 60)],
-                          held_out={"seen": {1: 0.5, 50: 0.2}, "new": {1: 0.6, 50: 0.4}}, title="t"),
+        plots.loss_curves(
+            [{"step": i, "instance_loss": 1 / i, "prior_loss": 0.1} for i in range(1, 60)],
+            held_out={"seen": {1: 0.5, 50: 0.2}, "new": {1: 0.6, 50: 0.4}},
+            title="t",
+        ),
         plots.loss_curves([]),
         plots.curves({"a": ([1, 2], [3, 4]), "b": ([1, 2], [1, 0])}, xlabel="x", ylabel="y"),
         plots.curves({"a": ([1, 2], [3, 4])}, xlabel="x", ylabel="y", marks={"a line": 3.5}),
@@ -36,7 +39,7 @@ def _pixels(figure) -> np.ndarray:
         plots.matrices({"W": np.eye(4)}, title="t", labels="abcd"),
         plots.matrices({"A": np.eye(5), "B": np.eye(5)}, groups={"two": 2, "three": 3}, unit="cosine"),
     ],
-)  # fmt: skip
+)
 def test_each_figure_draws(figure):
     assert _pixels(figure).std() > 5
 
@@ -48,12 +51,16 @@ _RED = Image.new("RGB", (64, 64), "red")
     "figure",
     [
         plots.show_images([_RED] * 9, titles=["a title"] * 9, columns=8, title="all"),
-        plots.image_rows([[_RED] * 2] * 2, labels=["before:\na photo of a sks dog", "after"],
-                         titles=["t = 12\nerror 0.25"] * 2, title="A finding in more words than fit in one line"),
+        plots.image_rows(
+            [[_RED] * 2] * 2,
+            labels=["before:\na photo of a sks dog", "after"],
+            titles=["t = 12\nerror 0.25"] * 2,
+            title="A finding in more words than fit in one line",
+        ),
         plots.image_rows([[_RED] * 12], title="A finding"),
         plots.image_rows([[_RED]], title="A finding"),
     ],
-)  # fmt: skip
+)
 def test_titles_and_pictures_stay_inside_the_figure_and_apart(figure):
     renderer = FigureCanvasAgg(figure).get_renderer()
     boxes = [axis.get_tightbbox(renderer) for axis in figure.axes]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,9 +12,10 @@ import torch
 from PIL import Image
 
 from dbnb import prior
+from dbnb.config import Sampling
 from dbnb.prior import class_images
 
-OPTIONS = dict(resolution=64, num_inference_steps=2, guidance_scale=2.0, batch_size=3)
+SAMPLING = Sampling(num_inference_steps=2, guidance_scale=2.0, resolution=64, batch_size=3)
 
 
 @pytest.fixture(autouse=True)
@@ -26,31 +28,35 @@ def _hashes(paths):
 
 
 def test_reuse_top_up_and_generate(components):
-    first = class_images(components, "a photo of a dog", 3, **OPTIONS)
+    first = class_images(components, "a photo of a dog", 3, SAMPLING)
     assert first.decision == "generate" and len(first.paths) == 3
-    again = class_images(components, "a photo of a dog", 3, **OPTIONS)
+    again = class_images(components, "a photo of a dog", 3, SAMPLING)
     assert again.decision == "reuse" and again.paths == first.paths
-    more = class_images(components, "a photo of a dog", 5, **OPTIONS)
+    more = class_images(components, "a photo of a dog", 5, SAMPLING)
     assert more.decision == "top up" and "3 of 5" in more.reason
     assert len(set(_hashes(more.paths))) == 5 and _hashes(more.paths)[:3] == _hashes(first.paths)
-    fewer = class_images(components, "a photo of a dog", 2, **OPTIONS)
+    fewer = class_images(components, "a photo of a dog", 2, SAMPLING)
     assert fewer.decision == "reuse" and fewer.paths == first.paths[:2]
 
 
 @pytest.mark.parametrize(
-    "name, change",
+    "name, value",
     [
-        ("prompt", dict(prompt="a photo of a cat")),
-        ("seed", dict(seed=1)),
-        ("num_inference_steps", dict(num_inference_steps=3)),
-        ("guidance_scale", dict(guidance_scale=3.0)),
-        ("resolution", dict(resolution=32)),
+        ("prompt", "a photo of a cat"),
+        ("seed", 1),
+        ("num_inference_steps", 3),
+        ("guidance_scale", 3.0),
+        ("resolution", 32),
     ],
 )
-def test_whatever_makes_another_image_makes_another_cache_and_is_named(components, name, change):
-    arguments = dict(prompt="a photo of a dog", num_class_images=1) | OPTIONS
-    first = class_images(components, **arguments)
-    other = class_images(components, **(arguments | change))
+def test_whatever_makes_another_image_makes_another_cache_and_is_named(components, name, value):
+    prompt, other_prompt, sampling = "a photo of a dog", "a photo of a dog", SAMPLING
+    if name == "prompt":
+        other_prompt = value
+    else:
+        sampling = replace(sampling, **{name: value})
+    first = class_images(components, prompt, 1, SAMPLING)
+    other = class_images(components, other_prompt, 1, sampling)
     assert other.decision == "generate" and name in other.reason and other.paths != first.paths
 
 
@@ -64,12 +70,12 @@ def test_what_the_safety_checker_blackens_is_drawn_anew_and_never_kept(component
         return torch.stack([i * (not flag) for i, flag in zip(image, flags, strict=True)]), flags
 
     monkeypatch.setattr(StableDiffusionPipeline, "run_safety_checker", check)
-    found = class_images(components, "a photo of a dog", 3, **OPTIONS)
+    found = class_images(components, "a photo of a dog", 3, SAMPLING)
     assert len(set(_hashes(found.paths))) == 3
     assert all(np.asarray(Image.open(path)).std() > 5 for path in found.paths)
     monkeypatch.setattr(StableDiffusionPipeline, "run_safety_checker", lambda self, i, d, t: (i, [True] * len(i)))
     with pytest.raises(ValueError, match="safety checker refused"):
-        class_images(components, "a photo of a cat", 1, **OPTIONS)
+        class_images(components, "a photo of a cat", 1, SAMPLING)
 
 
 def _pixels(paths):
@@ -82,32 +88,32 @@ def _almost_equal(a, b):
 
 
 def test_a_torn_image_is_drawn_again(components):
-    first = class_images(components, "a photo of a dog", 2, **OPTIONS)
+    first = class_images(components, "a photo of a dog", 2, SAMPLING)
     whole = _pixels(first.paths)
     first.paths[1].write_bytes(first.paths[1].read_bytes()[:50])
-    again = class_images(components, "a photo of a dog", 2, **OPTIONS)
+    again = class_images(components, "a photo of a dog", 2, SAMPLING)
     assert again.decision == "top up" and _almost_equal(_pixels(again.paths), whole)
 
 
 def test_batch_size_changes_nothing(components, tmp_path, monkeypatch):
-    one = class_images(components, "a photo of a dog", 4, **(OPTIONS | dict(batch_size=4))).paths
+    one = class_images(components, "a photo of a dog", 4, replace(SAMPLING, batch_size=4)).paths
     monkeypatch.setenv("DBNB_CACHE", str(tmp_path / "other"))
-    two = class_images(components, "a photo of a dog", 4, **(OPTIONS | dict(batch_size=1))).paths
+    two = class_images(components, "a photo of a dog", 4, replace(SAMPLING, batch_size=1)).paths
     assert _almost_equal(_pixels(one), _pixels(two))
 
 
 def test_ones_own_images_come_first_and_are_never_altered(components, class_paths):
     before = _hashes(class_paths)
-    mine = class_images(components, "a photo of a dog", 6, class_data_dir=class_paths[0].parent, **OPTIONS)
+    mine = class_images(components, "a photo of a dog", 6, SAMPLING, class_data_dir=class_paths[0].parent)
     assert mine.decision == "own" and list(mine.paths) == list(class_paths)
-    more = class_images(components, "a photo of a dog", 8, class_data_dir=class_paths[0].parent, **OPTIONS)
+    more = class_images(components, "a photo of a dog", 8, SAMPLING, class_data_dir=class_paths[0].parent)
     assert len(more.paths) == 8 and list(more.paths[:6]) == list(class_paths)
     assert more.paths[6].parent != class_paths[0].parent and _hashes(class_paths) == before
     assert len(list(class_paths[0].parent.iterdir())) == 6
 
 
 def test_images_are_png_at_training_resolution_with_a_manifest(components):
-    paths = class_images(components, "a photo of a dog", 2, **OPTIONS).paths
+    paths = class_images(components, "a photo of a dog", 2, SAMPLING).paths
     for path in paths:
         with Image.open(path) as image:
             assert image.format == "PNG" and image.size == (64, 64)
@@ -126,10 +132,10 @@ def test_without_a_picture_of_ones_own_all_are_drawn_and_it_is_said(components, 
     if there:
         mine.mkdir()
         (mine / ".DS_Store").touch()
-    found = class_images(components, "a photo of a dog", 2, class_data_dir=mine, **OPTIONS)
+    found = class_images(components, "a photo of a dog", 2, SAMPLING, class_data_dir=mine)
     assert found.decision == "generate" and len(found.paths) == 2 and all(path.is_file() for path in found.paths)
     assert found.reason.startswith(f"{mine} {'is empty' if there else 'does not exist'}: none of them is your own; ")
-    again = class_images(components, "a photo of a dog", 2, class_data_dir=mine, **OPTIONS)
+    again = class_images(components, "a photo of a dog", 2, SAMPLING, class_data_dir=mine)
     assert again.decision == "reuse" and str(mine) in again.reason
     assert mine.exists() == there and (not there or [path.name for path in mine.iterdir()] == [".DS_Store"])
 
@@ -139,7 +145,7 @@ def test_a_folder_of_ones_own_without_a_usable_picture_is_an_error(components, t
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / name).write_bytes(content)
     with pytest.raises(ValueError, match=f"No usable picture in .*mine .*{name}"):
-        class_images(components, "a photo of a dog", 2, class_data_dir=tmp_path / "mine", **OPTIONS)
+        class_images(components, "a photo of a dog", 2, SAMPLING, class_data_dir=tmp_path / "mine")
 
 
 def test_the_cache_is_where_the_environment_says_and_only_then_at_home(monkeypatch, tmp_path):

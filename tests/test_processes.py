@@ -25,9 +25,11 @@ _RUN = (
 def _launch(folder, *arguments, processes=1, batch=4, script=("-m", "dbnb")):
     """Start the command in so many processes, each with its share of the batch; its own caches."""
     launcher = ["accelerate.commands.accelerate_cli", "launch", "--multi_gpu", "--num_processes", str(processes)]
-    start = [sys.executable, "-m", *launcher, "--main_process_port", "0", *script] if processes > 1 else [
-        sys.executable, *script
-    ]  # fmt: skip
+    start = (
+        [sys.executable, "-m", *launcher, "--main_process_port", "0", *script]
+        if processes > 1
+        else [sys.executable, *script]
+    )
     environment = os.environ | {"DBNB_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
     arguments = [*_RUN, "--train_batch_size", str(batch // processes), "--output_dir", str(folder / "run"), *arguments]
     return subprocess.Popen(

@@ -98,3 +98,58 @@ def test_text_is_read_and_written_as_utf8_whatever_the_locale(path):
             modes = [word.value for word in call.args if isinstance(word, ast.Constant)]
             binary = any(isinstance(mode, str) and "b" in mode for mode in modes)
             assert binary or "encoding" in {word.arg for word in call.keywords}, f"{path.name}:{call.lineno}"
+
+
+_SOURCES = sorted(path for part in ("dbnb", "tests", "notebooks") for path in (ROOT / part).rglob("*.py"))
+
+
+def test_the_formatter_is_switched_off_in_tables_of_data_alone():
+    off = re.compile(r"#\s*fmt:\s*(?:skip|off)(.*)")
+    found = [match[1] for path in _SOURCES for match in off.finditer(path.read_text(encoding="utf-8"))]
+    assert all("table of data" in reason for reason in found), found
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "dbnb").rglob("*.py")), ids=lambda path: path.stem)
+def test_no_function_takes_more_than_eight_arguments(path):
+    for function in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(function, ast.FunctionDef):
+            arguments = function.args
+            names = {a.arg for a in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)}
+            assert len(names - {"self", "cls", "ctx"}) <= 8, f"{path.name}:{function.lineno} {function.name}"
+
+
+def _layers() -> list[str]:
+    """The modules in the order of the table in docs/architecture.md."""
+    table = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8").split("## What may import what")[1]
+    rows = re.findall(r"^\| (`[^|]+) \|", table.split("##")[0], flags=re.MULTILINE)
+    return [name for row in rows for name in re.findall(r"`([\w.]+)`", row)]
+
+
+def _imports(path: Path, modules: list[str]) -> set[str]:
+    """The package's modules that a file imports, at its top or within functions."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "dbnb":
+            for alias in node.names:
+                whole = f"{node.module}.{alias.name}".removeprefix("dbnb.")
+                found.add(whole if whole in modules else node.module.removeprefix("dbnb."))
+    return found - {"dbnb"}
+
+
+def test_modules_import_only_what_stands_above_them_in_the_architecture():
+    modules = _layers()
+    paths = {path: path.relative_to(ROOT / "dbnb").with_suffix("") for path in (ROOT / "dbnb").rglob("*.py")}
+    names = {path: ".".join(parts.parts).removesuffix(".__init__") for path, parts in paths.items()}
+    names = {path: name for path, name in names.items() if name != "__init__"}
+    assert sorted(modules) == sorted(names.values())
+    for path, name in names.items():
+        above = modules[: modules.index(name)]
+        assert _imports(path, modules) <= {*above, name}, f"{name} imports {_imports(path, modules) - {*above, name}}"
+
+
+def test_the_package_lists_its_modules():
+    import dbnb
+
+    modules = {path.stem for path in (ROOT / "dbnb").glob("*.py")} | {"miniature", "toybox"}
+    assert sorted(dbnb.__all__) == sorted(modules - {"__init__", "__main__"})
+    assert all(getattr(dbnb, name).__doc__ for name in dbnb.__all__)

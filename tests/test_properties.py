@@ -21,10 +21,17 @@ from dbnb.toybox.captions import article_for
 
 WORDS = st.text(string.ascii_letters + string.digits + " -'äöüé", min_size=1, max_size=20).filter(str.strip)
 RECIPES = st.builds(
-    prior.ClassImageRecipe, base=WORDS, prompt=WORDS, resolution=st.integers(1, 1024),
-    num_inference_steps=st.integers(1, 100), guidance_scale=st.floats(0, 20), scheduler=WORDS, dtype=WORDS,
-    seed=st.integers(0, 2**31), diffusers=WORDS,
-)  # fmt: skip
+    prior.ClassImageRecipe,
+    base=WORDS,
+    prompt=WORDS,
+    resolution=st.integers(1, 1024),
+    num_inference_steps=st.integers(1, 100),
+    guidance_scale=st.floats(0, 20),
+    scheduler=WORDS,
+    dtype=WORDS,
+    seed=st.integers(0, 2**31),
+    diffusers=WORDS,
+)
 
 
 @given(RECIPES, RECIPES)
@@ -48,8 +55,13 @@ def test_image_seeds_do_not_depend_on_how_many_there_are(seed, indices):
 
 @settings(deadline=None, max_examples=40)
 @given(
-    st.integers(16, 90), st.integers(16, 90), st.integers(8, 40), st.integers(0, 10**6), st.booleans(), st.booleans(),
-)  # fmt: skip
+    st.integers(16, 90),
+    st.integers(16, 90),
+    st.integers(8, 40),
+    st.integers(0, 10**6),
+    st.booleans(),
+    st.booleans(),
+)
 def test_any_picture_gives_a_square_from_inside_it(width, height, size, n, center_crop, random_flip):
     with tempfile.TemporaryDirectory() as folder:
         picture = Image.linear_gradient("L").resize((width, height)).convert("RGB")

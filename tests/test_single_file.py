@@ -11,8 +11,9 @@ from families import one_file, write
 from huggingface_hub import constants
 from safetensors.torch import save_file
 
-from dbnb.config import PRESETS, parse_args, suggested
+from dbnb.config import parse_args
 from dbnb.models import load_components, resolve_base
+from dbnb.presets import PRESETS, suggested
 
 
 @pytest.fixture

@@ -20,8 +20,11 @@ def test_a_table_shows_itself_three_ways_and_escapes_markup():
     assert str(table).splitlines() == ["part          note", "unet          <b>|x", "text_encoder"]
     assert "&lt;b&gt;" in table._repr_html_() and "<b>" not in table._repr_html_()
     assert table.markdown().splitlines() == [
-        "| part | note |", "|---|---|", "| unet | \\<b\\>\\|x |", "| text_encoder |  |"
-    ]  # fmt: skip
+        "| part | note |",
+        "|---|---|",
+        "| unet | \\<b\\>\\|x |",
+        "| text_encoder |  |",
+    ]
     assert str(Table()) == "(empty)"
 
 

@@ -9,10 +9,9 @@ import pytest
 from PIL import Image
 
 from dbnb import toybox
-from dbnb.concept import SAMPLE_DIR
 from dbnb.miniature.data import ATTRIBUTES, SHOTS, caption_of, draw, held_out, labels_of
 from dbnb.toybox.captions import IDENTIFIERS, caption, content
-from dbnb.toybox.sample import PICTURES, SAMPLE_TOY, SIZE
+from dbnb.toybox.sample import PICTURES, SAMPLE_DIR, SAMPLE_TOY, SIZE
 
 
 def test_same_arguments_same_picture_and_another_seed_another():

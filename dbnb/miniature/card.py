@@ -7,10 +7,10 @@ import json
 from pathlib import Path
 
 from dbnb import plots, toybox
-from dbnb.config import PRESETS
+from dbnb.config import DreamBoothConfig
+from dbnb.drawing import build_pipeline, draw_images, image_seed
 from dbnb.miniature import path
 from dbnb.models import load_components
-from dbnb.prior import build_pipeline, draw_images, image_seed
 from dbnb.tables import Table
 
 _TEXT = """---
@@ -162,15 +162,16 @@ def write_card(base: Path, evaluation: Path) -> None:
     result = json.loads(evaluation.read_text())
     recipe = json.loads((base / "training.json").read_text())
     components = load_components(base)
-    settings = {name: PRESETS["miniature"][name] for name in ("num_inference_steps", "guidance_scale")}
     prompts = [f"a photo of a {kind} {phrase}" for kind in toybox.KINDS for phrase in toybox.SCENES.values()]
+    sampling = DreamBoothConfig().sampling
     seeds = [image_seed(0, index) for index in range(len(prompts))]
-    images = draw_images(build_pipeline(components), prompts, seeds, resolution=64, batch_size=24, **settings)
+    images = draw_images(build_pipeline(components), prompts, seeds, sampling)
     n = len(toybox.SCENES)
     figure = plots.image_rows(
         [images[start : start + n] for start in range(0, len(images), n)],
-        labels=toybox.KINDS, titles=list(toybox.SCENES.values()),
-    )  # fmt: skip
+        labels=toybox.KINDS,
+        titles=list(toybox.SCENES.values()),
+    )
     figure.savefig(base / "grid.png")
     parameters = "; ".join(f"{row['part'].replace('_', ' ')} {row['parameters']}" for row in components.table())
     stages = Table(
@@ -187,8 +188,8 @@ def write_card(base: Path, evaluation: Path) -> None:
         stages=stages,
         pilots=pilots(base),
         note=recipe.get("note", ""),
-        steps=settings["num_inference_steps"],
-        guidance=settings["guidance_scale"],
+        steps=sampling.num_inference_steps,
+        guidance=sampling.guidance_scale,
         figures=figures(result),
         subjects=subjects(result),
     )

@@ -81,9 +81,14 @@ def _text_config(words: CLIPTokenizer) -> dict:
 def clip(words: CLIPTokenizer) -> CLIPModel:
     """Text and image halves of a small CLIP: its text half starts the text encoder, both measure prompt fidelity."""
     vision = dict(
-        hidden_size=128, intermediate_size=512, projection_dim=TEXT_WIDTH, num_hidden_layers=4, num_attention_heads=4,
-        image_size=RESOLUTION, patch_size=8,
-    )  # fmt: skip
+        hidden_size=128,
+        intermediate_size=512,
+        projection_dim=TEXT_WIDTH,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        image_size=RESOLUTION,
+        patch_size=8,
+    )
     return CLIPModel(CLIPConfig(text_config=_text_config(words), vision_config=vision, projection_dim=TEXT_WIDTH))
 
 
@@ -131,9 +136,14 @@ def scheduler() -> DDPMScheduler:
     Drawing begins at the noisiest timestep, where the noise that it is given belongs ("trailing", Lin et al., 2023).
     """
     return DDPMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1,
-        prediction_type="v_prediction", timestep_spacing="trailing",
-    )  # fmt: skip
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        steps_offset=1,
+        prediction_type="v_prediction",
+        timestep_spacing="trailing",
+    )
 
 
 def _resnet(**labels) -> ResNetConfig:

@@ -24,16 +24,14 @@ from PIL import Image, ImageFilter
 from transformers import AutoModelForImageClassification
 
 from dbnb import metrics, toybox, workflow
-from dbnb.config import PRESETS, DreamBoothConfig
+from dbnb.config import DreamBoothConfig
+from dbnb.drawing import build_pipeline, draw_images, image_seed
 from dbnb.miniature import path
 from dbnb.miniature.alike import differences_of, look_alike, turned
 from dbnb.miniature.data import ATTRIBUTES, CHUNK, SHOTS, draw, held_out, is_kept, labels_of, photographs, rendered
 from dbnb.models import load_components
-from dbnb.prior import build_pipeline, draw_images, image_seed
 from dbnb.toybox.captions import article_for
 from dbnb.toybox.sample import SAMPLE_TOY
-
-_SETTINGS = {name: PRESETS["miniature"][name] for name in ("num_inference_steps", "guidance_scale")}
 
 
 class Judge:
@@ -181,24 +179,27 @@ def nearest(pictures: np.ndarray, photos: np.ndarray) -> np.ndarray:
     return torch.cat(distances).numpy() / np.sqrt(known.shape[1])
 
 
-def drawings(pipeline, prompts: list[str], seed: int = 5, **settings) -> np.ndarray:
-    """One picture a prompt at the default sampling settings, but for `settings`: (N, 64, 64, 3) uint8."""
-    seeds = [image_seed(seed, index) for index in range(len(prompts))]
-    images = draw_images(pipeline, prompts, seeds, resolution=64, batch_size=25, **(_SETTINGS | settings))
+def drawings(pipeline, prompts: list[str], seed: int = 5, **changed) -> np.ndarray:
+    """One picture a prompt at the default `Sampling`, but for what is `changed`: (N, 64, 64, 3) uint8."""
+    sampling = dataclasses.replace(DreamBoothConfig().sampling, seed=seed, **changed)
+    seeds = [image_seed(sampling.seed, index) for index in range(len(prompts))]
+    images = draw_images(pipeline, prompts, seeds, sampling)
     return np.stack([np.asarray(image) for image in images])
 
 
-def measure(base: Path, count: int, data: Path) -> dict:
+def measure(base: Path, count: int, unseen: int, data: Path) -> dict:
     """Autoencoder, judge, drawings, composition, diversity, copying, distances to renders, identity encoder, speed.
 
-    `data` keeps photographs; copying is measured where those of the training are there.
+    `count` pictures are drawn for each measure; autoencoder and encoders are tested on `unseen` photographs of toys in
+    named colours and as many in any. `data` keeps photographs; copying is measured where those of the training are
+    there.
     """
     components, judge = load_components(base), Judge(base)
     pipeline = build_pipeline(components)
-    images, labels = photographs("test", 1024, data)
+    images, labels = photographs("test", unseen, data)
     result: dict = {"judge": accuracy(judge(images), labels)}
     # Colours as a learner's own toy may have; far above the numbers that training uses.
-    any_colors, any_labels = photographs("wild", 1024, data, start=10**6)
+    any_colors, any_labels = photographs("wild", unseen, data, start=10**6)
     result["autoencoder"] = autoencoder(components, judge, images, labels, any_colors)
 
     names = [draw("test", index)[1] for index in range(8 * count)]
@@ -361,10 +362,13 @@ def subject_experiment(base: str, folder: Path, count: int, **options) -> dict[s
             variants["adapters on attention alone"] = {"lora_layers": "attention"}
         for variant, changed in variants.items():
             configs[f"{name}, {variant}"] = DreamBoothConfig(
-                base=base, class_word=toy.kind, instance_data_dir=str(folder / name / "photos"),
-                reference_data_dir=str(folder / name / "references"), output_dir=str(folder / name / variant),
+                base=base,
+                class_word=toy.kind,
+                instance_data_dir=str(folder / name / "photos"),
+                reference_data_dir=str(folder / name / "references"),
+                output_dir=str(folder / name / variant),
                 **options | changed,
-            )  # fmt: skip
+            )
     with ProcessPoolExecutor(
         min(len(configs), os.cpu_count()), multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)
     ) as pool:
@@ -377,12 +381,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--base", type=Path, default=path())
     parser.add_argument("--output", type=Path, default=Path("runs/evaluation.json"))
     parser.add_argument("--count", type=int, default=300, help="pictures drawn for each measure")
+    parser.add_argument("--unseen", type=int, default=1024, help="photographs that the encoders are tested on")
     parser.add_argument("--data", type=Path, help="where training keeps its photographs: is anything copied from them?")
     parser.add_argument("--subjects", type=int, help="run the subject experiment on the sample and so many random toys")
     args = parser.parse_args(argv)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
-        result = {"cores": os.cpu_count()} | measure(args.base, args.count, args.data or Path(folder))
+        result = {"cores": os.cpu_count()} | measure(args.base, args.count, args.unseen, args.data or Path(folder))
         if args.subjects is not None:
             base = "miniature" if args.base == path() else str(args.base)
             result["subjects"] = subject_experiment(base, Path(folder), args.subjects)

@@ -27,9 +27,20 @@ from dbnb.toybox.toys import (
 )
 
 __all__ = [
-    "ACCESSORIES", "COLORS", "KINDS", "PATCHED", "PATTERNS", "SCENES", "Toy", "named_toy", "photograph", "pixels",
-    "random_attributes", "random_toy", "rgb",
-]  # fmt: skip
+    "ACCESSORIES",
+    "COLORS",
+    "KINDS",
+    "PATCHED",
+    "PATTERNS",
+    "SCENES",
+    "Toy",
+    "named_toy",
+    "photograph",
+    "pixels",
+    "random_attributes",
+    "random_toy",
+    "rgb",
+]
 
 
 def photograph(toy: Toy, *, scene: str = "beach", seed: int = 0, size: int = 64, supersample: int = 2) -> Image.Image:

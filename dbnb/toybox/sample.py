@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dbnb.concept import SAMPLE_DIR
 from dbnb.toybox import Toy, photograph
 
+SAMPLE_DIR = Path(__file__).parents[1] / "sample"
 SAMPLE_TOY = Toy(kind="dog", body=(0.10, 0.66, 0.62), accent=(0.98, 0.80, 0.12), pattern="spotted", head=1.05)
 SIZE = 256
 # Folder -> (scene, view seed) of each picture: five to learn from, six to compare with.

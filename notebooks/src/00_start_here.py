@@ -55,8 +55,9 @@ import torch
 
 from dbnb import metrics, plots, widgets, workflow
 from dbnb.concept import Concept
-from dbnb.config import DreamBoothConfig, suggested
+from dbnb.config import DreamBoothConfig
 from dbnb.models import dtype_of, load_components
+from dbnb.presets import suggested
 from dbnb.tables import Table
 from dbnb.toybox import KINDS, SCENES
 from dbnb.toybox.sample import PICTURES
@@ -156,7 +157,7 @@ print(concept.class_prompt)
 
 # %%
 base = load_components(BASE, weight_dtype=dtype_of(config.mixed_precision)).to(device)
-before = validation_images(base, concept, config, count=8)
+before = validation_images(base, concept, config.sampling, count=8)
 del base  # its memory is for the one that will be trained
 labels = [concept.instance_prompt, concept.class_prompt]
 plots.show(
@@ -210,15 +211,17 @@ print("the instance loss fell:", last < first)
 # after. **Predict**: which of the toy's features will arrive: the teal, the spots, the yellow ears?
 
 # %%
-after = validation_images(session.components, concept, config, count=8)
+after = validation_images(session.components, concept, config.sampling, count=8)
 places = [SCENES[name] for name in before.scene_names]
 plots.show(
     plots.image_rows(
-        [before.scenes, after.scenes], labels=["before", "after"], titles=places,
+        [before.scenes, after.scenes],
+        labels=["before", "after"],
+        titles=places,
         title="Five photographs later: the same toy, wherever the words put it",
     ),
     alt="Upper row: dogs of any colour in eight places. Lower row: the teal dog in the same eight places",
-)  # fmt: skip
+)
 
 # %% [markdown]
 # **What you should see**: in the lower row the toy, in every place. The place comes from the words, as before; the toy
@@ -315,7 +318,7 @@ print("learned the toy, kept the places, kept the class")
 # from dbnb.validation import draw
 #
 # prompts = ["a photo of sks dog with a hat", "a photo of sks cat", "a photo of a green dog with yellow spots"]
-# rows = [draw(session.components, [prompt] * 6, config) for prompt in prompts]
+# rows = [draw(session.components, [prompt] * 6, config.sampling) for prompt in prompts]
 # plots.show(plots.image_rows(rows, labels=prompts), alt="dogs with hats, cats, green dogs with yellow spots")
 # ```
 #

@@ -54,11 +54,13 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import Image, ImageDraw
 
 from dbnb import plots, workflow
-from dbnb.concept import SAMPLE_DIR, Concept, inspect_images, load_image, token_report
+from dbnb.concept import SAMPLE_DIR, Concept
 from dbnb.config import DreamBoothConfig
 from dbnb.dataset import DreamBoothDataset
 from dbnb.models import encode_prompts, load_components
+from dbnb.pictures import inspect_images, load_image
 from dbnb.tables import Table
+from dbnb.tokens import token_report
 from dbnb.validation import draw
 
 workflow.quiet_libraries()
@@ -149,11 +151,14 @@ troubled = [folder / "telephone.jpg", folder / "cut-out.png"]
 stored = [Image.open(path).convert("RGB") for path in troubled]
 plots.show(
     plots.image_rows(
-        [stored, [load_image(path) for path in troubled]], labels=["the stored pixels", "as load_image gives them"],
-        titles=["marked as rotated", "transparent"], inches=1.6, title="What is stored is not what you see",
+        [stored, [load_image(path) for path in troubled]],
+        labels=["the stored pixels", "as load_image gives them"],
+        titles=["marked as rotated", "transparent"],
+        inches=1.6,
+        title="What is stored is not what you see",
     ),
     alt="Above, as stored: the dog on its side, and a dog on loud pink. Below, as loaded: upright, and on white",
-)  # fmt: skip
+)
 
 # %% [markdown]
 # **What you should see**: above, a dog on its side, and a dog in pink; a training on the upper row would learn both. Below,
@@ -176,11 +181,13 @@ print("photograph:", photographs[0].size, "| what training sees:", tuple(seen[0]
 squares = VaeImageProcessor().postprocess(torch.stack(seen))
 plots.show(
     plots.image_rows(
-        [photographs, squares], labels=["photograph", "what training sees"], inches=1.4,
+        [photographs, squares],
+        labels=["photograph", "what training sees"],
+        inches=1.4,
         title="Coarse, but the whole dog is in every square",
     ),
     alt="Upper row the photographs, lower row the same at the training resolution: coarse, but the dog is whole in each",
-)  # fmt: skip
+)
 
 # %% [markdown]
 # Photographs that are not square are cut: in the middle, or anywhere if `center_crop` is off. A long picture may lose its
@@ -195,12 +202,13 @@ middle, anywhere = (
 pieces = [middle[0]["instance_pixels"], *(anywhere[number]["instance_pixels"] for number in range(5))]
 plots.show(
     plots.show_images(
-        VaeImageProcessor().postprocess(torch.stack(pieces)), inches=1.3,
+        VaeImageProcessor().postprocess(torch.stack(pieces)),
+        inches=1.3,
         titles=["middle", *(f"random {number}" for number in range(5))],
         title="A random crop of a wide picture may cut the subject",
     ),
     alt="Six crops of one wide picture: the middle one shows the dog whole, random ones may cut it in two",
-)  # fmt: skip
+)
 
 # %% [markdown]
 # **What you should see**: the middle crop shows one whole dog; of the random ones, few do.
@@ -341,7 +349,7 @@ print("'sks' moves both states at least half as far as 'red' does")
 
 # %%
 prompts = ["a photo of a dog", "a photo of sks dog", "a photo of a red dog"]
-rows = [draw(components, [prompt] * 8, config) for prompt in prompts]
+rows = [draw(components, [prompt] * 8, config.sampling) for prompt in prompts]
 plots.show(
     plots.image_rows(rows, labels=prompts, title="'sks' has no colour of its own, 'red' has"),
     alt="The first two rows show dogs of many colours; the third shows red dogs only",

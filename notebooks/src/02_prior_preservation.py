@@ -55,7 +55,7 @@ import numpy as np
 from PIL import Image
 
 from dbnb import metrics, plots, workflow
-from dbnb.config import DreamBoothConfig
+from dbnb.config import DreamBoothConfig, Sampling
 from dbnb.models import load_components
 from dbnb.prior import class_images
 from dbnb.tables import Table
@@ -84,7 +84,7 @@ alone = workflow.trained(dataclasses.replace(config, with_prior_preservation=Fal
 
 # %%
 prompts = {"a photo of sks dog": 5, "a photo of a dog": 10, "a photo of a cat": 5}
-without = {prompt: draw(alone.components, [prompt] * count, config) for prompt, count in prompts.items()}
+without = {prompt: draw(alone.components, [prompt] * count, config.sampling) for prompt, count in prompts.items()}
 rows = [pictures[:5] for pictures in without.values()]
 plots.show(
     plots.image_rows(rows, labels=list(prompts), inches=1.3, title="Without class images 'dog' drifts to the toy"),
@@ -120,7 +120,7 @@ print(f"{config.max_train_steps} steps with {len(kept.prior.paths)} class images
 # **Predict**: the same three prompts, from the same noise?
 
 # %%
-with_prior = {prompt: draw(kept.components, [prompt] * count, config) for prompt, count in prompts.items()}
+with_prior = {prompt: draw(kept.components, [prompt] * count, config.sampling) for prompt, count in prompts.items()}
 rows = [pictures[:5] for pictures in with_prior.values()]
 plots.show(
     plots.image_rows(rows, labels=list(prompts), inches=1.3, title="With class images 'dog' is not the toy"),
@@ -163,8 +163,11 @@ browse({f"{number:04d}": picture for number, picture in enumerate(class_pictures
 base = load_components(config.base)
 encoders = metrics.load_encoders(base.base)
 toy = encoders.identity_features(kept.concept.images())
-dogs = {"base": class_pictures, "with\nclass images": with_prior["a photo of a dog"],
-        "without": without["a photo of a dog"]}  # fmt: skip
+dogs = {
+    "base": class_pictures,
+    "with\nclass images": with_prior["a photo of a dog"],
+    "without": without["a photo of a dog"],
+}
 drift = {}
 for name, pictures in dogs.items():
     features = encoders.identity_features(pictures)
@@ -207,8 +210,8 @@ os.environ["DBNB_CACHE"] = own_cache.name
 
 
 def ask(prompt: str, count: int, **changed):
-    options = dict(resolution=64, num_inference_steps=10, guidance_scale=4.0) | changed
-    made = class_images(base, prompt, count, **options)
+    sampling = dataclasses.replace(Sampling(num_inference_steps=10, guidance_scale=4.0, resolution=64), **changed)
+    made = class_images(base, prompt, count, sampling)
     print(f"{prompt!r}, {count}: {made.decision} ({made.reason})")
     return made
 
@@ -278,8 +281,8 @@ own_cache.cleanup()
 # rows = {}
 # for weight in (0.1, 10.0):
 #     one = workflow.trained(dataclasses.replace(config, prior_loss_weight=weight, max_train_steps=200))
-#     rows[f"{weight:g}: sks dog"] = draw(one.components, ["a photo of sks dog"] * 6, config)
-#     rows[f"{weight:g}: dog"] = draw(one.components, ["a photo of a dog"] * 6, config)
+#     rows[f"{weight:g}: sks dog"] = draw(one.components, ["a photo of sks dog"] * 6, config.sampling)
+#     rows[f"{weight:g}: dog"] = draw(one.components, ["a photo of a dog"] * 6, config.sampling)
 # plots.show(plots.image_rows(list(rows.values()), labels=list(rows)), alt="subject and class at two weights")
 # ```
 #

@@ -54,10 +54,10 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
 from dbnb import plots, toybox, workflow
-from dbnb.config import suggested
 from dbnb.metrics import through_vae
 from dbnb.models import ARCHITECTURES, encode_prompts, load_components, text_architecture
 from dbnb.planner import BASES
+from dbnb.presets import suggested
 from dbnb.tables import Table
 from dbnb.widgets import browse
 
@@ -163,11 +163,13 @@ errors = [np.asarray(a, dtype=float) - np.asarray(b, dtype=float) for a, b in zi
 psnr = [10 * np.log10(255**2 / (error**2).mean()) for error in errors]
 plots.show(
     plots.image_rows(
-        [originals, back], labels=["picture", "through the VAE"], titles=[f"{value:.1f} dB" for value in psnr],
+        [originals, back],
+        labels=["picture", "through the VAE"],
+        titles=[f"{value:.1f} dB" for value in psnr],
         title="Nearly all comes back; the smallest details do not",
     ),
     alt="Six toys, and the same after encoding and decoding: nearly equal, small details softer",
-)  # fmt: skip
+)
 
 # %% [markdown]
 # **What you should see**: the same toys, a little softer at eyes and edges. The titles are the PSNR of each pair, a
@@ -247,8 +249,10 @@ with torch.no_grad():
     )
     answers = components.unet(noise, 500, encoder_hidden_states=hidden).sample
 heard, used = ((values[1:] - values[:1]).flatten(1).norm(dim=1) for values in (hidden[:, -1], answers))
-shares = {word: {"last hidden state": (heard[i] / heard[0]).item(), "UNet's answer": (used[i] / used[0]).item()}
-          for i, word in enumerate(added)}  # fmt: skip
+shares = {
+    word: {"last hidden state": (heard[i] / heard[0]).item(), "UNet's answer": (used[i] / used[0]).item()}
+    for i, word in enumerate(added)
+}
 plots.show(
     plots.bars(
         shares, ylabel="change, as a share of red's", title="The text encoder hears 'sks', the base's UNet ignores it"
@@ -315,11 +319,12 @@ shown = [0, 2, 5, 8, 11, 14, 17, 19]
 plots.show(
     plots.image_rows(
         [[decode(trajectory[i]) for i in shown], [believed[i] for i in shown]],
-        labels=["the latents", "what it believes\nwill come out"], titles=[f"step {i}" for i in shown],
+        labels=["the latents", "what it believes\nwill come out"],
+        titles=[f"step {i}" for i in shown],
         title="The picture is decided long before it can be seen",
     ),
     alt="Upper row: noise that becomes a purple cat in the snow late. Lower row: a pale guess that sharpens step by step",
-)  # fmt: skip
+)
 
 # %% [markdown]
 # **What you should see**: in the upper row noise for a long time, and then quickly a cat. The lower row tells why: from
@@ -339,11 +344,13 @@ browse({f"step {i}": picture for i, picture in enumerate(believed)}, "denoising"
 distances = [float((belief - beliefs[-1]).norm()) for belief in beliefs]
 plots.show(
     plots.curves(
-        {"distance": (range(len(distances)), [d / distances[0] for d in distances])}, xlabel="step",
-        ylabel="distance of the guess from the result", title="The guess settles early, then details are mended",
+        {"distance": (range(len(distances)), [d / distances[0] for d in distances])},
+        xlabel="step",
+        ylabel="distance of the guess from the result",
+        title="The guess settles early, then details are mended",
     ),
     alt="A falling curve: the guess of the first step is far from the result, later ones ever nearer",
-)  # fmt: skip
+)
 
 # %% [markdown]
 # **What you should see**: the first few steps cover most of the way.

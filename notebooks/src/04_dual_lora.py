@@ -55,8 +55,9 @@ from torch import nn
 
 from dbnb import metrics, plots, workflow
 from dbnb.adapters import ATTENTION, adapted_modules, adapter_table, add_adapters, lora_targets, trainable_parameters
-from dbnb.config import DreamBoothConfig, suggested
+from dbnb.config import AdapterSettings, DreamBoothConfig
 from dbnb.models import encode_prompts, load_components
+from dbnb.presets import suggested
 from dbnb.tables import Table
 from dbnb.validation import draw, validation_images
 
@@ -211,8 +212,8 @@ def answers() -> dict[str, torch.Tensor]:
     return {"text encoder": hidden, "UNet": components.unet(noise, 500, encoder_hidden_states=hidden).sample}
 
 
-before, pictures = answers(), draw(components, ["a photo of sks dog"] * 4, config)
-add_adapters(components, lora_layers="all", rank=16, train_text_encoder=True, text_encoder_rank=8)
+before, pictures = answers(), draw(components, ["a photo of sks dog"] * 4, config.sampling)
+add_adapters(components, AdapterSettings(lora_layers="all", rank=16, train_text_encoder=True, text_encoder_rank=8))
 components
 
 # %% [markdown]
@@ -269,7 +270,7 @@ for name, answer in answers().items():
     print(f"largest change of the {name}'s answer:", (answer - before[name]).abs().max().item())
 
 # %%
-again = draw(components, ["a photo of sks dog"] * 4, config)
+again = draw(components, ["a photo of sks dog"] * 4, config.sampling)
 plots.show(
     plots.image_rows(
         [pictures, again], labels=["base", "with new adapters"], inches=1.2, title="New adapters change nothing"
@@ -299,7 +300,7 @@ for dtype in (torch.float32, torch.bfloat16):
 # %%
 # NBVAL_CHECK_OUTPUT
 half = load_components(config.base, weight_dtype=torch.bfloat16)
-add_adapters(half, rank=4)
+add_adapters(half, AdapterSettings(rank=4))
 print("base:", half.unet.conv_in.weight.dtype, "| adapters:", {p.dtype for _, p in trainable_parameters(half.unet)})
 
 # %% [markdown]
@@ -324,8 +325,9 @@ print(f"{name}: W {W.shape}, B {B.shape}, A {A.shape}; the change is {100 * rati
 # %%
 factor = np.abs(W).max() / np.abs(change).max()
 figure = plots.matrices(
-    {"W": W, "the change": change, f"the change, times {factor:.1f}": factor * change}, title="W is speckled, its change streaked"
-)  # fmt: skip
+    {"W": W, "the change": change, f"the change, times {factor:.1f}": factor * change},
+    title="W is speckled, its change streaked",
+)
 plots.show(
     figure,
     alt="Three matrices as pictures: W speckled, the change on the same scale, the change scaled up with streaks",
@@ -351,11 +353,13 @@ chance = np.random.default_rng(0).normal(size=W.shape)
 errors = {"pure chance": missing(chance), "W": missing(W), "the change": missing(change)}
 plots.show(
     plots.curves(
-        {which: (range(1, len(e) + 1), e) for which, e in errors.items()}, xlabel="rank of the approximation",
-        ylabel="share that is missing", title="W needs many directions, what was learned only a few",
+        {which: (range(1, len(e) + 1), e) for which, e in errors.items()},
+        xlabel="rank of the approximation",
+        ylabel="share that is missing",
+        title="W needs many directions, what was learned only a few",
     ),
     alt="Three falling curves: pure chance and W fall slowly, the change falls fast and reaches zero at its rank",
-)  # fmt: skip
+)
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -419,7 +423,7 @@ real = encoders.identity_features(photographs)
 top = metrics.ceiling(encoders, session.components, photographs, further, config.resolution)["subject_fidelity"]
 drawn, fidelity = {}, {}
 for name in ("attention only", "all layers"):
-    images = validation_images(sessions[name].components, concept, config, count=8, sets=("subject", "scenes"))
+    images = validation_images(sessions[name].components, concept, config.sampling, count=8, sets=("subject", "scenes"))
     drawn[name] = images.scenes
     fidelity[name] = metrics.subject_fidelity(encoders.identity_features([*images.subject, *images.scenes]), real)
 print(f"other photographs of the toy reach {top:.2f};", {name: round(value, 2) for name, value in fidelity.items()})
@@ -462,7 +466,7 @@ for name, one in sessions.items():
 for layers in ("attention", "all"):
     for rank in (1, 4, 16, 64):
         fresh = load_components(config.base)
-        add_adapters(fresh, lora_layers=layers, rank=rank)
+        add_adapters(fresh, AdapterSettings(lora_layers=layers, rank=rank))
         count = sum(p.numel() for _, p in trainable_parameters(fresh.unet))
         print(f"{layers:9} rank {rank:2}: {count:9,} parameters, file about {4 * count / 2**20:.2f} MiB")
 
@@ -486,7 +490,7 @@ for layers in ("attention", "all"):
 # settings = dict(lora_layers="conv1,conv2", max_train_steps=100)
 # only = workflow.trained(dataclasses.replace(config, **settings)).components
 # prompts = [concept.instance_prompt, concept.class_prompt]
-# rows = [draw(only, [prompt] * 6, config) for prompt in prompts]
+# rows = [draw(only, [prompt] * 6, config.sampling) for prompt in prompts]
 # plots.show(plots.image_rows(rows, labels=prompts), alt="subject and class with adapters on convolutions only")
 # ```
 #

@@ -73,10 +73,7 @@ workflow.quiet_libraries()
 config = DreamBoothConfig()
 concept = Concept.from_folder(None, config.identifier, config.class_word, resolution=config.resolution)
 components = load_components(config.base)
-prior = class_images(
-    components, concept.class_prompt, config.num_class_images, resolution=config.resolution,
-    num_inference_steps=config.num_inference_steps, guidance_scale=config.guidance_scale, seed=config.seed,
-)  # fmt: skip
+prior = class_images(components, concept.class_prompt, config.num_class_images, config.sampling)
 print(f"{len(concept.paths)} instance images, {len(prior.paths)} class images: {prior.decision}")
 
 # %% [markdown]
@@ -87,9 +84,13 @@ print(f"{len(concept.paths)} instance images, {len(prior.paths)} class images: {
 # %%
 # NBVAL_CHECK_OUTPUT
 dataset = DreamBoothDataset(
-    concept.paths, concept.instance_prompt, class_paths=prior.paths, class_prompt=concept.class_prompt,
-    size=config.resolution, seed=config.seed,
-)  # fmt: skip
+    concept.paths,
+    concept.instance_prompt,
+    class_paths=prior.paths,
+    class_prompt=concept.class_prompt,
+    size=config.resolution,
+    seed=config.seed,
+)
 for key, value in dataset[0].items():
     print(f"{key:16}", tuple(value.shape) if isinstance(value, torch.Tensor) else value)
 
@@ -107,11 +108,14 @@ print("class images, how many different:", len(set(drawn["class"])))
 rows = [[dataset.images[half][index] for index in indices] for half, indices in drawn.items()]
 plots.show(
     plots.image_rows(
-        rows, labels=list(drawn), titles=[f"sample {n}" for n in range(10)], inches=0.9,
+        rows,
+        labels=list(drawn),
+        titles=[f"sample {n}" for n in range(10)],
+        inches=0.9,
         title=f"{len(concept.paths)} photographs come round again, each with another class image",
     ),
     alt="Ten pairs: above, the five photographs twice, in two orders; below, ten different class images",
-)  # fmt: skip
+)
 
 # %% [markdown]
 # **What you should see**: each photograph twice, once in samples 0 to 4, once in 5 to 9, in another order. Every image is
@@ -228,9 +232,13 @@ print("equal:", torch.equal(batch_at(used, 137, 4)["pixel_values"], batch_at(fre
 
 # %%
 cached = DreamBoothDataset(
-    concept.paths, concept.instance_prompt, class_paths=prior.paths, class_prompt=concept.class_prompt,
-    size=config.resolution, seed=config.seed,
-)  # fmt: skip
+    concept.paths,
+    concept.instance_prompt,
+    class_paths=prior.paths,
+    class_prompt=concept.class_prompt,
+    size=config.resolution,
+    seed=config.seed,
+)
 started = time.perf_counter()
 count = cache_latents(cached, components.vae)
 encoding = time.perf_counter() - started
@@ -250,11 +258,13 @@ with torch.no_grad():
     decoded = [picture(components.vae.decode(latents).sample[0]) for latents in (posterior.mean, *samples)]
 plots.show(
     plots.show_images(
-        [cached.images["instance"][0], *decoded], titles=["photograph", "mean", *(f"sample {n}" for n in range(3))],
-        inches=1.5, title="Samples of one posterior look alike",
+        [cached.images["instance"][0], *decoded],
+        titles=["photograph", "mean", *(f"sample {n}" for n in range(3))],
+        inches=1.5,
+        title="Samples of one posterior look alike",
     ),
     alt="A photograph, its decoded mean, and three decoded samples: hardly to be told apart",
-)  # fmt: skip
+)
 print(f"deviation of one number between samples {posterior.std.mean():.3f}, ", end="")
 print(f"between the numbers of one picture {posterior.mean.std():.3f}")
 
@@ -293,9 +303,13 @@ print({prompt: tuple(hidden.shape) for prompt, (hidden, _) in embeddings.items()
 # noisy: compare, do not quote. **Predict**: which saves more, keeping latents or keeping text embeddings?
 
 # %%
-add_adapters(components, lora_layers=config.lora_layers, rank=config.rank)
-ways = {"nothing kept": (dataset, None), "latents kept": (cached, None),
-        "text embeddings\nkept": (dataset, embeddings), "both kept": (cached, embeddings)}  # fmt: skip
+add_adapters(components, config.adapters)
+ways = {
+    "nothing kept": (dataset, None),
+    "latents kept": (cached, None),
+    "text embeddings\nkept": (dataset, embeddings),
+    "both kept": (cached, embeddings),
+}
 seconds = {name: [] for name in ways}
 for number in range(7):  # the first one warms up
     for name, (data, known) in ways.items():

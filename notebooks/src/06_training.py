@@ -46,7 +46,6 @@ if importlib.util.find_spec("dbnb") is None:
 
 # %%
 import dataclasses
-import tempfile
 
 import numpy as np
 import torch
@@ -56,10 +55,11 @@ from PIL import Image
 
 from dbnb import metrics, plots, widgets, workflow
 from dbnb.adapters import add_adapters, trainable_parameters
-from dbnb.concept import SAMPLE_DIR, Concept, inspect_images
+from dbnb.concept import SAMPLE_DIR, Concept
 from dbnb.config import DreamBoothConfig
 from dbnb.dataset import DreamBoothDataset, cache_latents
 from dbnb.models import encode_prompts, load_components
+from dbnb.pictures import inspect_images
 from dbnb.prior import class_images
 from dbnb.training import batch_at, clean_latents, held_out_loss, training_step
 from dbnb.validation import draw
@@ -78,13 +78,9 @@ config = DreamBoothConfig(max_train_steps=160, train_text_encoder=True, learning
 print(f"adapters on {config.lora_layers} layers of the UNet and on the text encoder, rank {config.rank}")
 concept = Concept.from_folder(None, config.identifier, config.class_word, resolution=config.resolution)
 components = load_components(config.base)
-drawn = class_images(
-    components, concept.class_prompt, config.num_class_images + 8, resolution=config.resolution,
-    num_inference_steps=config.num_inference_steps, guidance_scale=config.guidance_scale, seed=config.seed,
-).paths  # fmt: skip
+drawn = class_images(components, concept.class_prompt, config.num_class_images + 8, config.sampling).paths
 trained_on, kept_back = drawn[: config.num_class_images], drawn[config.num_class_images :]
-layers = dict(lora_layers=config.lora_layers, rank=config.rank, train_text_encoder=config.train_text_encoder)
-add_adapters(components, **layers, seed=config.seed)
+add_adapters(components, config.adapters)
 
 # %% [markdown]
 # Two datasets: what is trained on, and a second one of the same form for the test, six *further* photographs of the toy
@@ -95,11 +91,15 @@ add_adapters(components, **layers, seed=config.seed)
 photographs = {"trained on": concept.paths, "kept back": inspect_images(SAMPLE_DIR / "references")[0]}
 dataset, further = (
     DreamBoothDataset(
-        paths, concept.instance_prompt, class_paths=class_paths, class_prompt=concept.class_prompt,
-        size=config.resolution, seed=config.seed,
+        paths,
+        concept.instance_prompt,
+        class_paths=class_paths,
+        class_prompt=concept.class_prompt,
+        size=config.resolution,
+        seed=config.seed,
     )
     for paths, class_paths in zip(photographs.values(), (trained_on, kept_back), strict=True)
-)  # fmt: skip
+)
 for name, data in zip(photographs, (dataset, further), strict=True):
     cache_latents(data, components.vae)
     print(f"{name}: {len(data.images['instance'])} photographs, {len(data.images['class'])} class images")
@@ -153,11 +153,13 @@ shares = {"of the picture": alphas[levels].sqrt().numpy(), "of the noise": (1 - 
 even = int((alphas < 0.5).nonzero()[0])
 plots.show(
     plots.curves(
-        {name: (levels, y) for name, y in shares.items()}, xlabel="t", ylabel="factor",
+        {name: (levels, y) for name, y in shares.items()},
+        xlabel="t",
+        ylabel="factor",
         title=f"Below t = {even} the picture has the larger share, above it the noise",
     ),
     alt="Two curves that cross: the picture's factor falls from 1 to nearly 0, the noise's rises from nearly 0 to 1",
-)  # fmt: skip
+)
 print(f"at t = 999 the picture still counts {alphas[999].sqrt():.3f}, the noise {(1 - alphas[999]).sqrt():.3f}")
 
 # %% [markdown]
@@ -219,15 +221,27 @@ def tint(x: torch.Tensor) -> list[Image.Image]:
 answer = prediction.detach()
 believed = a.sqrt() * noisy - (1 - a).sqrt() * answer
 errors = F.mse_loss(answer, target, reduction="none").mean((1, 2, 3))
-rows = {"clean": decode(latents), "noise": tint(noise), "noisy: what\nthe UNet sees": decode(noisy),
-        "target v: what\nit is asked": tint(target), "prediction:\nits answer": tint(answer),
-        "what it believes\nis the picture": decode(believed)}  # fmt: skip
+rows = {
+    "clean": decode(latents),
+    "noise": tint(noise),
+    "noisy: what\nthe UNet sees": decode(noisy),
+    "target v: what\nit is asked": tint(target),
+    "prediction:\nits answer": tint(answer),
+    "what it believes\nis the picture": decode(believed),
+}
+
+# %%
 titles = [f"t = {int(t)}\nerror {error:.2f}" for t, error in zip(timesteps, errors, strict=True)]
 plots.show(
-    plots.image_rows(list(rows.values()), labels=list(rows), titles=titles, inches=0.95,
-                     title="Under little noise the belief is sharp, under much it is a guess"),
+    plots.image_rows(
+        list(rows.values()),
+        labels=list(rows),
+        titles=titles,
+        inches=0.95,
+        title="Under little noise the belief is sharp, under much it is a guess",
+    ),
     alt="Six rows by eight columns: clean pictures, noise, noisy pictures, target, prediction, the model's belief",
-)  # fmt: skip
+)
 
 # %% [markdown]
 # **What you should see**: at $t = 50$ the target is nearly the noise in the second row, at $t = 950$ nearly the clean *latents*
@@ -311,7 +325,7 @@ def measure(step: int) -> None:
     losses = (same["instance_loss"], new["instance_loss"], new["prior_loss"])
     for values, value in zip(held_out.values(), losses, strict=True):
         values[step] = value
-    samples[step] = draw(components, [concept.instance_prompt] * 4, config)
+    samples[step] = draw(components, [concept.instance_prompt] * 4, config.sampling)
     likeness[step] = metrics.subject_fidelity(encoders.identity_features(samples[step]), real)
 
 
@@ -374,12 +388,14 @@ for step in range(config.max_train_steps):
 # %%
 plots.show(
     plots.curves(
-        {name: (list(values), list(values.values())) for name, values in held_out.items()}, xlabel="step",
-        ylabel="held-out mean squared error", colors=plots.HELD_OUT,
+        {name: (list(values), list(values.values())) for name, values in held_out.items()},
+        xlabel="step",
+        ylabel="held-out mean squared error",
+        colors=plots.HELD_OUT,
         title="It learns the toy and not just these photographs, and loses little of the class",
     ),
     alt="Three lines: the loss falls on the photographs and on further ones, on other dogs it changes less",
-)  # fmt: skip
+)
 
 # %% [markdown]
 # **What you should see**: the photographs' line falls first and furthest; that of the further photographs follows it, since
@@ -402,11 +418,13 @@ print("learned the photographs, learned the toy, kept the class")
 # %%
 plots.show(
     plots.image_rows(
-        list(samples.values()), labels=[f"step {step}:\nlikeness {likeness[step]:.2f}" for step in samples], inches=1.2,
+        list(samples.values()),
+        labels=[f"step {step}:\nlikeness {likeness[step]:.2f}" for step in samples],
+        inches=1.2,
         title="The same noise: from any dog towards the toy",
     ),
     alt="Five rows of four dogs from the same noise: any dogs at step 0, dogs in the toy's colours further down",
-)  # fmt: skip
+)
 
 # %% [markdown]
 # **What you should see**: what is coarse comes first, the colour of the body; the yellow and the pattern follow. The default
@@ -429,6 +447,8 @@ print("nearer to the photographs than at first:", last > first)
 # Here are its first five steps, on a fresh copy of the base:
 
 # %%
+import tempfile
+
 from dbnb.training import train
 
 folder = tempfile.TemporaryDirectory()
@@ -436,7 +456,7 @@ short = dataclasses.replace(
     config, max_train_steps=5, output_dir=folder.name, checkpointing_steps=0, validation_steps=0
 )
 another = load_components(short.base)
-add_adapters(another, **layers, seed=short.seed)
+add_adapters(another, short.adapters)
 theirs = train(short, another, dataset)
 folder.cleanup()
 
@@ -474,7 +494,7 @@ print(len(pairs), "losses; train and the cell agree:", all(abs(a - b) < 1e-3 * b
 #
 # ```python
 # burnt = load_components(config.base)
-# add_adapters(burnt, **layers)
+# add_adapters(burnt, config.adapters)
 # weights = [p for m in (burnt.unet, burnt.text_encoder) for _, p in trainable_parameters(m)]
 # optimizer = torch.optim.AdamW(weights, lr=0.02)
 # for number in range(20):
@@ -482,7 +502,7 @@ print(len(pairs), "losses; train and the cell agree:", all(abs(a - b) < 1e-3 * b
 #     optimizer.step()
 #     optimizer.zero_grad()
 # print(held_out_loss(burnt, further, batches=6))
-# plots.show(plots.show_images(draw(burnt, [concept.instance_prompt] * 6, config)), alt="six pictures, fallen apart")
+# plots.show(plots.show_images(draw(burnt, [concept.instance_prompt] * 6, config.sampling)), alt="six pictures, fallen apart")
 # ```
 #
 # 3. No: they are other pictures, and some pictures are harder to denoise than others. Compare each line with its own

@@ -58,8 +58,8 @@ from safetensors import safe_open
 
 from dbnb import export, metrics, miniature, plots, widgets, workflow
 from dbnb.config import DreamBoothConfig
+from dbnb.drawing import draw_images, image_seed
 from dbnb.models import load_components
-from dbnb.prior import draw_images, image_seed
 from dbnb.tables import Table
 from dbnb.toybox import SCENES
 from dbnb.validation import SENTENCES, draw, from_references, validation_images
@@ -87,15 +87,16 @@ concept, further = session.concept, workflow.references(config)
 
 # %%
 base = load_components(config.base)
-before = validation_images(base, concept, config, count=8, references=further)
-after = validation_images(session.components, concept, config, count=8, references=further)
+before = validation_images(base, concept, config.sampling, count=8, references=further)
+after = validation_images(session.components, concept, config.sampling, count=8, references=further)
 plots.show(
     plots.image_rows(
-        [before.subject, after.subject], labels=["before", "after"],
+        [before.subject, after.subject],
+        labels=["before", "after"],
         title=f"'{concept.instance_prompt}' has come to mean the toy",
     ),
     alt="Before: dogs of many colours. After: the teal toy with yellow spots in each picture",
-)  # fmt: skip
+)
 
 # %% [markdown]
 # **What you should see**: any dogs above, the toy below. One or two that are not quite it are normal: they are the ones to
@@ -108,11 +109,13 @@ plots.show(
 places = [SCENES[name] for name in before.scene_names]
 plots.show(
     plots.image_rows(
-        [before.scenes, after.scenes], labels=["before", "after"], titles=places,
+        [before.scenes, after.scenes],
+        labels=["before", "after"],
+        titles=places,
         title="The toy, in the place that was asked for",
     ),
     alt="Two rows in eight places, beach to moon: above dogs of many colours, below the teal toy",
-)  # fmt: skip
+)
 
 # %% [markdown]
 # **What you should see**: places stay what they were before training, also those without a photograph, and the dog in them
@@ -131,7 +134,7 @@ plots.show(
         [before.classes, after.classes], labels=["before", "after"], title=f"'{concept.class_prompt}' is still any dog"
     ),
     alt="Two rows of dogs of many colours: the bare class prompt before and after training",
-)  # fmt: skip
+)
 
 # %% [markdown]
 # **What you should see**: still many dogs. A little teal here and there is normal; eight teal dogs would be drift (notebook
@@ -160,7 +163,7 @@ print("nearer to the toy than the base is; dogs are still varied")
 # the training prompt's fidelity, and which will be the worst?
 
 # %%
-said = validation_images(session.components, concept, config, count=4 * len(SENTENCES), sets=("sentences",))
+said = validation_images(session.components, concept, config.sampling, count=4 * len(SENTENCES), sets=("sentences",))
 real = encoders.identity_features(concept.images())
 cosines = (encoders.identity_features(said.sentences) @ real.T).mean(1)
 numbers_of = {
@@ -197,7 +200,7 @@ plots.show(
         title=f"Nearest to the toy: '{ranked[0]}'; furthest from it: '{ranked[-1]}'",
     ),
     alt="Four rows of two pictures: the two sentences with the highest fidelity, and the two with the lowest",
-)  # fmt: skip
+)
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -225,14 +228,17 @@ print("on average, other sentences reach more than 70 % of what the training pro
 
 # %%
 others, levels = before.classes[:4], (0.3, 0.5, 0.7, 0.9)
-redrawn = [from_references(session.components, others, concept.instance_prompt, config, strength=s) for s in levels]
+redrawn = [
+    from_references(session.components, others, concept.instance_prompt, config.sampling, strength=s) for s in levels
+]
 plots.show(
     plots.image_rows(
-        [others, *redrawn], labels=["other dogs", *(f"strength {s}" for s in levels)],
+        [others, *redrawn],
+        labels=["other dogs", *(f"strength {s}" for s in levels)],
         title="The more noise, the more of the toy, and the less of the picture",
     ),
     alt="Dogs of several colours; redrawn with growing strength they turn into the teal toy, the place kept longest",
-)  # fmt: skip
+)
 
 # %% [markdown]
 # **What you should see**: at 0.3 the old dog, touched up; at 0.9 the toy, mostly still in the old place and pose, now and then
@@ -305,17 +311,19 @@ elsewhere = pipeline(
 # difference of any pixel?
 
 # %%
-here = draw(session.components, ["a photo of sks dog on the beach"] * 4, config, seeds=[0, 1, 2, 3])
+here = draw(session.components, ["a photo of sks dog on the beach"] * 4, config.sampling, seeds=[0, 1, 2, 3])
 difference = max(
     int(np.abs(np.asarray(a, dtype=int) - np.asarray(b, dtype=int)).max()) for a, b in zip(here, elsewhere, strict=True)
 )
 plots.show(
     plots.image_rows(
-        [here, elsewhere], labels=["as trained", "reloaded"], inches=1.3,
+        [here, elsewhere],
+        labels=["as trained", "reloaded"],
+        inches=1.3,
         title=f"At most {difference} of 255 grey levels apart",
     ),
     alt="Two rows of four teal dogs on the beach, equal column by column",
-)  # fmt: skip
+)
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -336,7 +344,7 @@ def drawn(strengths: dict[str, float], prompt: str = concept.instance_prompt, co
     """Pictures by plain diffusers with each part's adapters at this strength, always from the same noise."""
     pipe.set_adapters("toy", dict(strengths))
     seeds = [image_seed(3, index) for index in range(count)]
-    return draw_images(pipe, [prompt] * count, seeds, resolution=config.resolution, batch_size=8, **sampling)
+    return draw_images(pipe, [prompt] * count, seeds, config.sampling)
 
 
 def likeness(pictures: list) -> float:
@@ -355,7 +363,7 @@ plots.show(
         title="From any dog to the toy, and past it",
     ),
     alt="Three dogs at seven strengths: any dog at 0, the toy at 1, and overdone beyond",
-)  # fmt: skip
+)
 
 # %%
 widgets.browse({f"{s:g}": by_strength[s][0] for s in strengths}, "strength")
@@ -399,11 +407,12 @@ by_half = {name: drawn(strengths, prompt, count=5, pipe=both_parts) for name, st
 scores = {name: likeness(pictures) for name, pictures in by_half.items()}
 plots.show(
     plots.image_rows(
-        list(by_half.values()), labels=[f"{name}:\nlikeness {scores[name]:.2f}" for name in by_half],
+        list(by_half.values()),
+        labels=[f"{name}:\nlikeness {scores[name]:.2f}" for name in by_half],
         title=f"Nearest to the toy: {max(scores, key=scores.get)}",
     ),
     alt="Four rows of dogs on a beach: with neither half any dogs, with one alone more or less of the toy, with both the toy",
-)  # fmt: skip
+)
 
 # %% [markdown]
 # **What you should see**: the text encoder's adapters can only ask for what the frozen UNet can already paint, so their row
@@ -416,11 +425,12 @@ of_class = {name: drawn(s, concept.class_prompt, count=5, pipe=both_parts) for n
 leaked = {name: likeness(pictures) for name, pictures in of_class.items()}
 plots.show(
     plots.image_rows(
-        list(of_class.values()), labels=[f"{name}:\nlikeness {leaked[name]:.2f}" for name in of_class],
+        list(of_class.values()),
+        labels=[f"{name}:\nlikeness {leaked[name]:.2f}" for name in of_class],
         title=f"'{concept.class_prompt}': nobody has named the toy",
     ),
     alt="Four rows of dogs for the bare class prompt, with neither half of the adapters, with each alone, and with both",
-)  # fmt: skip
+)
 
 # %%
 # NBVAL_CHECK_OUTPUT

@@ -60,12 +60,12 @@ import torch
 
 from dbnb import metrics, plots, toybox, workflow
 from dbnb.adapters import adapted_modules, trainable_parameters
+from dbnb.checkpoints import versions
 from dbnb.config import DreamBoothConfig
 from dbnb.metrics import diversity, subject_fidelity
 from dbnb.models import fingerprint, load_components
 from dbnb.tables import Table
 from dbnb.toybox import SCENES
-from dbnb.training import versions
 from dbnb.validation import validation_images
 
 workflow.quiet_libraries()
@@ -82,7 +82,9 @@ session = workflow.trained(config)
 base = load_components(config.base)
 encoders = metrics.load_encoders(base.base)
 concept, photographs, further = session.concept, session.concept.images(), workflow.references(config)
-before, after = (validation_images(one, concept, config, count=COUNT, sets=SETS) for one in (base, session.components))
+before, after = (
+    validation_images(one, concept, config.sampling, count=COUNT, sets=SETS) for one in (base, session.components)
+)
 
 # %% [markdown]
 # ## Is it the same toy?
@@ -104,11 +106,14 @@ spaces = {"identity encoder": encoders.identity_features, "CLIP's image half": e
 features = {name: encode(pictures) for name, encode in spaces.items()}
 plots.show(
     plots.matrices(
-        {name: (v @ v.T).numpy() for name, v in features.items()}, groups={name: len(g) for name, g in groups.items()},
-        inches=3.4, unit="cosine", title="One toy is one block for the identity encoder, wherever it stands",
+        {name: (v @ v.T).numpy() for name, v in features.items()},
+        groups={name: len(g) for name, g in groups.items()},
+        inches=3.4,
+        unit="cosine",
+        title="One toy is one block for the identity encoder, wherever it stands",
     ),
     alt="Two matrices of similarities: for the identity encoder all photographs of the toy are alike, other dogs are not",
-)  # fmt: skip
+)
 
 # %% [markdown]
 # **What you should see**: on the left one dark red block for all photographs of the toy, trained on or not, and pale rows for
@@ -155,10 +160,15 @@ real = encoders.identity_features(photographs)
 found = {name: subject_fidelity(encoders.identity_features(pictures), real) for name, pictures in taken.items()}
 titles = [f"{name}\n{found[name]:.2f}" for name in toys]
 plots.show(
-    plots.show_images([pictures[1] for pictures in taken.values()], titles=titles, columns=9, inches=1.35,
-                      title="Look-alikes, and their similarity to the photographs"),
+    plots.show_images(
+        [pictures[1] for pictures in taken.values()],
+        titles=titles,
+        columns=9,
+        inches=1.35,
+        title="Look-alikes, and their similarity to the photographs",
+    ),
     alt="Nine toys: ours, seven that differ from it in hue, pattern, accent, accessory or proportions, and another dog",
-)  # fmt: skip
+)
 
 # %%
 scales = {
@@ -209,10 +219,11 @@ states = {"floor": "the base", "after": "after training", "ceiling": "other phot
 plots.show(
     plots.bars(
         {name: {label: numbers[state][key] for state, label in states.items()} for name, key in scale.items()},
-        ylabel="similarity to the photographs", title="Training lifts similarity from the floor towards the ceiling",
+        ylabel="similarity to the photographs",
+        title="Training lifts similarity from the floor towards the ceiling",
     ),
     alt="Two groups of three rising bars: the base, after training, other photographs",
-)  # fmt: skip
+)
 
 # %% [markdown]
 # **What you should see**: three steps up in each group. CLIP's floor is high, which leaves it little room.
@@ -263,10 +274,14 @@ means = values[picks].mean(1)
 low, high = means.quantile(0.025).item(), means.quantile(0.975).item()
 title = f"{len(values)} pictures: {values.mean():.2f}, and 95 of 100 such means between {low:.2f} and {high:.2f}"
 plots.show(
-    plots.histogram(means.tolist(), xlabel="mean similarity to the photographs", title=title,
-                    marks={"measured": values.mean().item(), "2.5 %": low, "97.5 %": high}),
+    plots.histogram(
+        means.tolist(),
+        xlabel="mean similarity to the photographs",
+        title=title,
+        marks={"measured": values.mean().item(), "2.5 %": low, "97.5 %": high},
+    ),
     alt="A bell of two thousand means around the measured one, with its two ends marked",
-)  # fmt: skip
+)
 
 # %% [markdown]
 # **What you should see**: a bell around the measured value. That is the error of the *pictures*. Another seed in training, or
@@ -355,8 +370,8 @@ def measure(name: str, seed: int = 0) -> dict:
         settings["base"] = base_with_vector_of(word)
     one = workflow.trained(dataclasses.replace(config, **settings))
     if {"base", "identifier"} & settings.keys():
-        start = validation_images(load_components(one.config.base), one.concept, config, count=COUNT)
-    kept[name] = validation_images(one.components, one.concept, config, count=COUNT, sets=SETS)
+        start = validation_images(load_components(one.config.base), one.concept, config.sampling, count=COUNT)
+    kept[name] = validation_images(one.components, one.concept, config.sampling, count=COUNT, sets=SETS)
     return row(name, one, workflow.measured(one, start, kept[name], encoders, further)["after"])
 
 
@@ -463,9 +478,11 @@ Table(
 points = {name: (over_seeds(name, columns[0])[0], over_seeds(name, columns[2])[0]) for name in rows}
 poorest = min(points, key=lambda name: points[name][1])
 figure = plots.scatter(
-    points, xlabel="subject fidelity (0 the base, 1 real photographs)", ylabel="class diversity, after / before",
+    points,
+    xlabel="subject fidelity (0 the base, 1 real photographs)",
+    ylabel="class diversity, after / before",
     title=f"Best is the upper right; least of the class is left by '{poorest}'",
-)  # fmt: skip
+)
 for name, (x, y) in points.items():
     if len(rows[name]) > 1:
         spreads = [over_seeds(name, column)[1] for column in (columns[0], columns[2])]
@@ -491,10 +508,14 @@ for what, setting, default in (("steps", "max_train_steps", config.max_train_ste
         means = [over_seeds(at[value], column)[0] for value in x]
         lines[f"{measured} by {what}"] = ([value / default for value in x], means)
 plots.show(
-    plots.curves(lines, xlabel="setting, as a multiple of the default", ylabel="share",
-                 title=f"1 is the default: {config.max_train_steps} steps, rank {config.rank}"),
+    plots.curves(
+        lines,
+        xlabel="setting, as a multiple of the default",
+        ylabel="share",
+        title=f"1 is the default: {config.max_train_steps} steps, rank {config.rank}",
+    ),
     alt="Fidelity and diversity against the number of steps and against the rank, as multiples of the defaults",
-)  # fmt: skip
+)
 
 # %% [markdown]
 # **What you should see**: the first *steps* bring most of the fidelity, and later ones less and less, at the same price a step.
@@ -528,12 +549,13 @@ shown = {name: kept[name] for name in dict.fromkeys(("default", other[0]))}
 reached = [f"{name}: {next(reversed(fresh[name].values()))['numbers'][columns[0]]:.2f}" for name in shown]
 plots.show(
     plots.image_rows(
-        [images.scenes[:8] for images in shown.values()], labels=list(shown),
+        [images.scenes[:8] for images in shown.values()],
+        labels=list(shown),
         titles=[SCENES[name] for name in after.scene_names[:8]],
         title=f"From base (0) to photograph (1), {', '.join(reached)}",
     ),
     alt="Two rows of dogs in eight places: the default training above, the shorter one below",
-)  # fmt: skip
+)
 
 # %% [markdown]
 # **What you should see**: after a hundred steps the places are right, since the base knew them before. Compare the body's
@@ -551,11 +573,12 @@ nearest = (clip_drawn @ clip_real.T).argmax(1)
 plots.show(
     plots.image_rows(
         [after.scenes[:8], [photographs[int(i)].resize((64, 64)) for i in nearest]],
-        labels=["drawn", "nearest photograph"], titles=[SCENES[name] for name in after.scene_names[:8]],
+        labels=["drawn", "nearest photograph"],
+        titles=[SCENES[name] for name in after.scene_names[:8]],
         title="The nearest photograph shares the toy, and the place where it has it",
     ),
     alt="Upper row: the toy drawn in eight places. Lower row: the nearest photograph of each, in the same place where it has one",
-)  # fmt: skip
+)
 
 # %%
 for name, found in (("drawn", clip_drawn), ("further photographs", clip_further)):

@@ -56,7 +56,6 @@ if importlib.util.find_spec("dbnb") is None:
 
 # %%
 import dataclasses
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -67,10 +66,11 @@ from safetensors.torch import load_file, save_file
 
 from dbnb import export, metrics, plots, toybox, workflow
 from dbnb.adapters import ATTENTION, adapted_modules, add_adapters, trainable_parameters
-from dbnb.concept import SAMPLE_DIR, inspect_images, load_image
-from dbnb.config import DreamBoothConfig
+from dbnb.config import AdapterSettings, DreamBoothConfig
 from dbnb.dataset import DreamBoothDataset, cache_latents
 from dbnb.models import load_components
+from dbnb.pictures import inspect_images, load_image
+from dbnb.toybox.sample import SAMPLE_DIR
 from dbnb.training import batch_at, held_out_loss, train, training_step
 from dbnb.validation import draw
 
@@ -81,6 +81,8 @@ workflow.quiet_libraries()
 # steps at a high rate. That is enough to break.
 
 # %%
+import tempfile
+
 config = DreamBoothConfig()
 good = workflow.trained(config)
 base, concept = load_components(config.base), good.concept
@@ -88,7 +90,6 @@ SUBJECT, CLASS = concept.instance_prompt, concept.class_prompt
 BEACH = f"{SUBJECT} {toybox.SCENES['beach']}"
 SHORT = dict(max_train_steps=50, learning_rate=2e-3, num_class_images=20)
 SHORT["lr_scheduler"] = "constant"
-ADAPTERS = dict(lora_layers=config.lora_layers, rank=config.rank, train_text_encoder=config.train_text_encoder)
 models, drawings = {"base": base, "good": good.components}, {}
 encoders = metrics.load_encoders(base.base)
 photographs = encoders.identity_features(concept.images())
@@ -100,7 +101,7 @@ folder = Path(temporary.name)
 def drawn(name: str, prompt: str = SUBJECT) -> list:
     """Six pictures by one of the models, always from the same noise; each is drawn once."""
     if (name, prompt) not in drawings:
-        drawings[name, prompt] = draw(models[name], [prompt] * 6, config)
+        drawings[name, prompt] = draw(models[name], [prompt] * 6, config.sampling)
     return drawings[name, prompt]
 
 
@@ -197,12 +198,15 @@ compare("good", "rate 2e-2", prompt=BEACH, title="burnt", alt="The teal toy on a
 losses = {name: held_out_loss(models[name], further, batches=6) for name in ("base", "good", "rate 2e-2")}
 plots.show(
     plots.bars(
-        {"the toy": {name: loss["instance_loss"] for name, loss in losses.items()},
-         "other dogs": {name: loss["prior_loss"] for name, loss in losses.items()}},
-        ylabel="held-out loss", title="A burnt model is worse than the base",
+        {
+            "the toy": {name: loss["instance_loss"] for name, loss in losses.items()},
+            "other dogs": {name: loss["prior_loss"] for name, loss in losses.items()},
+        },
+        ylabel="held-out loss",
+        title="A burnt model is worse than the base",
     ),
     alt="Two groups of three bars: the good training is at or below the base, the burnt one above both",
-)  # fmt: skip
+)
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -222,16 +226,19 @@ print("burnt: worse than the base at dogs, worse than a good training at the toy
 alone = DreamBoothDataset(concept.paths[:1], SUBJECT, size=config.resolution)
 _ = cache_latents(alone, base.vae)
 models["one photograph"] = learner = load_components(config.base)
-add_adapters(learner, **ADAPTERS)
+add_adapters(learner, config.adapters)
 curve = {"the one photograph": {}, "further photographs": {}}
 for done in steps(learner, (batch_at(alone, n, 4) for n in range(100)), rate=5e-3):
     if done % 20 == 0:
         for name, data in zip(curve, (alone, further), strict=True):
             curve[name][done] = held_out_loss(learner, data, batches=6)["instance_loss"]
 compare(
-    "good", "one photograph", prompt=BEACH, title="and it stands where it stood",
+    "good",
+    "one photograph",
+    prompt=BEACH,
+    title="and it stands where it stood",
     alt="Above the toy on a beach; below the same picture again and again, the toy in the desert",
-)  # fmt: skip
+)
 
 # %% [markdown]
 # **Seen**: nearly the same picture, again and again; the place in the prompt is mostly ignored. Five photographs trained for too long end
@@ -241,11 +248,13 @@ compare(
 # %%
 plots.show(
     plots.curves(
-        {name: (list(values), list(values.values())) for name, values in curve.items()}, xlabel="step",
-        ylabel="held-out loss", title="Overfitting is the gap between the lines",
+        {name: (list(values), list(values.values())) for name, values in curve.items()},
+        xlabel="step",
+        ylabel="held-out loss",
+        title="Overfitting is the gap between the lines",
     ),
     alt="The loss on the one photograph falls fast; on further photographs it rises, or falls less",
-)  # fmt: skip
+)
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -270,9 +279,13 @@ print("the gap has grown, and CLIP finds fewer beaches")
 drifted = dataclasses.replace(config, with_prior_preservation=False, max_train_steps=200)
 models["no class images"] = workflow.trained(drifted).components
 compare(
-    "base", "no class images", "good", prompt=CLASS, title="without class images a dog is the toy",
+    "base",
+    "no class images",
+    "good",
+    prompt=CLASS,
+    title="without class images a dog is the toy",
     alt="Three rows: varied dogs, teal dogs, varied dogs",
-)  # fmt: skip
+)
 
 # %% [markdown]
 # **Seen**: the class word has drifted. **The check**: how varied are pictures of the bare class prompt, and how near are
@@ -302,11 +315,13 @@ bare = folder / "without_header.safetensors"
 save_file(load_file(whole), bare)
 for name, path in (("with header", whole), ("without", bare)):
     pipeline = export.reload_pipeline(strong, path)
-    drawings[name, SUBJECT] = draw(strong, [SUBJECT] * 6, config, pipeline=pipeline)
+    drawings[name, SUBJECT] = draw(strong, [SUBJECT] * 6, config.sampling, pipeline=pipeline)
 compare(
-    "with header", "without", title="the same matrices at another strength",
+    "with header",
+    "without",
+    title="the same matrices at another strength",
     alt="With the header dogs near the toy; without it dogs further from it, from the same matrices",
-)  # fmt: skip
+)
 
 # %% [markdown]
 # **Seen**: two different rows. Without the header a loader takes alpha = rank: here a quarter of what was trained.
@@ -316,7 +331,7 @@ compare(
 # %%
 # NBVAL_CHECK_OUTPUT
 try:
-    export.verify_reload(strong, bare, concept, config)
+    export.verify_reload(strong, bare, concept, config.sampling)
 except ValueError as error:
     print(str(error).split(" (difference")[0].replace(str(bare), "the file without header"))
 
@@ -337,13 +352,16 @@ def interleaved(number: int) -> dict:
 
 
 models["mixed up"] = mixed = load_components(config.base)
-add_adapters(mixed, **ADAPTERS)
+add_adapters(mixed, config.adapters)
 for _ in steps(mixed, map(interleaved, range(50)), rate=2e-3):
     pass
 compare(
-    "good", "mixed up", prompt=CLASS, title="half of the toy was trained as 'a dog'",
+    "good",
+    "mixed up",
+    prompt=CLASS,
+    title="half of the toy was trained as 'a dog'",
     alt="Above varied dogs; below dogs that have much of the teal toy",
-)  # fmt: skip
+)
 
 # %% [markdown]
 # **Seen**: the toy's teal and yellow among the dogs, although there were class images. **The check**: look at one batch
@@ -378,7 +396,7 @@ changes, still, formats = {}, {}, {}
 for name in ("as peft adds it", "add_adapters"):
     half = load_components(config.base, weight_dtype=torch.bfloat16)
     if name == "add_adapters":
-        add_adapters(half, rank=4)
+        add_adapters(half, AdapterSettings(rank=4))
     else:
         half.unet.add_adapter(low_rank)
     matrices = [p for key, p in trainable_parameters(half.unet) if "lora_A" in key]
@@ -424,9 +442,12 @@ for number in range(20):
 cats = workflow.trained(dataclasses.replace(config, **SHORT, class_data_dir=str(stale)))
 models["cats as class"] = cats.components
 compare(
-    "good", "cats as class", prompt=CLASS, title="class images of cats do not hold it",
+    "good",
+    "cats as class",
+    prompt=CLASS,
+    title="class images of cats do not hold it",
     alt="Above dogs; below dogs that have changed, towards the toy's colours or towards cats",
-)  # fmt: skip
+)
 
 # %% [markdown]
 # **Seen**: the class images of cats do not protect the dogs. Compare with the row above: dogs may have taken on the toy's
@@ -493,7 +514,7 @@ print("load_image follows the note:", errors["with the note"] < 10)
 
 # %%
 models["after one nan"] = broken = load_components(config.base)
-add_adapters(broken, rank=4)
+add_adapters(broken, AdapterSettings(rank=4))
 bias = broken.unet.conv_out.bias
 value = bias[0].item()
 with torch.no_grad():
@@ -511,7 +532,7 @@ with np.errstate(invalid="ignore"):  # a nan has no grey level: that is what we 
 
 # %%
 fresh, refused = load_components(config.base), "nothing was refused"
-add_adapters(fresh, rank=4)
+add_adapters(fresh, AdapterSettings(rank=4))
 with torch.no_grad():
     fresh.unet.conv_out.bias[0] = float("nan")
 try:

@@ -47,7 +47,6 @@ if importlib.util.find_spec("dbnb") is None:
 
 # %%
 import functools
-import statistics
 import tempfile
 import time
 
@@ -55,10 +54,11 @@ import torch
 
 from dbnb import plots, workflow
 from dbnb.adapters import adapted_modules, add_adapters, train_mode, trainable_parameters
-from dbnb.config import PRESETS, DreamBoothConfig
+from dbnb.config import DreamBoothConfig
 from dbnb.dataset import DreamBoothDataset, cache_latents
 from dbnb.models import load_components
 from dbnb.planner import BASES, training_memory
+from dbnb.presets import PRESETS
 from dbnb.tables import Table
 from dbnb.toybox import SCENES
 from dbnb.training import batch_at, training_step
@@ -106,11 +106,12 @@ def short(name: str) -> str:
 plans = {name: memory(name) for name in BASES}
 plots.show(
     plots.bars(
-        {short(name): plan for name, plan in plans.items()}, ylabel="GiB",
+        {short(name): plan for name, plan in plans.items()},
+        ylabel="GiB",
         title="Adapters hardly count: weights and activations fill the card",
     ),
     alt="For each base three bars: weights, adapters, activations; the adapters' bar can hardly be seen",
-)  # fmt: skip
+)
 
 # %% [markdown]
 # **What you should see**: no: activations for Stable Diffusion 2.1 and XL; weights for 1.5, and by far for DeepFloyd IF, whose
@@ -141,16 +142,23 @@ print("for every base adapters take less than a tenth of what the weights take")
 
 # %%
 LIBRARIES = 2.0
-switches = {"8 pictures": memory(SD, pictures=8), "2 pictures": memory(SD), "rank 4": memory(SD, rank=4),
-            "checkpointing": memory(SD, True), "8, with\ncheckpointing": memory(SD, True, 8)}  # fmt: skip
+switches = {
+    "8 pictures": memory(SD, pictures=8),
+    "2 pictures": memory(SD),
+    "rank 4": memory(SD, rank=4),
+    "checkpointing": memory(SD, True),
+    "8, with\ncheckpointing": memory(SD, True, 8),
+}
 cards = {f"{size} GB": size for size in (8, 16, 24)}
 plots.show(
     plots.bars(
-        {name: {"in all": sum(plan.values()) + LIBRARIES} for name, plan in switches.items()}, ylabel="GiB", marks=cards,
+        {name: {"in all": sum(plan.values()) + LIBRARIES} for name, plan in switches.items()},
+        ylabel="GiB",
+        marks=cards,
         title=f"{SD}: pictures and checkpointing count, the rank does not",
     ),
     alt="Five bars against the lines of three cards: fewer pictures and gradient checkpointing lower them, the rank does not",
-)  # fmt: skip
+)
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -163,13 +171,15 @@ print(f"8 pictures keep {many / few:.1f} times what 2 keep; checkpointing leaves
 # here, on the miniature: six steps each way, the median of the last five.
 
 # %%
+import statistics
+
 config = DreamBoothConfig()
 session = workflow.trained(config)
 dataset = DreamBoothDataset(session.concept.paths, session.concept.instance_prompt, size=config.resolution)
 seconds = {}
 for checkpointing in (False, True):
     parts = load_components("miniature")
-    add_adapters(parts, lora_layers=config.lora_layers, rank=config.rank)
+    add_adapters(parts, config.adapters)
     if checkpointing:
         parts.unet.enable_gradient_checkpointing()
     _ = cache_latents(dataset, parts.vae)
@@ -240,7 +250,7 @@ print({base: f"{rates['miniature'] / rate:.0f} times lower" for base, rate in ra
 #
 # ```python
 # from google.colab import files
-# from dbnb.concept import save_uploads
+# from dbnb.pictures import save_uploads
 #
 # save_uploads(files.upload(), "my photographs")
 # ```
@@ -256,14 +266,16 @@ print(f"{config.base}: {config.max_train_steps} steps, {config.resolution} px, p
 
 # %%
 session = workflow.trained(config)
-after = validation_images(session.components, session.concept, config, count=8, sets=("scenes",))
+after = validation_images(session.components, session.concept, config.sampling, count=8, sets=("scenes",))
 plots.show(
     plots.image_rows(
-        [after.scenes], titles=[SCENES[name] for name in after.scene_names], inches=1.3,
+        [after.scenes],
+        titles=[SCENES[name] for name in after.scene_names],
+        inches=1.3,
         title=f"'{session.concept.instance_prompt} …' on {config.base}",
     ),
     alt="The subject in eight places",
-)  # fmt: skip
+)
 
 # %% [markdown]
 # **What you should see**: here the toy in eight places; with your settings your subject. The eight places are those of the toy
@@ -279,11 +291,14 @@ log = session.log[:60]
 middle = statistics.median(line["seconds"] for line in session.log[5:])
 plots.show(
     plots.curves(
-        {"a step": ([line["step"] for line in log], [line["seconds"] for line in log])}, xlabel="step", ylabel="seconds",
-        marks={"median of the whole run": middle}, title="A few steps tell about all of them",
+        {"a step": ([line["step"] for line in log], [line["seconds"] for line in log])},
+        xlabel="step",
+        ylabel="seconds",
+        marks={"median of the whole run": middle},
+        title="A few steps tell about all of them",
     ),
     alt="Seconds a step: most stay near their median, a few are slower",
-)  # fmt: skip
+)
 print(f"{middle:.2f} s a step; {config.max_train_steps} steps: {middle * config.max_train_steps / 60:.1f} minutes")
 
 # %% [markdown]
@@ -292,20 +307,24 @@ print(f"{middle:.2f} s a step; {config.max_train_steps} steps: {middle * config.
 
 
 # %%
+wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+
+
+# %%
 def stopwatch(components, dataset, number: int, optimizer) -> dict[str, float]:
     """Milliseconds of one step, by what they were spent on."""
     start, ended = time.perf_counter(), {"": 0.0}
 
     def mark(name: str, *_) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()  # a GPU works on while Python goes ahead
+        wait()  # a GPU works on while Python goes ahead
         ended[name] = 1000 * (time.perf_counter() - start)
 
-    text_encoder, unet = components.text_encoder, components.unet
-    hooks = [text_encoder.register_forward_pre_hook(functools.partial(mark, "batch, noise")),
-             text_encoder.register_forward_hook(functools.partial(mark, "text encoder")),
-             unet.register_forward_hook(functools.partial(mark, "UNet, forward"))]  # fmt: skip
-    training_step(components, batch_at(dataset, number, 4), seed=0).loss.backward()
+    hooks = [
+        components.text_encoder.register_forward_pre_hook(functools.partial(mark, "batch, noise")),
+        components.text_encoder.register_forward_hook(functools.partial(mark, "text encoder")),
+        components.unet.register_forward_hook(functools.partial(mark, "UNet, forward")),
+    ]
+    training_step(components, batch_at(dataset, number, config.train_batch_size), seed=0).loss.backward()
     mark("loss, backward")
     optimizer.step()
     mark("optimizer")

@@ -28,11 +28,13 @@ import torch
 from safetensors.torch import load_file
 
 from dbnb import miniature, training
-from dbnb.concept import SAMPLE_DIR, Concept
-from dbnb.config import PRESETS
+from dbnb.concept import Concept
+from dbnb.config import DreamBoothConfig
 from dbnb.models import load_components
+from dbnb.presets import PRESETS
 from dbnb.prior import class_images
 from dbnb.tables import Table
+from dbnb.toybox.sample import SAMPLE_DIR
 
 _TIMED = Path(__file__).with_name("timed.py")
 _CONCEPT = Concept.from_folder(None, "sks", "dog")
@@ -44,11 +46,29 @@ _SAME = {name: _PRESET[name] for name in ("rank", "train_batch_size", "learning_
 def peer_arguments(folder: Path, class_folder: Path, steps: int, *further: str) -> list[str]:
     """The peer's options."""
     return [
-        "--pretrained_model_name_or_path", str(miniature.path()), "--class_data_dir", str(class_folder),
-        "--with_prior_preservation", "--num_class_images", "100",
-        "--instance_prompt", _CONCEPT.instance_prompt, "--class_prompt", _CONCEPT.class_prompt, "--resolution", "64",
-        "--center_crop", "--seed", "0", "--max_train_steps", str(steps), "--output_dir", str(folder), *_both(), *further
-    ]  # fmt: skip
+        "--pretrained_model_name_or_path",
+        str(miniature.path()),
+        "--class_data_dir",
+        str(class_folder),
+        "--with_prior_preservation",
+        "--num_class_images",
+        "100",
+        "--instance_prompt",
+        _CONCEPT.instance_prompt,
+        "--class_prompt",
+        _CONCEPT.class_prompt,
+        "--resolution",
+        "64",
+        "--center_crop",
+        "--seed",
+        "0",
+        "--max_train_steps",
+        str(steps),
+        "--output_dir",
+        str(folder),
+        *_both(),
+        *further,
+    ]
 
 
 def our_arguments(folder: Path, steps: int, *further: str) -> list[str]:
@@ -119,19 +139,21 @@ def main() -> None:
     def compare(what: str, unit: str, values: dict[str, list[float]]) -> None:
         theirs, ours = (statistics.median(values[name]) for name in ("peer", "ours"))
         digits = 3 if theirs < 1 else 0
-        rows.append({"": what, "peer": f"{theirs:.{digits}f} {unit}", "ours": f"{ours:.{digits}f} {unit}",
-                     "peer / ours": f"{theirs / ours:.2f}"})  # fmt: skip
+        rows.append(
+            {
+                "": what,
+                "peer": f"{theirs:.{digits}f} {unit}",
+                "ours": f"{ours:.{digits}f} {unit}",
+                "peer / ours": f"{theirs / ours:.2f}",
+            }
+        )
         print(rows[-1], flush=True)
 
     with tempfile.TemporaryDirectory() as root:
         work = Path(root)
         peer = runnable(args.peer, work)
         os.environ["DBNB_CACHE"] = str(work / "cache")
-        drawn = class_images(
-            load_components("miniature"), _CONCEPT.class_prompt, 100, resolution=64,
-            num_inference_steps=_PRESET["num_inference_steps"], guidance_scale=_PRESET["guidance_scale"],
-            batch_size=_PRESET["sample_batch_size"],
-        )  # fmt: skip
+        drawn = class_images(load_components("miniature"), _CONCEPT.class_prompt, 100, DreamBoothConfig().sampling)
         class_folder = work / "class"  # for the peer, which takes every file of a folder for a picture
         class_folder.mkdir()
         for path in drawn.paths:

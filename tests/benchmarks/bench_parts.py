@@ -10,20 +10,18 @@ import pytest
 import torch
 
 from dbnb.adapters import adapted_modules, add_adapters, train_mode, trainable_parameters
-from dbnb.config import PRESETS
+from dbnb.config import AdapterSettings, DreamBoothConfig
 from dbnb.dataset import cache_latents
+from dbnb.drawing import build_pipeline, draw_images
 from dbnb.models import embed_prompts
-from dbnb.prior import build_pipeline, draw_images
 from dbnb.training import batch_at, precompute_embeds, train, training_step
 from dbnb.validation import validation_images
-
-_SAMPLING = {name: PRESETS["miniature"][name] for name in ("num_inference_steps", "guidance_scale")}
 
 
 @pytest.fixture(params=[True, False], ids=["text encoder trained", "text encoder frozen"])
 def ready(request, components, dataset):
     """Adapters in place, latents cached, prompts encoded where they may be: (components, dataset, embeddings)."""
-    add_adapters(components, rank=16, train_text_encoder=request.param)
+    add_adapters(components, AdapterSettings(rank=16, train_text_encoder=request.param))
     for module in adapted_modules(components).values():
         train_mode(module)
     cache_latents(dataset, components.vae)
@@ -69,7 +67,7 @@ def test_bare_cost(benchmark, ready):
 
 def test_whole_training(benchmark, components, dataset, config):
     """Sixty steps with all that surrounds them."""
-    add_adapters(components, rank=16, train_text_encoder=True)
+    add_adapters(components, AdapterSettings(rank=16, train_text_encoder=True))
     config.max_train_steps, config.train_batch_size, config.checkpointing_steps = 60, 4, 0
     benchmark.pedantic(lambda: train(config, components, dataset), rounds=1)
 
@@ -77,16 +75,16 @@ def test_whole_training(benchmark, components, dataset, config):
 def test_class_images(benchmark, components):
     """Twenty-five pictures at the default settings."""
     pipeline, count = build_pipeline(components), 25
-    options = dict(resolution=64, batch_size=count, **_SAMPLING)
+    sampling = DreamBoothConfig().sampling
     benchmark.pedantic(
-        lambda: draw_images(pipeline, ["a photo of a dog"] * count, range(count), **options), rounds=3, warmup_rounds=1
+        lambda: draw_images(pipeline, ["a photo of a dog"] * count, range(count), sampling), rounds=3, warmup_rounds=1
     )
 
 
 def test_validation_images(benchmark, components, concept, config):
     """Eight pictures of each prompt set."""
-    config.num_inference_steps = _SAMPLING["num_inference_steps"]
-    benchmark.pedantic(lambda: validation_images(components, concept, config, count=8), rounds=3)
+    config.num_inference_steps = DreamBoothConfig().num_inference_steps
+    benchmark.pedantic(lambda: validation_images(components, concept, config.sampling, count=8), rounds=3)
 
 
 def test_latents_cache(benchmark, components, dataset):

@@ -14,17 +14,17 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from dbnb import miniature, toybox
-from dbnb.config import PRESETS
+from dbnb.config import DreamBoothConfig
+from dbnb.drawing import build_pipeline, draw_images, image_seed
 from dbnb.miniature.data import ATTRIBUTES
 from dbnb.miniature.evaluate import Judge
 from dbnb.models import load_components
-from dbnb.prior import build_pipeline, draw_images, image_seed
 from dbnb.tables import Table
 
 
 def main(count: int = 100) -> None:
     """Print the table."""
-    preset, judge, rows = PRESETS["miniature"], Judge(miniature.path()), Table()
+    judge, rows = Judge(miniature.path()), Table()
     pairs = [(kind, scene) for kind in toybox.KINDS for scene in toybox.SCENES]
     asked = [pairs[index % len(pairs)] for index in range(count)]
     prompts = [f"a photo of a {kind} {toybox.SCENES[scene]}" for kind, scene in asked]
@@ -33,11 +33,8 @@ def main(count: int = 100) -> None:
     plain.set_progress_bar_config(disable=True)
 
     def ours():
-        return draw_images(
-            build_pipeline(load_components("miniature")), prompts, seeds, resolution=64,
-            batch_size=preset["sample_batch_size"], num_inference_steps=preset["num_inference_steps"],
-            guidance_scale=preset["guidance_scale"],
-        )  # fmt: skip
+        pipeline = build_pipeline(load_components("miniature"))
+        return draw_images(pipeline, prompts, seeds, DreamBoothConfig().sampling)
 
     def naive():
         images = []
@@ -52,11 +49,9 @@ def main(count: int = 100) -> None:
         seconds = time.perf_counter() - started
         found = judge(np.stack([np.asarray(image) for image in images]))
         right = {
-            attribute: np.mean([
-                ATTRIBUTES[attribute][found[i, column]] == asked[i][part] for i in range(count)
-            ])
+            attribute: np.mean([ATTRIBUTES[attribute][found[i, column]] == asked[i][part] for i in range(count)])
             for part, (column, attribute) in enumerate(((0, "kind"), (5, "scene")))
-        }  # fmt: skip
+        }
         rows.append({"": name, "seconds": f"{seconds:.1f}", **{k: f"{100 * v:.0f} %" for k, v in right.items()}})
         print(rows[-1], flush=True)
     print(f"\n{count} images, {os.cpu_count()} cores\n\n{rows.markdown()}")

@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 
 from dbnb import miniature
+from dbnb.drawing import build_pipeline
 from dbnb.miniature.data import draw, held_out, labels_of, photographs
 from dbnb.miniature.evaluate import Judge, accuracy, drawings, frechet, full_caption
 from dbnb.models import load_components
-from dbnb.prior import build_pipeline
 from dbnb.tables import Table
 
 

