@@ -10,12 +10,19 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from hypothesis import settings  # noqa: E402
 
 from dbnb import toybox  # noqa: E402
 from dbnb.concept import Concept  # noqa: E402
 from dbnb.config import DreamBoothConfig  # noqa: E402
 from dbnb.dataset import DreamBoothDataset  # noqa: E402
 from dbnb.models import Components, load_components  # noqa: E402
+
+# The same examples in every run, so that nothing but a change makes a test fail; `pytest --hypothesis-profile search`
+# tries new ones.
+settings.register_profile("same", derandomize=True)
+settings.register_profile("search", derandomize=False)
+settings.load_profile("same")
 
 
 @pytest.fixture
