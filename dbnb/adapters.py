@@ -19,7 +19,7 @@ from peft import LoraConfig
 from peft.tuners import lora
 from torch.nn.grad import conv2d_input, conv2d_weight
 
-from dbnb.config import AdapterSettings
+from dbnb.config import AdapterSettings, adapters_of
 from dbnb.models import Components
 from dbnb.tables import Table
 
@@ -53,14 +53,16 @@ def lora_targets(unet: UNet2DConditionModel, lora_layers: str = "attention") -> 
     return asked
 
 
-def add_adapters(components: Components, settings: AdapterSettings) -> None:
+def add_adapters(components: Components, settings: AdapterSettings | None = None, **changed: Any) -> None:
     """Put adapters on the UNet and, if asked, on the text encoder; trainable weights are float32 whatever the base's.
 
     `lora_layers` says which layers of the UNet, as `lora_targets` reads it; on the text encoder it is always the
     attention projections. A is drawn from a normal of deviation 1/rank and B is zero (peft's "gaussian"). The same seed
     gives the same A. A convolution's A is a convolution of the same kernel, its B one of 1 x 1.
     `use_dora` is Liu et al., 2024; `use_rslora` Kalajdzievski, 2023. Raises ValueError for a layer that is not there.
+    The fields of `settings` can be given by name instead: `add_adapters(components, rank=4)`.
     """
+    settings = adapters_of(settings, **changed)
     targets = lora_targets(components.unet, settings.lora_layers)
     kind = {"use_dora": settings.use_dora, "use_rslora": settings.use_rslora}
     with torch.random.fork_rng(devices=[]):

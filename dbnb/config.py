@@ -257,6 +257,21 @@ class DreamBoothConfig:
             temporary.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n", encoding="utf-8")
 
 
+def sampling_of(given: Sampling | DreamBoothConfig | None = None, **changed: Any) -> Sampling:
+    """How to draw, however it was said: a record, a run's settings or neither, with what is `changed` by its name.
+
+    Raises TypeError for a name that `Sampling` does not have.
+    """
+    record = given.sampling if isinstance(given, DreamBoothConfig) else given or Sampling()
+    return dataclasses.replace(record, **changed)
+
+
+def adapters_of(given: AdapterSettings | DreamBoothConfig | None = None, **changed: Any) -> AdapterSettings:
+    """Which adapters, however it was said; see `sampling_of`."""
+    record = given.adapters if isinstance(given, DreamBoothConfig) else given or AdapterSettings()
+    return dataclasses.replace(record, **changed)
+
+
 def _kinds() -> dict[str, type]:
     """Option -> the type of its value, or of each of its values, where there is just one besides None."""
     hints = get_type_hints(DreamBoothConfig)

@@ -14,7 +14,7 @@ import torch
 from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, SchedulerMixin
 from PIL import Image
 
-from dbnb.config import Sampling
+from dbnb.config import Sampling, sampling_of
 from dbnb.models import Components
 
 SOLVER = "sde-dpmsolver++"
@@ -63,15 +63,17 @@ def draw_images(
     pipeline: DiffusionPipeline,
     prompts: Sequence[str],
     seeds: Sequence[int],
-    sampling: Sampling,
+    sampling: Sampling | None = None,
     *,
     small: Sequence[Image.Image] | None = None,
+    **changed: Any,
 ) -> list[Image.Image]:
     """One image for each (prompt, seed), whatever the batch size.
 
     `small` are the pictures that an upscaling base is to enlarge, one for each prompt. Where the base's safety checker
-    has blackened an image, its `info["blackened"]` is True.
+    has blackened an image, its `info["blackened"]` is True. The fields of `sampling` can be given by name instead.
     """
+    sampling = sampling_of(sampling, **changed)
     images: list[Image.Image] = []
     further = call_options(pipeline)
     for start in range(0, len(prompts), sampling.batch_size):

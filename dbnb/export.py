@@ -25,7 +25,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from dbnb.adapters import adapted_modules
 from dbnb.concept import Concept
-from dbnb.config import DreamBoothConfig, Sampling
+from dbnb.config import DreamBoothConfig, Sampling, sampling_of
 from dbnb.drawing import build_pipeline
 from dbnb.files import whole
 from dbnb.metrics import metrics_table
@@ -193,13 +193,14 @@ def _other_layers(trained: torch.nn.Module, reloaded: torch.nn.Module) -> str:
     return f"{other[0]} is scaled by {other_scales[other[0]]:g} instead of {scales[other[0]]:g}" if other else ""
 
 
-def verify_reload(components: Components, adapter: Path, concept: Concept, sampling: Sampling) -> int:
+def verify_reload(components: Components, adapter: Path, concept: Concept, sampling: Sampling | None = None) -> int:
     """Largest difference, in 1/255, between what the trained model and the reloaded adapter draw.
 
     Raises ValueError where the file is not what was trained: where its tensors or scales are others, the UNet predicts
     something else from the same noise and prompt, or the pictures are others as a whole. A single pixel proves nothing:
     in half precision the reloaded adapter is rounded, and a sampler makes much of a little.
     """
+    sampling = sampling_of(sampling)
     steps = min(8, sampling.num_inference_steps)
     quick = dataclasses.replace(sampling, num_inference_steps=steps, batch_size=2)
     prompts, photographs = [concept.instance_prompt] * 2, concept.images()

@@ -18,7 +18,7 @@ from diffusers import DPMSolverMultistepScheduler
 from filelock import FileLock
 
 from dbnb.adapters import adapted_modules
-from dbnb.config import Sampling
+from dbnb.config import Sampling, sampling_of
 from dbnb.drawing import SOLVER, build_pipeline, draw_images, image_seed
 from dbnb.files import cache_dir, whole
 from dbnb.models import Components, fingerprint
@@ -103,16 +103,19 @@ def class_images(
     components: Components,
     prompt: str,
     num_class_images: int,
-    sampling: Sampling,
+    sampling: Sampling | None = None,
     *,
     class_data_dir: str | Path | None = None,
+    **changed: Any,
 ) -> ClassImages:
     """`num_class_images` pictures of the class: one's own first, the rest from the cache, drawn where missing.
 
     A `class_data_dir` that is empty or does not exist yet holds no picture of one's own, which `reason` then says.
     Decisions: "own", "reuse", "top up", "generate". Images are PNG, named by index, each from (seed, index). Raises
-    ValueError where adapters are in place, or the base can only enlarge pictures.
+    ValueError where adapters are in place, or the base can only enlarge pictures. The fields of `sampling` can be given
+    by name instead.
     """
+    sampling = sampling_of(sampling, **changed)
     if adapted_modules(components):
         raise ValueError("Class images show what the base knows: draw them before add_adapters, or load the base anew.")
     own: list[Path] = []

@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import diffusers
 import torch
@@ -15,7 +16,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image, ImageOps
 
 from dbnb.concept import Concept
-from dbnb.config import Sampling
+from dbnb.config import Sampling, sampling_of
 from dbnb.drawing import build_pipeline, call_options, draw_images, image_seed
 from dbnb.models import Components
 from dbnb.toybox.scenes import SCENES
@@ -61,17 +62,19 @@ class ValidationImages:
 def draw(
     components: Components,
     prompts: Sequence[str],
-    sampling: Sampling,
+    sampling: Sampling | None = None,
     *,
     seeds: Sequence[int] | None = None,
     references: Sequence[Image.Image] = (),
     pipeline: DiffusionPipeline | None = None,
+    **changed: Any,
 ) -> list[Image.Image]:
     """One image a prompt, as the components (or another `pipeline` of this base) are now.
 
     Without `seeds`, image i always starts from the same noise. A base that enlarges pictures gets `references` in turn,
-    at a quarter of the resolution.
+    at a quarter of the resolution. The fields of `sampling` can be given by name instead.
     """
+    sampling = sampling_of(sampling, **changed)
     seeds = seeds or [image_seed(sampling.seed + _SERIES, index) for index in range(len(prompts))]
     small = None
     if components.upscales:
@@ -84,18 +87,21 @@ def draw(
 def validation_images(
     components: Components,
     concept: Concept,
-    sampling: Sampling,
+    sampling: Sampling | None = None,
     *,
     count: int,
     references: Sequence[Image.Image] = (),
     scenes: Mapping[str, str] = SCENES,
     sets: Sequence[str] = SETS,
+    **changed: Any,
 ) -> ValidationImages:
     """`count` images of each of the prompt `sets`, and each of `references` redrawn under the instance prompt.
 
     Image i of every set starts from the same noise, before and after training. A base that enlarges pictures draws what
-    it is given, whatever a prompt says of places: of the prompt sets it gets the subject's alone.
+    it is given, whatever a prompt says of places: of the prompt sets it gets the subject's alone. The fields of
+    `sampling` can be given by name instead.
     """
+    sampling = sampling_of(sampling, **changed)
     names = [list(scenes)[index % len(scenes)] for index in range(count)]
     words = f"{concept.identifier} {concept.class_word}"
     sentence_prompts = [SENTENCES[index % len(SENTENCES)].format(words) for index in range(count)]
@@ -124,14 +130,17 @@ def from_references(
     components: Components,
     references: Sequence[Image.Image],
     prompt: str,
-    sampling: Sampling,
+    sampling: Sampling | None = None,
     *,
     strength: float = 0.6,
+    **changed: Any,
 ) -> list[Image.Image]:
     """Redraw reference images under a prompt (img2img): the higher the strength, the more is forgotten.
 
-    Raises ValueError where `strength` leaves no solver step to take.
+    The fields of `sampling` can be given by name instead. Raises ValueError where `strength` leaves no solver step to
+    take.
     """
+    sampling = sampling_of(sampling, **changed)
     if not 1 <= int(sampling.num_inference_steps * strength) <= sampling.num_inference_steps:
         raise ValueError(
             f"strength={strength} of {sampling.num_inference_steps} steps leaves none to take: raise it to 1."

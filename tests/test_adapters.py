@@ -15,7 +15,7 @@ from dbnb.adapters import (
     train_mode,
     trainable_parameters,
 )
-from dbnb.config import AdapterSettings
+from dbnb.config import AdapterSettings, DreamBoothConfig, adapters_of, sampling_of
 from dbnb.models import encode_prompts, load_components
 
 
@@ -24,7 +24,7 @@ def test_adapters_change_nothing_at_first(components):
     with torch.no_grad():
         hidden = encode_prompts(components, ["a dog", "a cat"])
         before = components.unet(sample, t, encoder_hidden_states=hidden).sample
-        add_adapters(components, AdapterSettings(rank=4, train_text_encoder=True))
+        add_adapters(components, rank=4, train_text_encoder=True)
         assert torch.equal(encode_prompts(components, ["a dog", "a cat"]), hidden)
         assert torch.equal(components.unet(sample, t, encoder_hidden_states=hidden).sample, before)
 
@@ -32,7 +32,7 @@ def test_adapters_change_nothing_at_first(components):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_trainable_weights_are_float32_whatever_the_base(dtype):
     components = load_components("miniature", weight_dtype=dtype)
-    add_adapters(components, AdapterSettings(rank=2, train_text_encoder=True))
+    add_adapters(components, rank=2, train_text_encoder=True)
     for module in adapted_modules(components).values():
         assert {p.dtype for _, p in trainable_parameters(module)} == {torch.float32}
         assert dtype in {p.dtype for p in module.parameters()}
@@ -55,13 +55,13 @@ def test_rank_and_alpha_are_separate_and_counted(components):
 
 
 def test_rslora_scales_by_the_root_of_the_rank(components):
-    add_adapters(components, AdapterSettings(rank=16, lora_alpha=8, use_rslora=True))
+    add_adapters(components, rank=16, lora_alpha=8, use_rslora=True)
     scales = {m.scaling["default"] for m in components.unet.modules() if hasattr(m, "lora_A")}
     assert scales == {8 / 16**0.5}
 
 
 def test_dora_keeps_magnitude_and_direction_apart(components):
-    add_adapters(components, AdapterSettings(rank=4, use_dora=True))
+    add_adapters(components, rank=4, use_dora=True)
     layer = next(m for m in components.unet.modules() if hasattr(m, "lora_A"))
     magnitude = layer.lora_magnitude_vector["default"].weight
     weight = layer.base_layer.weight.detach()
@@ -93,7 +93,7 @@ def test_the_same_seed_gives_the_same_adapters_and_leaves_global_randomness_alon
     for _ in range(2):
         components = load_components("miniature")
         state = torch.get_rng_state()
-        add_adapters(components, AdapterSettings(rank=2, seed=7))
+        add_adapters(components, rank=2, seed=7)
         assert torch.equal(torch.get_rng_state(), state)
         states.append([p.clone() for _, p in trainable_parameters(components.unet)])
     assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
@@ -101,7 +101,7 @@ def test_the_same_seed_gives_the_same_adapters_and_leaves_global_randomness_alon
 
 @pytest.mark.parametrize("part", ["unet", "text_encoder"])
 def test_on_a_cpu_training_takes_one_product_and_computes_what_peft_computes(components, part, monkeypatch):
-    add_adapters(components, AdapterSettings(rank=4, lora_alpha=8, train_text_encoder=True))
+    add_adapters(components, rank=4, lora_alpha=8, train_text_encoder=True)
     module = components.modules()[part]
     layer = next(m for m in module.modules() if isinstance(m, lora.Linear))
     layer.lora_B["default"].weight.data.normal_()
@@ -140,7 +140,7 @@ def test_lora_layers_say_where_adapters_sit(components):
         for name, layer in unet.named_modules()
         if isinstance(layer, torch.nn.Linear | torch.nn.Conv2d) and name.startswith(_PARTS)
     }
-    add_adapters(components, AdapterSettings(rank=2, lora_layers="all"))
+    add_adapters(components, rank=2, lora_layers="all")
     adapted = {name for name, layer in unet.named_modules() if hasattr(layer, "lora_A")}
     assert adapted == of_blocks and any(name.endswith("conv1") for name in adapted)
     rows = adapter_table(components)
@@ -149,7 +149,7 @@ def test_lora_layers_say_where_adapters_sit(components):
     assert total == sum(p.numel() for _, p in trainable_parameters(unet))
     assert lora_targets(unet, "attention") == list(ATTENTION)
     named = load_components("miniature")
-    add_adapters(named, AdapterSettings(rank=2, lora_layers="to_q, conv1"))
+    add_adapters(named, rank=2, lora_layers="to_q, conv1")
     ends = {name.rsplit(".", 1)[1] for name, layer in named.unet.named_modules() if hasattr(layer, "lora_A")}
     assert ends == {"to_q", "conv1"}
 
@@ -162,7 +162,7 @@ def test_a_layer_that_no_base_has_is_refused_by_name(components, wrong):
 
 @pytest.mark.parametrize("place", ["conv1", "conv_shortcut", "downsamplers.0.conv", "proj_in", "ff.net.2"])
 def test_a_narrow_layer_of_any_kind_trains_as_pefts_own(components, place):
-    add_adapters(components, AdapterSettings(rank=4, lora_alpha=8, lora_layers="all"))
+    add_adapters(components, rank=4, lora_alpha=8, lora_layers="all")
     layer = next(m for name, m in components.unet.named_modules() if name.endswith(place) and hasattr(m, "lora_A"))
     torch.manual_seed(0)
     layer.lora_B["default"].weight.data.normal_()
@@ -181,9 +181,19 @@ def test_a_narrow_layer_of_any_kind_trains_as_pefts_own(components, place):
 
 @pytest.mark.parametrize("options", [dict(lora_dropout=0.5), dict(use_dora=True)], ids=str)
 def test_dropout_and_dora_are_pefts_own(components, options, monkeypatch):
-    add_adapters(components, AdapterSettings(rank=4, **options))
+    add_adapters(components, rank=4, **options)
     layer = next(m for m in components.unet.modules() if isinstance(m, lora.Linear))
     asked = []
     monkeypatch.setattr(lora.Linear, "forward", lambda self, x, *_, **__: asked.append(1))
     layer(torch.randn(2, 5, layer.in_features))
     assert asked
+
+
+def test_settings_are_said_as_a_record_as_a_runs_or_by_name():
+    config = DreamBoothConfig(rank=4, lora_layers="attention", seed=3)
+    said = (adapters_of(config), adapters_of(config.adapters), adapters_of(lora_layers="attention", rank=4, seed=3))
+    assert said[0] == said[1] == said[2] and adapters_of(config, rank=2).rank == 2
+    drawn = (sampling_of(config), sampling_of(config.sampling), sampling_of(resolution=64, seed=3))
+    assert drawn[0] == drawn[1] == drawn[2] and sampling_of().num_inference_steps == config.num_inference_steps
+    with pytest.raises(TypeError, match="ranks"):
+        adapters_of(ranks=4)

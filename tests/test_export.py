@@ -74,7 +74,7 @@ def _draw(pipeline):
 )
 def test_saved_adapters_draw_the_same_picture_in_plain_diffusers(components, tmp_path, options):
     base = _draw(build_pipeline(components))
-    add_adapters(components, AdapterSettings(**options))
+    add_adapters(components, **options)
     _shake(components)
     trained = _draw(build_pipeline(components))
     path = export.save_adapters(components, tmp_path)
@@ -123,7 +123,7 @@ def test_the_kohya_file_draws_the_same_picture_through_diffusers_own_reader(
 
 @pytest.mark.parametrize("part", ["unet", "text_encoder"])
 def test_each_half_of_the_file_matters(components, tmp_path, part):
-    add_adapters(components, AdapterSettings(rank=4, train_text_encoder=True))
+    add_adapters(components, rank=4, train_text_encoder=True)
     _shake(components, scale=0.1)
     whole = _draw(export.reload_pipeline(components, export.save_adapters(components, tmp_path)))
     tensors = load_file(tmp_path / export.WEIGHT_NAME)
@@ -136,7 +136,7 @@ def test_each_half_of_the_file_matters(components, tmp_path, part):
 
 
 def test_a_file_that_is_no_adapter_of_this_base_is_refused_and_changes_nothing(components, tmp_path):
-    add_adapters(components, AdapterSettings(rank=4, train_text_encoder=True))
+    add_adapters(components, rank=4, train_text_encoder=True)
     _shake(components)
     path = export.save_adapters(components, tmp_path)
     whole, tensors = path.read_bytes(), load_file(path)
@@ -167,7 +167,7 @@ def test_a_file_that_is_no_adapter_of_this_base_is_refused_and_changes_nothing(c
 
 
 def test_keys_are_canonical_and_metadata_is_there(components, tmp_path):
-    add_adapters(components, AdapterSettings(rank=4, lora_alpha=8, train_text_encoder=True))
+    add_adapters(components, rank=4, lora_alpha=8, train_text_encoder=True)
     with safe_open(export.save_adapters(components, tmp_path), "pt") as file:
         keys, metadata = list(file.keys()), file.metadata()
     assert {key.split(".")[0] for key in keys} == {"unet", "text_encoder"}
@@ -176,7 +176,7 @@ def test_keys_are_canonical_and_metadata_is_there(components, tmp_path):
 
 
 def test_a_file_that_reloads_to_another_picture_is_refused(components, concept, config, tmp_path):
-    add_adapters(components, AdapterSettings(rank=4))
+    add_adapters(components, rank=4)
     path = export.save_adapters(components, tmp_path)
     assert export.verify_reload(components, path, concept, config.sampling) <= 2
     _shake(components)
@@ -186,7 +186,7 @@ def test_a_file_that_reloads_to_another_picture_is_refused(components, concept, 
 
 @pytest.mark.parametrize("fault", ["a tensor", "alpha", "a missing half"])
 def test_what_in_a_file_is_not_what_was_trained_is_named(components, concept, config, tmp_path, fault):
-    add_adapters(components, AdapterSettings(rank=4, lora_alpha=8, train_text_encoder=True))
+    add_adapters(components, rank=4, lora_alpha=8, train_text_encoder=True)
     _shake(components)
     path = export.save_adapters(components, tmp_path)
     with safe_open(path, "pt") as file:
@@ -216,7 +216,7 @@ def test_what_in_a_file_is_not_what_was_trained_is_named(components, concept, co
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_in_half_precision_a_right_file_is_right(concept, config, tmp_path, dtype):
     components = load_components("miniature", weight_dtype=dtype)
-    add_adapters(components, AdapterSettings(rank=4, train_text_encoder=True))
+    add_adapters(components, rank=4, train_text_encoder=True)
     _shake(components, scale=0.3)  # strong: what rounding makes of it, the sampler multiplies
     config = dataclasses.replace(config, num_inference_steps=8)
     export.verify_reload(components, export.save_adapters(components, tmp_path), concept, config.sampling)
@@ -252,7 +252,7 @@ def test_every_kind_of_adapter_predicts_the_same_when_it_is_reloaded(
 
 @pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
 def test_adapter_files_may_be_read_by_whom_other_files_may(components, tmp_path, umask, mode):
-    add_adapters(components, AdapterSettings(rank=2))
+    add_adapters(components, rank=2)
     before = os.umask(umask)
     try:
         paths = [export.save_adapters(components, tmp_path), export.save_kohya(components, tmp_path)]
@@ -262,7 +262,7 @@ def test_adapter_files_may_be_read_by_whom_other_files_may(components, tmp_path,
 
 
 def test_a_kohya_file_refuses_what_it_has_no_place_for(components, tmp_path):
-    add_adapters(components, AdapterSettings(rank=2, use_dora=True))
+    add_adapters(components, rank=2, use_dora=True)
     with pytest.raises(ValueError, match="no place for DoRA"):
         export.save_kohya(components, tmp_path)
     assert not list(tmp_path.iterdir())
@@ -273,7 +273,7 @@ def test_no_published_file_holds_a_path_of_this_machine(concept, config, tmp_pat
     base = write(family, tmp_path / "secret place" / "base")
     config = dataclasses.replace(config, base=str(base), resolution=32, instance_data_dir=str(tmp_path / "photos"))
     components = load_components(base)
-    add_adapters(components, AdapterSettings(rank=2, train_text_encoder=True))
+    add_adapters(components, rank=2, train_text_encoder=True)
     output = Path(config.output_dir)
     output.mkdir()
     export.save_adapters(components, output)

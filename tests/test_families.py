@@ -13,7 +13,7 @@ from families import FAMILIES, write
 
 from dbnb import export
 from dbnb.adapters import adapted_modules, add_adapters, trainable_parameters
-from dbnb.config import AdapterSettings, DreamBoothConfig, Sampling
+from dbnb.config import DreamBoothConfig, Sampling
 from dbnb.dataset import SMALL_NOISE, DreamBoothDataset, seeded
 from dbnb.models import embed_prompts, load_components
 from dbnb.prior import class_images
@@ -74,7 +74,7 @@ def test_parts_are_what_the_checkpoint_says(family, base):
     assert ("vae" in rows) == (name not in ("if", "if2")) and base.upscales == (name == "if2")
     prediction = {"sd2": "v_prediction"}.get(name, "epsilon")
     assert base.noise_scheduler.config.prediction_type == prediction
-    add_adapters(base, AdapterSettings(rank=2, train_text_encoder=True))
+    add_adapters(base, rank=2, train_text_encoder=True)
     assert set(adapted_modules(base)) == {"unet", *base.text_encoders()}
     targets = {n.split(".lora_A")[0].rsplit(".", 1)[-1] for n, _ in trainable_parameters(base.unet) if "lora_A" in n}
     assert targets == {"to_q", "to_k", "to_v", "0"} | ({"add_k_proj", "add_v_proj"} if name in ("if", "if2") else set())
@@ -135,7 +135,7 @@ def test_training_resumes_and_the_adapter_reloads_to_the_same_picture(
     models = []
     for resumed in (False, True):
         components = load_components(family[1])
-        add_adapters(components, AdapterSettings(rank=2, lora_alpha=4, train_text_encoder=text))
+        add_adapters(components, rank=2, lora_alpha=4, train_text_encoder=text)
         resume = dataclasses.replace(config, resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
         train(resume if resumed else config, components, small)
         models.append(components)
@@ -171,7 +171,7 @@ def test_images_from_prompts_and_from_references(family, base, settings, concept
 def test_redrawing_leaves_number_formats_alone(family, settings, concept):
     _, folder = family
     half = load_components(folder, weight_dtype=torch.bfloat16)
-    add_adapters(half, AdapterSettings(rank=2))
+    add_adapters(half, rank=2)
 
     def formats():
         return [p.dtype for module in half.modules().values() for p in module.parameters()]

@@ -25,7 +25,7 @@ from dbnb import prior
 from dbnb.adapters import add_adapters, trainable_parameters
 from dbnb.checkpoints import checkpoints, load_checkpoint, save_checkpoint
 from dbnb.concept import Concept
-from dbnb.config import AdapterSettings, DreamBoothConfig, Sampling
+from dbnb.config import DreamBoothConfig, Sampling
 from dbnb.export import model_card
 from dbnb.pictures import load_image, save_uploads
 from dbnb.training import check_start
@@ -37,7 +37,7 @@ IDENTITY = {"seed": 0}
 @pytest.fixture
 def state(components):
     """Components with adapters, and an optimizer that has taken one step."""
-    add_adapters(components, AdapterSettings(rank=4, train_text_encoder=True))
+    add_adapters(components, rank=4, train_text_encoder=True)
     parameters = [p for m in (components.unet, components.text_encoder) for _, p in trainable_parameters(m)]
     optimizer = torch.optim.AdamW(parameters)
     for p in parameters:

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from dbnb.adapters import add_adapters
-from dbnb.config import AdapterSettings, DreamBoothConfig
+from dbnb.config import DreamBoothConfig
 from dbnb.models import load_components
 from dbnb.training import train
 
@@ -98,7 +98,7 @@ def test_the_loop_of_notebook_06_is_train(dataset, concept, tmp_path):
     models = []
     for _ in range(2):
         components = load_components("miniature")
-        add_adapters(components, AdapterSettings(rank=config.rank, train_text_encoder=True, seed=config.seed))
+        add_adapters(components, rank=config.rank, train_text_encoder=True, seed=config.seed)
         models.append(components)
     names = dict(config=config, components=models[0], dataset=dataset, concept=concept)
     setup = "import torch\nfrom dbnb.adapters import trainable_parameters\n"

@@ -24,7 +24,7 @@ from dbnb import miniature, workflow
 from dbnb.__main__ import main
 from dbnb.adapters import add_adapters
 from dbnb.concept import Concept
-from dbnb.config import AdapterSettings, DreamBoothConfig, check_libraries, parse_args
+from dbnb.config import DreamBoothConfig, check_libraries, parse_args
 from dbnb.dataset import DreamBoothDataset
 from dbnb.models import check_base, read_tokenizer, resolve_base, text_architecture
 from dbnb.pictures import inspect_images, load_image
@@ -340,7 +340,7 @@ def test_a_prompt_length_that_a_text_encoder_cannot_take_is_named(tmp_path, fami
 
 def test_a_seed_of_64_bits_trains(components, concept, config):
     config = dataclasses.replace(config, seed=2**64 - 1, max_train_steps=2, checkpointing_steps=0)
-    add_adapters(components, AdapterSettings(rank=2, seed=config.seed))
+    add_adapters(components, rank=2, seed=config.seed)
     dataset = DreamBoothDataset(concept.paths, concept.instance_prompt, size=64, seed=config.seed)
     assert [line["step"] for line in train(config, components, dataset)] == [1, 2]
     assert len(draw(components, [concept.instance_prompt], config.sampling)) == 1

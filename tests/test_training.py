@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 from dbnb.adapters import adapted_modules, add_adapters, trainable_parameters
 from dbnb.checkpoints import checkpoints, load_checkpoint, prune_checkpoints, run_identity
-from dbnb.config import AdapterSettings, DreamBoothConfig
+from dbnb.config import DreamBoothConfig
 from dbnb.dataset import DreamBoothDataset
 from dbnb.models import encode_prompts, load_components
 from dbnb.outputs import set_aside
@@ -32,7 +32,7 @@ from dbnb.training import batch_at, check_start, clean_latents, held_out_loss, o
 def _trained(config, dataset, **adapters):
     components = load_components("miniature")
     options = dict(rank=config.rank, seed=config.seed, lora_dropout=config.lora_dropout) | adapters
-    add_adapters(components, AdapterSettings(**options))
+    add_adapters(components, **options)
     log = train(config, components, dataset)
     return components, log
 
@@ -120,11 +120,11 @@ def test_a_learned_variance_is_left_out_of_the_loss(components, dataset):
 def test_a_step_rebuilt_alone_is_the_step_that_was_taken(config, concept, dataset, class_paths):
     seen = []
     components = load_components("miniature")
-    add_adapters(components, AdapterSettings(rank=4))
+    add_adapters(components, rank=4)
     train(dataclasses.replace(config, max_train_steps=3), components, dataset, on_step=lambda k, r: seen.append(r))
     # All anew: the base, the pictures (their latents not cached), the adapters as they were after two steps.
     fresh = load_components("miniature")
-    add_adapters(fresh, AdapterSettings(rank=4))
+    add_adapters(fresh, rank=4)
     pictures = DreamBoothDataset(
         concept.paths, concept.instance_prompt, class_paths=class_paths, class_prompt=concept.class_prompt, size=64
     )
@@ -217,7 +217,7 @@ def test_a_checkpoint_of_another_run_is_refused_field_by_field(config, dataset):
 def test_training_lowers_the_loss_on_held_out_noise(config, dataset):
     config = dataclasses.replace(config, max_train_steps=30, learning_rate=1e-3, checkpointing_steps=0)
     components = load_components("miniature")
-    add_adapters(components, AdapterSettings(rank=8))
+    add_adapters(components, rank=8)
     before = held_out_loss(components, dataset)
     train(config, components, dataset)
     assert held_out_loss(components, dataset)["instance_loss"] < 0.97 * before["instance_loss"]
@@ -225,7 +225,7 @@ def test_training_lowers_the_loss_on_held_out_noise(config, dataset):
 
 def test_a_loss_that_is_not_finite_stops_before_the_step(config, dataset):
     components = load_components("miniature")
-    add_adapters(components, AdapterSettings(rank=4))
+    add_adapters(components, rank=4)
     before = _weights(components)
     with torch.no_grad():
         components.unet.conv_out.bias.fill_(float("nan"))
@@ -242,7 +242,7 @@ def test_a_loss_that_another_process_met_is_not_put_down_to_this_one(config, dat
 
 def test_ctrl_c_saves_and_returns(config, dataset):
     components = load_components("miniature")
-    add_adapters(components, AdapterSettings(rank=4))
+    add_adapters(components, rank=4)
 
     def interrupt(step, record):
         if step == 2:
@@ -275,7 +275,7 @@ def test_a_checkpoint_of_other_shapes_is_refused_before_anything_is_copied(confi
     _trained(config, dataset)
     folder = Path(config.output_dir) / "checkpoint-6"
     components = load_components("miniature")
-    add_adapters(components, AdapterSettings(rank=2))
+    add_adapters(components, rank=2)
     before, optimizer = _weights(components), torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
     with pytest.raises(ValueError, match="lacks unet"):
         load_checkpoint(folder, components, optimizer, {})
@@ -537,7 +537,7 @@ def test_runs_of_another_precision_follow_each_other_in_one_process(config, data
 
 def test_an_interrupt_at_the_last_step_is_not_forgotten(config, dataset):
     components = load_components("miniature")
-    add_adapters(components, AdapterSettings(rank=4))
+    add_adapters(components, rank=4)
 
     def interrupt(step, record):
         if step == 1:

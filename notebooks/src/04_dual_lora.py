@@ -55,7 +55,7 @@ from torch import nn
 
 from dbnb import metrics, plots, workflow
 from dbnb.adapters import ATTENTION, adapted_modules, adapter_table, add_adapters, lora_targets, trainable_parameters
-from dbnb.config import AdapterSettings, DreamBoothConfig
+from dbnb.config import DreamBoothConfig
 from dbnb.models import encode_prompts, load_components
 from dbnb.presets import suggested
 from dbnb.tables import Table
@@ -213,7 +213,7 @@ def answers() -> dict[str, torch.Tensor]:
 
 
 before, pictures = answers(), draw(components, ["a photo of sks dog"] * 4, config.sampling)
-add_adapters(components, AdapterSettings(lora_layers="all", rank=16, train_text_encoder=True, text_encoder_rank=8))
+add_adapters(components, lora_layers="all", rank=16, train_text_encoder=True, text_encoder_rank=8)
 components
 
 # %% [markdown]
@@ -300,7 +300,7 @@ for dtype in (torch.float32, torch.bfloat16):
 # %%
 # NBVAL_CHECK_OUTPUT
 half = load_components(config.base, weight_dtype=torch.bfloat16)
-add_adapters(half, AdapterSettings(rank=4))
+add_adapters(half, rank=4)
 print("base:", half.unet.conv_in.weight.dtype, "| adapters:", {p.dtype for _, p in trainable_parameters(half.unet)})
 
 # %% [markdown]
@@ -466,7 +466,7 @@ for name, one in sessions.items():
 for layers in ("attention", "all"):
     for rank in (1, 4, 16, 64):
         fresh = load_components(config.base)
-        add_adapters(fresh, AdapterSettings(lora_layers=layers, rank=rank))
+        add_adapters(fresh, lora_layers=layers, rank=rank)
         count = sum(p.numel() for _, p in trainable_parameters(fresh.unet))
         print(f"{layers:9} rank {rank:2}: {count:9,} parameters, file about {4 * count / 2**20:.2f} MiB")
 

@@ -352,12 +352,11 @@ def base_with_vector_of(word: str) -> str:
 
 # %%
 def row(name: str, one: workflow.Session, found: dict[str, float]) -> dict:
-    """One training of the table: its settings, its size, the seconds it took, its numbers."""
+    """One training of the table: its settings, its size, its numbers."""
     modules = adapted_modules(one.components).values()
     return {
         "settings": ROWS[name],
         "parameters": sum(p.numel() for module in modules for _, p in trainable_parameters(module)),
-        "seconds": round(sum(line["seconds"] for line in one.log)),
         "numbers": {key: round(value, 4) for key, value in found.items()},
     }
 
@@ -458,7 +457,6 @@ Table(
     {"training": name, "seeds": str(len(runs))}
     | {column.replace("_", " "): as_text(name, column) for column in columns}
     | {"adapter parameters": f"{next(iter(runs.values()))['parameters']:,}"}
-    | {"seconds of training": f"{statistics.mean(run['seconds'] for run in runs.values()):.0f}"}
     for name, runs in rows.items()
 )
 
@@ -467,8 +465,8 @@ Table(
 # fidelity is what the adapters on convolutions and feed-forward layers are worth on this base (notebook 04 shows the
 # pictures); see whether it is larger than the spread of the seeds. Then *identifier unheard*: the same prompt stands for the
 # toy in one half of each batch and for all dogs in the other, so the model has to answer with a mixture, and neither `sks dog`
-# nor `dog` can be right. *Text encoder trained* says what a second set of adapters adds where the identifier is heard anyway.
-# And *no prior preservation* draws the toy, but hardly anything else: look at its class diversity and at how much its class
+# nor `dog` can be right. *Text encoder trained* has a second set of adapters and gains nothing by them here, where the
+# identifier is heard anyway. And *no prior preservation* draws the toy, but hardly anything else: look at its class diversity and at how much its class
 # is like the subject.
 #
 # Do fidelity and variety pull against each other, or does one setting give both? Both in one figure: the best place is at
@@ -519,7 +517,8 @@ plots.show(
 
 # %% [markdown]
 # **What you should see**: the first *steps* bring most of the fidelity, and later ones less and less, at the same price a step.
-# The *rank* matters less than the steps: compare its lines with the spread of the default's seeds in the table.
+# Beyond the default neither more steps nor a higher rank brings anything that is larger than the spread of the seeds. Far
+# below it both cost fidelity, and a rank of 2 costs the class something as well.
 #
 # *The identifier `red`* may look as good as any other in this table. But the word is lost: asked for a red dog, this model
 # now draws the toy. No column asks for that. A table answers only what it was asked.

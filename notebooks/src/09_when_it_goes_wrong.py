@@ -66,7 +66,7 @@ from safetensors.torch import load_file, save_file
 
 from dbnb import export, metrics, plots, toybox, workflow
 from dbnb.adapters import ATTENTION, adapted_modules, add_adapters, trainable_parameters
-from dbnb.config import AdapterSettings, DreamBoothConfig
+from dbnb.config import DreamBoothConfig
 from dbnb.dataset import DreamBoothDataset, cache_latents
 from dbnb.models import load_components
 from dbnb.pictures import inspect_images, load_image
@@ -396,7 +396,7 @@ changes, still, formats = {}, {}, {}
 for name in ("as peft adds it", "add_adapters"):
     half = load_components(config.base, weight_dtype=torch.bfloat16)
     if name == "add_adapters":
-        add_adapters(half, AdapterSettings(rank=4))
+        add_adapters(half, rank=4)
     else:
         half.unet.add_adapter(low_rank)
     matrices = [p for key, p in trainable_parameters(half.unet) if "lora_A" in key]
@@ -514,7 +514,7 @@ print("load_image follows the note:", errors["with the note"] < 10)
 
 # %%
 models["after one nan"] = broken = load_components(config.base)
-add_adapters(broken, AdapterSettings(rank=4))
+add_adapters(broken, rank=4)
 bias = broken.unet.conv_out.bias
 value = bias[0].item()
 with torch.no_grad():
@@ -532,7 +532,7 @@ with np.errstate(invalid="ignore"):  # a nan has no grey level: that is what we 
 
 # %%
 fresh, refused = load_components(config.base), "nothing was refused"
-add_adapters(fresh, AdapterSettings(rank=4))
+add_adapters(fresh, rank=4)
 with torch.no_grad():
     fresh.unet.conv_out.bias[0] = float("nan")
 try:

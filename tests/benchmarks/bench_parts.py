@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dbnb.adapters import adapted_modules, add_adapters, train_mode, trainable_parameters
-from dbnb.config import AdapterSettings, DreamBoothConfig
+from dbnb.config import DreamBoothConfig
 from dbnb.dataset import cache_latents
 from dbnb.drawing import build_pipeline, draw_images
 from dbnb.models import embed_prompts
@@ -21,7 +21,7 @@ from dbnb.validation import validation_images
 @pytest.fixture(params=[True, False], ids=["text encoder trained", "text encoder frozen"])
 def ready(request, components, dataset):
     """Adapters in place, latents cached, prompts encoded where they may be: (components, dataset, embeddings)."""
-    add_adapters(components, AdapterSettings(rank=16, train_text_encoder=request.param))
+    add_adapters(components, rank=16, train_text_encoder=request.param)
     for module in adapted_modules(components).values():
         train_mode(module)
     cache_latents(dataset, components.vae)
@@ -67,7 +67,7 @@ def test_bare_cost(benchmark, ready):
 
 def test_whole_training(benchmark, components, dataset, config):
     """Sixty steps with all that surrounds them."""
-    add_adapters(components, AdapterSettings(rank=16, train_text_encoder=True))
+    add_adapters(components, rank=16, train_text_encoder=True)
     config.max_train_steps, config.train_batch_size, config.checkpointing_steps = 60, 4, 0
     benchmark.pedantic(lambda: train(config, components, dataset), rounds=1)
 

@@ -13,7 +13,6 @@ import time
 
 from dbnb.adapters import adapted_modules, add_adapters, train_mode, trainable_parameters
 from dbnb.concept import Concept
-from dbnb.config import AdapterSettings
 from dbnb.dataset import DreamBoothDataset, cache_latents
 from dbnb.models import load_components
 from dbnb.tables import Table
@@ -26,7 +25,7 @@ _SIZES = {"rank": (4, 16, 64), "batch": (1, 4, 16), "pixels": (64, 128, 256)}
 def step_seconds(rank: int, batch: int, pixels: int, steps: int = 8) -> float:
     """The median of a few steps, forward and backward."""
     components, concept = load_components("miniature"), Concept.from_folder(None, "sks", "dog")
-    add_adapters(components, AdapterSettings(rank=rank, train_text_encoder=True))
+    add_adapters(components, rank=rank, train_text_encoder=True)
     # The photographs stand in for class images too: what they show costs nothing.
     dataset = DreamBoothDataset(
         concept.paths,
