@@ -252,6 +252,40 @@ def scatter(points: Mapping[str, tuple[float, float]], *, xlabel: str, ylabel: s
 
 
 @_all_text_is_text
+def clouds(
+    rows: Sequence[Sequence[np.ndarray]],
+    *,
+    groups: np.ndarray | None = None,
+    labels: Sequence[str] = (),
+    titles: Sequence[str] = (),
+    title: str = "",
+    limit: float = 2.6,
+    inches: float = 1.5,
+) -> Figure:
+    """Rows of panels, each with a cloud of (N, 2) points of the plane, from -`limit` to `limit` both ways.
+
+    `groups`, (N,) numbers from 0, give every point a colour. Each row has a label on its left, each column a title.
+    """
+    columns = max(len(row) for row in rows)
+    figure = Figure(figsize=(columns * inches + 1.0, len(rows) * inches + 0.6), dpi=110, layout="constrained")
+    for r, row in enumerate(rows):
+        for c, points in enumerate(row):
+            axis = figure.add_subplot(len(rows), columns, r * columns + c + 1, aspect="equal")
+            colors = np.zeros(len(points), dtype=int) if groups is None else groups
+            axis.scatter(points[:, 0], points[:, 1], s=1.5, c=np.array(PALETTE)[colors], linewidths=0)
+            axis.set(xlim=(-limit, limit), ylim=(-limit, limit), xticks=[], yticks=[])
+            if r == 0 and c < len(titles):
+                axis.set_title(titles[c], fontsize=LABEL)
+            if c == 0 and r < len(labels):
+                axis.set_ylabel(labels[r], fontsize=LABEL, rotation=0, ha="right", va="center")
+    if title:
+        figure.suptitle(
+            "\n".join(textwrap.wrap(title, int(columns * inches / (_CHARACTER * TITLE / LABEL)))), fontsize=TITLE
+        )
+    return figure
+
+
+@_all_text_is_text
 def matrices(
     values: Mapping[str, np.ndarray],
     *,

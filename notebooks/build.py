@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("numbers", nargs="*", help="which notebooks, such as 00 07; all without")
     args = parser.parse_args()
     for script in sorted((FOLDER / "src").glob("*.py")):
-        if not args.numbers or script.name[:2] in args.numbers:
+        if not args.numbers or script.name.split("_")[0] in args.numbers:
             started = time.monotonic()
             path = build(script)
             print(f"{path.name}: {time.monotonic() - started:.0f} s, {path.stat().st_size / 2**10:.0f} KiB", flush=True)

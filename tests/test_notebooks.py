@@ -30,8 +30,9 @@ def _tags(cell) -> list[str]:
     return cell.metadata.get("tags", [])
 
 
-def test_there_are_eleven_notebooks():
-    assert [path.name[:2] for path in SCRIPTS] == [f"{number:02d}" for number in range(11)]
+def test_the_notebooks_are_numbered_as_the_steps():
+    numbers = [path.name.split("_")[0] for path in SCRIPTS]
+    assert numbers == ["00", "00b", *(f"{number:02d}" for number in range(1, 11))]
 
 
 @by_notebook

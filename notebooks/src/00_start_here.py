@@ -294,6 +294,7 @@ print("learned the toy, kept the places, kept the class")
 #
 # | notebook | step | you will see |
 # |---|---|---|
+# | [00b How diffusion works](00b_how_diffusion_works.ipynb) | noise, denoiser, sampling | a picture made from noise by a loop of your own |
 # | [01 Instance data](01_instance_data.ipynb) | photographs, identifier, prompts | what the model really gets to see |
 # | [02 Prior preservation](02_prior_preservation.ipynb) | class images | a model that forgets what a dog is, and one that does not |
 # | [03 Loading and freezing](03_loading_and_freezing.ipynb) | the parts | a picture through each part of the model |
@@ -335,4 +336,5 @@ print("learned the toy, kept the places, kept the class")
 # - The base suggests its settings; the device is found; what fits depends on your card.
 # - Judge by the same prompts from the same noise, before and after, in pictures and in numbers.
 #
-# Next: [01 Instance data](01_instance_data.ipynb), where the five photographs are looked at as the model sees them.
+# Next: [00b How diffusion works](00b_how_diffusion_works.ipynb), from noise to a picture by hand; or straight on to
+# [01 Instance data](01_instance_data.ipynb), where the five photographs are looked at as the model sees them.

@@ -105,7 +105,7 @@ plots.show(
 #     + \lambda\, \underbrace{\|\hat y(x^{dog}_t, \text{a photo of a dog}) - y'\|^2}_{\text{prior}} $$
 #
 # (Ruiz et al., 2023, equation 2. $x_t$ is a picture with noise of strength $t$ in it; $\hat y$ is the answer of the *UNet*,
-# the network that takes noise out, see notebook 03; $y$ and $y'$ are the right answers, known since the noise was put in;
+# the network that takes noise out, see notebook [00b](00b_how_diffusion_works.ipynb); $y$ and $y'$ are the right answers, known since the noise was put in;
 # $\lambda$ is `prior_loss_weight`.) The second term can only be kept low by drawing all sorts of dogs for `a photo of a dog`. Half of
 # each batch is the subject, half the class.
 #
