@@ -24,6 +24,8 @@ MARKERS = "os^Dv*"
 COLORS = {"instance_loss": "#D55E00", "prior_loss": "#0072B2"}
 HELD_OUT = ("#009E73", "#000000", "#56B4E9")
 SMALL, LABEL, TITLE = 8, 9, 11  # points: of numbers in a figure, of labels, of its title
+_DPI = 110
+_SMALL_PICTURE = 96  # pixels
 _CHARACTER = 0.075  # inches: the mean width of one, as a label
 # A prompt may hold dollar signs: they are no mathematics. A text keeps the setting that it was made under.
 _all_text_is_text = rc_context({"text.parse_math": False})
@@ -92,36 +94,44 @@ def image_rows(
     title: str = "",
     gap: float = 0.0,
 ) -> Figure:
-    """Rows of pictures, each row with a label on its left, each column with a title; `gap` inches above each row."""
+    """Rows of pictures, each row with a label on its left, each column with a title; `gap` inches above each row.
+
+    Small pictures are enlarged by a whole number, so that each of their pixels is as large as every other: their side
+    is then the nearest multiple to `inches`.
+    """
     columns = max(len(row) for row in rows)
-    label_inches = _CHARACTER * max((len(line) for label in labels for line in label.split("\n")), default=0) + 0.1
-    width = label_inches + columns * inches
-    wrapped = textwrap.wrap(title, max(12, int(width / (_CHARACTER * TITLE / LABEL))))
+    tile = round(0.97 * inches * _DPI)  # pixels of the figure
+    if small := max((image.width for row in rows for image in row if image.width <= _SMALL_PICTURE), default=0):
+        tile = max(1, round(tile / small)) * small
+    side, above_row = tile + 3, round(gap * _DPI)
+    left = round(
+        _DPI * (_CHARACTER * max((len(line) for text in labels for line in text.split("\n")), default=0) + 0.1)
+    )
+    width = left + columns * side
+    wrapped = textwrap.wrap(title, max(12, int(width / (_DPI * _CHARACTER * TITLE / LABEL))))
     head = 0.12 + 0.19 * len(wrapped) if title else 0.0
-    above = max((text.count("\n") + 1 for text in titles), default=0)
-    top_inches = 0.1 + head + (0.09 + 0.16 * above if titles else 0.0)
-    height = top_inches + len(rows) * (inches + gap)
-    figure = Figure(figsize=(width, height), dpi=110)
+    lines = max((text.count("\n") + 1 for text in titles), default=0)
+    top = round(_DPI * (0.1 + head + (0.09 + 0.16 * lines if titles else 0.0)))
+    height = top + len(rows) * (side + above_row)
+    figure = Figure(figsize=(width / _DPI, height / _DPI), dpi=_DPI)
     for r, row in enumerate(rows):
         for c in range(columns):
-            left = (label_inches + c * inches) / width
-            bottom = (height - top_inches - (r + 1) * (inches + gap)) / height
-            axis = figure.add_axes((left, bottom, 0.97 * inches / width, 0.97 * inches / height))
+            bottom = height - top - (r + 1) * (side + above_row)
+            axis = figure.add_axes(((left + c * side) / width, bottom / height, tile / width, tile / height))
             axis.axis("off")
             if c < len(row):
-                axis.imshow(np.asarray(row[c]), interpolation="lanczos" if row[c].width > 64 else "nearest")
+                axis.imshow(np.asarray(row[c]), interpolation="lanczos" if row[c].width > _SMALL_PICTURE else "nearest")
             if r == 0 and c < len(titles):
                 axis.set_title(titles[c], fontsize=LABEL)
             if c == 0 and r < len(labels):
                 axis.text(-0.05, 0.5, labels[r], transform=axis.transAxes, ha="right", va="center", fontsize=LABEL)
     if title:
-        figure.suptitle("\n".join(wrapped), fontsize=TITLE, y=1.0 - 0.08 / height)
+        figure.suptitle("\n".join(wrapped), fontsize=TITLE, y=1.0 - 0.08 * _DPI / height)
     return figure
 
 
-@_all_text_is_text
 def _plot(xlabel: str, ylabel: str, title: str = "", size: tuple[float, float] = (6.4, 3.2)) -> tuple[Figure, Any]:
-    figure = Figure(figsize=size, dpi=110, layout="constrained")
+    figure = Figure(figsize=size, dpi=_DPI, layout="constrained")
     axis = figure.add_subplot()
     axis.set(xlabel=xlabel, ylabel=ylabel)
     axis.set_title("\n".join(textwrap.wrap(title, int(size[0] / (_CHARACTER * TITLE / LABEL)))), fontsize=TITLE)
@@ -267,7 +277,7 @@ def clouds(
     `groups`, (N,) numbers from 0, give every point a colour. Each row has a label on its left, each column a title.
     """
     columns = max(len(row) for row in rows)
-    figure = Figure(figsize=(columns * inches + 1.0, len(rows) * inches + 0.6), dpi=110, layout="constrained")
+    figure = Figure(figsize=(columns * inches + 1.0, len(rows) * inches + 0.6), dpi=_DPI, layout="constrained")
     for r, row in enumerate(rows):
         for c, points in enumerate(row):
             axis = figure.add_subplot(len(rows), columns, r * columns + c + 1, aspect="equal")
@@ -301,7 +311,7 @@ def matrices(
     Each fills its place, or with `aspect` "equal" shows its numbers as squares.
     `labels` names each row and column; `groups` names so many of them at a time and draws a line between two groups.
     """
-    figure = Figure(figsize=(inches * len(values) + 0.6, inches + 0.7), dpi=110, layout="constrained")
+    figure = Figure(figsize=(inches * len(values) + 0.6, inches + 0.7), dpi=_DPI, layout="constrained")
     top = max(float(np.abs(matrix).max()) for matrix in values.values()) or 1.0
     for i, (name, matrix) in enumerate(values.items()):
         axis = figure.add_subplot(1, len(values), i + 1)

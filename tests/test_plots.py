@@ -147,3 +147,16 @@ def test_the_identifier_explorer_answers_and_lets_no_markup_through():
     field.value = " "  # nothing typed yet: nothing new to say
     assert answer.value == said
     assert widgets.browse({"a": plots.loss_curves([])}, "which").children[1].value[:4] == b"\x89PNG"
+
+
+def test_small_pictures_are_enlarged_by_a_whole_number():
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    figure = plots.image_rows([[image, image], [image, image]], labels=["a", "b"], title="Twice", inches=1.1)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    drawn = np.asarray(Image.open(buffer).convert("RGB"))
+    enlarged = np.asarray(image).repeat(2, 0).repeat(2, 1)
+    height, width = drawn.shape[:2]
+    places = ((y, x) for y in range(height - 127) for x in range(width - 127) if (drawn[y, x] == enlarged[0, 0]).all())
+    assert sum(np.array_equal(drawn[y : y + 128, x : x + 128], enlarged) for y, x in places) == 4
