@@ -17,6 +17,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 __version__ = "0.1.0"
 __all__ = [
     "adapters",  # step 4: LoRA on the denoiser and the text encoder
+    "attention",  # which pixels a word paints
     "checkpoints",  # step 6: saving a run and going on with it
     "concept",  # step 1: photographs, identifier and class word
     "config",  # every option of a run, and the records made of them

@@ -54,6 +54,8 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
 from dbnb import plots, toybox, workflow
+from dbnb.attention import attention_maps, attention_rows
+from dbnb.config import Sampling
 from dbnb.metrics import through_vae
 from dbnb.models import ARCHITECTURES, encode_prompts, load_components, text_architecture
 from dbnb.planner import BASES
@@ -354,6 +356,29 @@ plots.show(
 
 # %% [markdown]
 # **What you should see**: the first few steps cover most of the way.
+#
+# ## Which word paints what?
+#
+# The prompt reaches the UNet by **cross-attention**: at every place of the latents, each token gets a share of the attention,
+# and the shares sum to 1 (Hertz et al., 2022). `attention_maps` draws one picture and keeps the shares, step by step. Where a
+# word gets much, the picture below is red. **Predict**: which pixels does `red` paint, which `cat`, and which `of`?
+
+# %%
+found = attention_maps(components, "a photo of a red cat on the beach", Sampling(), seed=1)
+plots.show(
+    plots.image_rows(
+        [*attention_rows([found], slice(0, 2)), *attention_rows([found], slice(8, 10))],
+        labels=["first two steps", "last two steps"],
+        titles=["drawn", *found.words],
+        title="Each word looks at a part of the picture",
+    ),
+    alt="Two rows: a red cat on a beach, then the same picture in grey with the share of each word of the prompt in red",
+)
+
+# %% [markdown]
+# **What you should see**: `red` and `cat` mark the cat, and `beach` the rest. The small words before them mark the place as
+# well: what they pass on was put into their states by the text encoder, and they get whatever attention is left. A map says
+# where a word is heard, not what it does there.
 #
 # ## How much guidance?
 #

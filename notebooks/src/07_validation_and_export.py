@@ -57,6 +57,7 @@ import torch
 from safetensors import safe_open
 
 from dbnb import export, metrics, miniature, plots, widgets, workflow
+from dbnb.attention import attention_maps, attention_rows
 from dbnb.config import DreamBoothConfig
 from dbnb.drawing import draw_images, image_seed
 from dbnb.models import load_components
@@ -219,6 +220,29 @@ print("on average, other sentences reach more than 70 % of what the training pro
 # which gives the words `sks dog` nearly the same states in any of these sentences: the base's training taught it, in a stage
 # of its own, that the same content means the same however it is said. A text encoder that has not learned this leaves the
 # adapters with the meaning of one sentence.
+#
+# ## Which word paints the toy?
+#
+# Notebook 03 showed where each word of a prompt is heard. **Predict**: where is `sks` heard before training, and where after?
+
+# %%
+watched = [
+    attention_maps(components, "a photo of sks dog at night", config.sampling, seed=1)
+    for components in (base, session.components)
+]
+plots.show(
+    plots.image_rows(
+        attention_rows(watched),
+        labels=["before", "after"],
+        titles=["drawn", *watched[0].words],
+        title="After training the toy listens to its name",
+    ),
+    alt="Two rows of maps: before training 'sks' is heard in the background, after it on the toy, as 'dog' is",
+)
+
+# %% [markdown]
+# **What you should see**: before training, `dog` marks the dog, and `sks` whatever is left, like the small words. After it, `sks`
+# marks the toy as well. The adapters on the cross-attention have learned to look for this token where the toy is.
 #
 # ## From a picture instead of from noise
 #
