@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import textwrap
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,9 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure as _Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
+
+from dbnb.files import whole
+from dbnb.tables import Table
 
 # Okabe and Ito's colours, told apart by colour-blind readers and in a projector's light; markers tell them apart twice.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -337,3 +342,50 @@ def matrices(
         wrapped = textwrap.wrap(title, max(12, int((inches * len(values) + 0.6) / (_CHARACTER * TITLE / LABEL))))
         figure.suptitle("\n".join(wrapped), fontsize=TITLE)
     return figure
+
+
+_PAGE = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>
+<style>body {{ font: 1rem/1.4 sans-serif; margin: 2rem auto; max-width: 70rem; padding: 0 1rem }}
+img {{ max-width: 100% }} figure {{ margin: 2rem 0 }} td, th {{ padding-right: 1.5rem; text-align: left }}</style>
+<h1>{title}</h1>
+{table}
+{figures}
+</html>
+"""
+_SHOWN = ("normalized_subject_fidelity", "scene_recognised", "class_diversity_ratio", "class_subject_similarity")
+
+
+def gallery(folders: Sequence[str | Path], path: str | Path, *, title: str = "What we have taught the model") -> Path:
+    """Write one HTML page of many runs, such as a class's: each run's figure, and a table of what was measured.
+
+    A folder is one that `python -m dbnb` has written. The pictures are within the page, so that it can be sent as it is.
+    Returns its path. Raises FileNotFoundError that names a folder without results.
+    """
+    rows, figures = Table(), []
+    for folder in map(Path, folders):
+        try:
+            picture = (folder / "before_after.png").read_bytes()
+            settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        except OSError as error:
+            raise FileNotFoundError(
+                f"{folder} holds no results of a run ({error.strerror}: {Path(error.filename).name}): give a folder that "
+                "`python -m dbnb` has written."
+            ) from error
+        metrics = folder / "metrics.json"
+        after = json.loads(metrics.read_text(encoding="utf-8"))["after"] if metrics.is_file() else {}
+        name = f"{folder.name}: {settings['identifier']} {settings['class_word']}"
+        rows.append(
+            {"run": name, "steps": str(settings["max_train_steps"])}
+            | {key.replace("_", " "): f"{after[key]:.2f}" if key in after else "" for key in _SHOWN}
+        )
+        data = base64.b64encode(picture).decode()
+        alt = f"The photographs of {name}, and what the model draws before and after"
+        figures.append(
+            f"<figure><figcaption><h2>{escape(name)}</h2></figcaption>"
+            f'<img alt="{escape(alt)}" src="data:image/png;base64,{data}"></figure>'
+        )
+    with whole(Path(path)) as temporary:
+        page = _PAGE.format(title=escape(title), table=rows._repr_html_(), figures="\n".join(figures))
+        temporary.write_text(page, encoding="utf-8")
+    return Path(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import sys
 
 import numpy as np
@@ -12,6 +13,7 @@ from matplotlib.text import Text
 from PIL import Image
 
 from dbnb import plots, widgets
+from dbnb.config import DreamBoothConfig
 from dbnb.models import load_components
 
 
@@ -160,3 +162,17 @@ def test_small_pictures_are_enlarged_by_a_whole_number():
     height, width = drawn.shape[:2]
     places = ((y, x) for y in range(height - 127) for x in range(width - 127) if (drawn[y, x] == enlarged[0, 0]).all())
     assert sum(np.array_equal(drawn[y : y + 128, x : x + 128], enlarged) for y, x in places) == 4
+
+
+def test_a_gallery_shows_many_runs_on_one_page(tmp_path):
+    for name, word in (("anna", "dog"), ("ben", "<cat>")):
+        (tmp_path / name).mkdir()
+        _RED.save(tmp_path / name / "before_after.png")
+        DreamBoothConfig(class_word=word).save(tmp_path / name / "config.json")
+    (tmp_path / "ben" / "metrics.json").write_text(json.dumps({"after": {"normalized_subject_fidelity": 0.875}}))
+    page = plots.gallery([tmp_path / "anna", tmp_path / "ben"], tmp_path / "gallery.html", title="Room 4").read_text()
+    assert page.count("data:image/png;base64,") == 2 and "<h1>Room 4</h1>" in page
+    assert "ben: sks &lt;cat&gt;" in page and "<cat>" not in page and "0.88" in page
+    with pytest.raises(FileNotFoundError, match="carl holds no results of a run .*before_after.png"):
+        plots.gallery([tmp_path / "carl"], tmp_path / "other.html")
+    assert not (tmp_path / "other.html").exists()
