@@ -359,8 +359,8 @@ _SHOWN = ("normalized_subject_fidelity", "scene_recognised", "class_diversity_ra
 def gallery(folders: Sequence[str | Path], path: str | Path, *, title: str = "What we have taught the model") -> Path:
     """Write one HTML page of many runs, such as a class's: each run's figure, and a table of what was measured.
 
-    A folder is one that `python -m dbnb` has written. The pictures are within the page, so that it can be sent as it is.
-    Returns its path. Raises FileNotFoundError that names a folder without results.
+    A folder is one that `python -m dbnb` has written. The pictures are within the page, so that it can be sent as it
+    is. Returns its path. Raises FileNotFoundError that names a folder without results.
     """
     rows, figures = Table(), []
     for folder in map(Path, folders):
@@ -369,8 +369,8 @@ def gallery(folders: Sequence[str | Path], path: str | Path, *, title: str = "Wh
             settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         except OSError as error:
             raise FileNotFoundError(
-                f"{folder} holds no results of a run ({error.strerror}: {Path(error.filename).name}): give a folder that "
-                "`python -m dbnb` has written."
+                f"{folder} holds no results of a run ({error.strerror}: {Path(error.filename).name}): give a folder "
+                "that `python -m dbnb` has written."
             ) from error
         metrics = folder / "metrics.json"
         after = json.loads(metrics.read_text(encoding="utf-8"))["after"] if metrics.is_file() else {}
