@@ -46,11 +46,11 @@ _NAMED = 3  # examples of keys that a sentence gives
 
 @dataclass
 class Diagnosis:
-    """What was found about a LoRA file. By part are its ranks, alphas, scales, blocks; `findings` are in plain words.
+    """What was found about a LoRA file. `parts` has ranks, alphas, scales and blocks by part.
 
     `scale` is what B A was multiplied by in training, where it is the same everywhere and the file tells; `loads_at` is
     what diffusers' loader will multiply it by. `effect` is the mean difference, in 1/255, between one picture with and
-    without the adapter.
+    without the adapter. `findings` are a list of `{code, text}` in plain words, empty where nothing is the matter.
     """
 
     file: str
@@ -109,7 +109,8 @@ class Diagnosis:
             seen = "no picture was drawn" if self.effect is None else f"one picture changes by {self.effect:.1f}/255"
             lines += ["", f"on {self.base}: {len(self.dropped)} keys are dropped; {seen}"]
         lines += ["", "findings:"] + [f"- {finding['code']}: {finding['text']}" for finding in self.findings]
-            lines = [printable(line) for text in lines for line in text.split("\n")]  # a header holds whatever was put there
+        # A header holds whatever its writer put there.
+        lines = [printable(line) for text in lines for line in text.split("\n")]
         return "\n".join(lines) + ("" if self.findings else " none")
 
 
@@ -203,7 +204,7 @@ def _on_base(file: LoraFile, record: Diagnosis, base: str, prompt: str | None) -
     if not translated and all(layer.weight_norm is None for layer in file.layers):
         made = FAMILIES.get(record.family, "another base")
         _drop_all(file, record)
-        return [finding("other_family", f"No key fits this base ({base}): made for {made} ({record.seen}).")]
+        return [finding("other_family", f"no key fits this base: made for {made} ({record.seen}), not for {base}.")]
     given = [load_image(path) for path in sorted((SAMPLE_DIR / "photos").iterdir())[:1]]  # for bases that enlarge
 
     def picture(pipeline: DiffusionPipeline) -> list[Image.Image]:
@@ -226,7 +227,7 @@ def _on_base(file: LoraFile, record: Diagnosis, base: str, prompt: str | None) -
         before, after = (np.asarray(image, dtype=float) for image in record.pictures)
         record.effect = float(np.abs(before - after).mean())
         if not record.effect:
-            text = f"The same noise gives the same picture on {base}, with the adapter and without."
+            text = f"the same noise gives the same picture on {base}, with the adapter and without."
             found.append(finding("no_effect", text))
     return found
 
@@ -316,10 +317,10 @@ def _check_strength(record: Diagnosis) -> list[dict[str, str]]:
     if not strong:
         return []
     times, worst, by_base = max(strong)
-    than = "the weights that it is added to" if by_base else "the weights of a layer that leaves the size of things alone"
+    than = "the weights that it is added to" if by_base else "the weights of a layer that neither amplifies nor damps"
     text = (
-        f"Far too strong in {several(len(strong), 'blocks')}: in {worst} the change is {times:.3g} x as large as {than}. "
-        f"Shapes and colours burn: use it at strength {0.5 / times:.2g} or less, or train it at a lower rate."
+        f"far too strong in {several(len(strong), 'blocks')}: in {worst} the change is {times:.3g} x as large as "
+        f"{than}; shapes and colours burn: use it at strength {0.5 / times:.2g} or less, or train at a lower rate."
     )
     return [finding("too_strong", text)]
 

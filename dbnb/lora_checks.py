@@ -27,6 +27,7 @@ def dtypes(file: LoraFile) -> list[str]:
 
 
 def finding(code: str, text: str) -> dict[str, str]:
+    """A code for programs, a sentence for people."""
     return {"code": code, "text": text}
 
 
@@ -37,37 +38,34 @@ def some(names: Sequence[str]) -> str:
 
 
 def several(number: int, what: str) -> str:
+    """A number of things: "1 layer", "2 layers"."""
     return f"{number} {what}" if number != 1 else f"1 {what.removesuffix('s')}"
 
 
-def _check_scales(file: LoraFile) -> list[dict[str, str]]:
-    found, silent = [], False
+def _check_scales(file: LoraFile) -> Iterator[dict[str, str]]:
+    told = all(layer.scale is not None for layer in file.layers)
     for part, layers in file.parts().items():
-        other: Counter[tuple[float, float, int, float]] = Counter()
+        other: Counter[tuple[float, int, float]] = Counter()
         for layer in layers:
-            silent |= layer.scale is None
-            if (
-                layer.scale
-                and layer.loads_at is not None
-                and not math.isclose(layer.scale, layer.loads_at, rel_tol=1e-3)
-            ):
-                other[layer.alpha, layer.scale, file.rank(layer), layer.loads_at / layer.scale] += 1
-        for (alpha, scale, rank, times), count in other.items():
-            by = "rsLoRA is not seen" if rslora_of_kohya(file) else "alpha is lost"
-            found.append(finding(
-                "rslora_lost" if rslora_of_kohya(file) else "alpha_lost",
-                f"{by}: {count} of {len(layers)} layers of the {part} were trained with alpha {alpha:g} at rank {rank} "
-                f"(scale {scale:.3g}), and the file does not tell a loader so: it will load at {times:.3g} x the "
-                "strength. Save it again with its alpha, or use it at "
-                f"strength {1 / times:.3g}.",
-            ))  # fmt: skip
-    if silent and not found:
-        found.append(finding(
+            loads_at = layer.loads_at
+            if loads_at is None and not is_read(layer):
+                loads_at = 1.0  # once its name is mended
+            if layer.scale and loads_at is not None and not math.isclose(layer.scale, loads_at, rel_tol=1e-3):
+                other[layer.alpha, file.rank(layer), loads_at / layer.scale] += 1
+        for (alpha, rank, times), count in other.items():
+            lost, code = ("rsLoRA", "rslora_lost") if rslora_of_kohya(file) else ("alpha", "alpha_lost")
+            yield finding(
+                code,
+                f"{lost} is lost: it will load at {times:.3g} x the strength. {count} of {len(layers)} layers of the "
+                f"{part} were trained with alpha {alpha:g} at rank {rank}, and where a loader looks the file does not "
+                f"say so: save it again with its alpha, or use it at strength {1 / times:.3g}.",
+            )
+    if not told:
+        yield finding(
             "alpha_unknown",
-            "Neither the file nor an adapter_config.json beside it says the alpha: it loads as if alpha were the rank "
-            "(scale 1), which is wrong if it was trained with another one.",
-        ))  # fmt: skip
-    return found
+            "no alpha is told, neither by the file nor by an adapter_config.json beside it: it loads as if alpha were "
+            "the rank (scale 1), which is wrong if it was trained with another one.",
+        )
 
 
 def _check_tensors(file: LoraFile) -> Iterator[dict[str, str]]:
@@ -84,7 +82,7 @@ def _check_tensors(file: LoraFile) -> Iterator[dict[str, str]]:
         if ups and len(still) == len(ups):
             yield finding(
                 "zero",
-                f"Every B of the {part} is zero, as before the first step: this half was never trained, and changes "
+                f"every B of the {part} is zero, as before the first step: this half was never trained, and changes "
                 "nothing.",
             )
         elif still:
@@ -107,7 +105,7 @@ def _check_pairs(file: LoraFile) -> Iterator[dict[str, str]]:
     if apart:
         yield finding(
             "pair",
-            f"The two matrices of {several(len(apart), 'layers')} are of different ranks ({apart[0].matrices[0]}): "
+            f"the two matrices of {several(len(apart), 'layers')} are of different ranks ({apart[0].matrices[0]}): "
             "they cannot be multiplied. Save the file again.",
         )
     if file.strange:
@@ -155,7 +153,7 @@ def _check_ranks(file: LoraFile) -> Iterator[dict[str, str]]:
             shown = ", ".join(f"{rank} ({count} layers)" for rank, count in sorted(ranks.items()))
             yield finding(
                 "mixed_ranks",
-                f"The layers of the {part} are of several ranks: {shown}. That is allowed, but a merger of adapters "
+                f"the layers of the {part} are of several ranks: {shown}. That is allowed, but a merger of adapters "
                 "may want a single one.",
             )
         header, pattern = file.header.get(f"{part}.r"), file.header.get(f"{part}.rank_pattern") or {}
@@ -172,7 +170,7 @@ def _check_ranks(file: LoraFile) -> Iterator[dict[str, str]]:
         part, said, is_ = told[0]
         yield finding(
             "rank_mismatch",
-            f"The header says rank {said} for the {part}, and {several(len(told), 'layers')} are of another, such as "
+            f"the header says rank {said} for the {part}, and {several(len(told), 'layers')} are of another, such as "
             f"{is_}: the file was changed after training. Its alpha may be of the former rank, and diffusers refuses a "
             "header of its own that does not fit.",
         )
@@ -191,7 +189,7 @@ def _check_kinds(file: LoraFile) -> Iterator[dict[str, str]]:
     if any(value is True for name, value in file.header.items() if name.endswith("use_rslora")):
         yield finding(
             "rslora",
-            "It was trained with rsLoRA: the scale is alpha / sqrt(rank). The header says so, which diffusers reads "
+            "it was trained with rsLoRA: the scale is alpha / sqrt(rank). The header says so, which diffusers reads "
             "and other programs may not.",
         )
 

@@ -255,7 +255,7 @@ FAMILIES = {
     "miniature": "the miniature",
     "sd1": "Stable Diffusion 1",
     "sd2": "Stable Diffusion 2",
-    "sdxl": "Stable Diffusion XL",
+    "sdxl": "SDXL",
     "if": "DeepFloyd IF",
     "sd3": "Stable Diffusion 3",
     "flux": "FLUX",
