@@ -147,6 +147,9 @@ def diagnose(
     record.scale = _same([layer.scale for layer in file.layers])
     record.loads_at = _same([layer.loads_at for layer in file.layers])
     record.findings = on_base + check_file(file) + _check_strength(record)
+    if record.effect == 0:
+        text = f"the same noise gives the same picture on {base}, with the adapter and without."
+        record.findings.append(finding("no_effect", text))
     return record
 
 
@@ -226,9 +229,6 @@ def _on_base(file: LoraFile, record: Diagnosis, base: str, prompt: str | None) -
     if record.pictures:
         before, after = (np.asarray(image, dtype=float) for image in record.pictures)
         record.effect = float(np.abs(before - after).mean())
-        if not record.effect:
-            text = f"the same noise gives the same picture on {base}, with the adapter and without."
-            found.append(finding("no_effect", text))
     return found
 
 
