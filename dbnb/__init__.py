@@ -22,9 +22,12 @@ __all__ = [
     "concept",  # step 1: photographs, identifier and class word
     "config",  # every option of a run, and the records made of them
     "dataset",  # step 5: instance and class images in batches
+    "doctor",  # what is the matter with a LoRA file
     "drawing",  # a base's pipeline, a fast solver, pictures from seeds
     "export",  # step 7: the adapter file, the model card, the Hub
     "files",  # files that are written whole or not at all; caches
+    "lora_checks",  # the faults that the doctor knows
+    "lora_file",  # LoRA files in every naming
     "metrics",  # step 7: fidelity, prior preservation, diversity
     "miniature",  # the base that comes with the course, and its training
     "models",  # step 3: the parts of a base, frozen and cast

@@ -239,6 +239,26 @@ def bars(
 
 
 @_all_text_is_text
+def bar_rows(groups: Mapping[str, Mapping[str, float]], *, xlabel: str, title: str = "") -> Figure:
+    """One bar a row, for many of them or long names: name of a group -> name of a bar -> length."""
+    count = sum(map(len, groups.values()))
+    figure, axis = _plot(xlabel, "", title, size=(6.4, 1.1 + 0.2 * count))
+    start, ticks = 0, []
+    for i, (name, values) in enumerate(groups.items()):
+        lengths = np.nan_to_num(list(values.values()), posinf=0.0, neginf=0.0)  # a number that is none has no length
+        drawn = axis.barh(range(start, start + len(values)), lengths, 0.7, color=PALETTE[i % len(PALETTE)], label=name)
+        axis.bar_label(drawn, [f"{value:.3g}" for value in values.values()], fontsize=SMALL, padding=2)
+        ticks += list(values)
+        start += len(values)
+    axis.set_yticks(range(count), ticks, fontsize=SMALL)
+    axis.set_ylim(count - 0.4, -0.6)
+    axis.margins(x=0.12)
+    if len(groups) > 1:
+        figure.legend(frameon=False, fontsize=SMALL, loc="outside lower center", ncols=len(groups))
+    return figure
+
+
+@_all_text_is_text
 def histogram(
     values: Sequence[float], *, xlabel: str, title: str = "", marks: Mapping[str, float] | None = None
 ) -> Figure:

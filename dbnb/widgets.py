@@ -7,13 +7,21 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from html import escape
+from pathlib import Path
+from typing import Any
 
 from matplotlib.figure import Figure
 from PIL import Image
 
 from dbnb import plots
 from dbnb.tokens import token_report
+from dbnb.toybox import ACCESSORIES, KINDS, PATTERNS, Toy, photograph, rgb
+from dbnb.toybox.sample import write_toy
+
+_TOY = 160  # pixels along a side of a toy that is being designed: drawn in a tenth of a second
 
 
 def _png(picture: Image.Image | Figure, width: int) -> bytes:
@@ -110,3 +118,67 @@ def identifier_explorer(tokenizer, identifier: str = "sks"):
     field.observe(tell, names="value")
     tell()
     return ipywidgets.VBox([field, answer])
+
+
+class ToyDesigner:
+    """A toy of your own: choose kind, colours, pattern, accessory and proportions, and its picture follows.
+
+    `toy` is the toy as it is now, `photographs(folder)` writes its pictures and returns the folder to train on. Where
+    ipywidgets are not installed or not displayed, it shows as a picture.
+    """
+
+    def __init__(self, **start: Any) -> None:
+        """`start` are the fields of the `Toy` to begin with. Raises ValueError where one of them is unknown."""
+        self.toy = Toy(**{"kind": "cat", "body": "#1fa2a0", "accent": "yellow", "pattern": "striped"} | start)
+        try:
+            import ipywidgets
+        except ImportError:
+            self.view = None
+            return
+        words = {"kind": KINDS, "pattern": PATTERNS, "accessory": ACCESSORIES}
+        fields = {name: ipywidgets.Dropdown(options=options) for name, options in words.items()}
+        fields |= {name: ipywidgets.ColorPicker() for name in ("body", "accent")}
+        fields |= {
+            name: ipywidgets.FloatSlider(min=0.85, max=1.15, step=0.05, continuous_update=False)
+            for name in ("head", "girth")
+        }
+        for name, field in fields.items():
+            value = getattr(self.toy, name)
+            field.value = _hexadecimal(value) if name in ("body", "accent") else value
+            field.description = name
+            field.observe(partial(self._change, name), names="value")
+        self._image, self._answer = _image(_png(self._picture(), _TOY)), ipywidgets.HTML()
+        order = ("kind", "body", "accent", "pattern", "accessory", "head", "girth")
+        column = ipywidgets.VBox([*(fields[name] for name in order), self._answer])
+        self.view = ipywidgets.HBox([column, self._image])
+
+    def _picture(self) -> Image.Image:
+        return photograph(self.toy, scene="room", seed=4, size=_TOY)
+
+    def _change(self, name: str, event: Mapping[str, Any]) -> None:
+        try:
+            self.toy = replace(self.toy, **{name: event["new"]})
+        except ValueError as error:  # a colour is typed as well as picked
+            self._answer.value = escape(str(error))
+            return
+        self._answer.value, self._image.value = "", _png(self._picture(), _TOY)
+
+    def photographs(self, folder: str | Path) -> Path:
+        """Write the toy's photographs and references to a folder; returns the folder of the photographs."""
+        return write_toy(self.toy, Path(folder))
+
+    def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any]:
+        toy = self.toy
+        shown = plots.html(
+            plots.show_images([self._picture()], inches=2.2),
+            alt=f"A {toy.pattern} {toy.kind}, accessory: {toy.accessory}",
+        )
+        bundle = {"text/html": shown.html, "text/plain": repr(shown)}
+        if self.view is not None:
+            reference = {"version_major": 2, "version_minor": 0, "model_id": self.view.model_id}
+            bundle["application/vnd.jupyter.widget-view+json"] = reference
+        return bundle
+
+
+def _hexadecimal(color: str | tuple[float, float, float]) -> str:
+    return "#" + "".join(f"{round(255 * value):02x}" for value in rgb(color))

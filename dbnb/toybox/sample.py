@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from dbnb.files import whole
 from dbnb.toybox import Toy, photograph
 
 SAMPLE_DIR = Path(__file__).parents[1] / "sample"
@@ -19,17 +20,26 @@ PICTURES = {
 }
 
 
-def write_sample(folder: Path = SAMPLE_DIR) -> list[Path]:
-    """Render every sample picture; returns the files."""
-    written = []
+def write_toy(toy: Toy, folder: Path) -> Path:
+    """Photograph a toy as the sample subject is: five pictures in `photos`, six others in `references`.
+
+    Returns the folder of the five, to train on. Raises ValueError, before anything is written, where other files are in
+    one of the two: whoever trains on it would train on them.
+    """
+    folder = Path(folder)
+    for name, shots in PICTURES.items():
+        own = {f"{number:02d}.png" for number in range(1, len(shots) + 1)}
+        found = sorted(path.name for path in (folder / name).glob("*") if path.name not in own)
+        if found:
+            raise ValueError(f"{folder / name} holds other files, such as {found[0]}: give another folder.")
     for name, shots in PICTURES.items():
         (folder / name).mkdir(parents=True, exist_ok=True)
         for number, (scene, seed) in enumerate(shots, start=1):
-            path = folder / name / f"{number:02d}.png"
-            photograph(SAMPLE_TOY, scene=scene, seed=seed, size=SIZE, supersample=3).save(path, optimize=True)
-            written.append(path)
-    return written
+            picture = photograph(toy, scene=scene, seed=seed, size=SIZE, supersample=3)
+            with whole(folder / name / f"{number:02d}.png") as temporary:
+                picture.save(temporary, optimize=True)
+    return folder / "photos"
 
 
 if __name__ == "__main__":
-    write_sample()
+    write_toy(SAMPLE_TOY, SAMPLE_DIR)

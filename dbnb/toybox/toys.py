@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,8 +35,8 @@ BODY, ACCENT, BLACK, EYE, BEAK, GLASS, LAMP = range(7)
 class Toy:
     """One particular toy. Two photographs show the same toy exactly when their `Toy` is equal.
 
-    `body` and `accent` are names from `COLORS` or any (r, g, b) in [0, 1]; the accent colours ears, wings, handle,
-    the pattern and the accessory. `head` and `girth` scale the head and the body (0.85 to 1.15 look natural).
+    `body` and `accent` are names from `COLORS`, "#rrggbb", or any (r, g, b) in [0, 1]; the accent colours ears, wings,
+    handle, the pattern and the accessory. `head` and `girth` scale the head and the body (0.85 to 1.15 look natural).
     """
 
     kind: str
@@ -61,10 +62,14 @@ class Toy:
 
 
 def rgb(color: str | tuple[float, float, float]) -> tuple[float, float, float]:
-    """A colour's name or three numbers -> three numbers in [0, 1]."""
+    """A colour's name, "#rrggbb", or three numbers -> three numbers in [0, 1]."""
     if isinstance(color, str):
+        if re.fullmatch("#[0-9a-fA-F]{6}", color):
+            return tuple(int(color[start : start + 2], 16) / 255 for start in (1, 3, 5))
         if color not in COLORS:
-            raise ValueError(f"Colour {color!r} is unknown: choose one of {', '.join(COLORS)}, or give (r, g, b).")
+            raise ValueError(
+                f"Colour {color!r} is unknown: choose one of {', '.join(COLORS)}, or give '#rrggbb' or (r, g, b)."
+            )
         return COLORS[color]
     if len(color) != 3 or not all(0.0 <= float(c) <= 1.0 for c in color):
         raise ValueError(f"Colour {color!r} is not (r, g, b) with numbers from 0 to 1.")

@@ -550,6 +550,38 @@ print("train said:", refused)
 # %% [markdown]
 # **Mended**: `bfloat16` instead of `float16`, a lower rate, a VAE in `float32`.
 #
+# ## A doctor for files
+#
+# Some of these failures are in the file that somebody hands you. `dbnb.doctor` looks at any LoRA file, whoever wrote it:
+# which base it was made for, how strong it is, which of its keys a loader reads. **Made**: the file of failure 5, and three
+# that were damaged: without its header, as before the first step, with the names that peft gives. **Predict**: which of
+# the four change a picture?
+
+# %%
+# NBVAL_CHECK_OUTPUT
+from dbnb.doctor import diagnose, norm_alt, norm_figure
+
+tensors, patients = load_file(whole), {"as it was saved": whole, "without header": bare}
+damaged = {
+    "not trained": {key: value * ("lora_A" in key) for key, value in tensors.items()},
+    "peft's names": {key.replace("unet.", "base_model.model."): value for key, value in tensors.items()},
+}
+for name, changed in damaged.items():
+    patients[name] = folder / f"{name}.safetensors"
+    save_file(changed, patients[name])
+records = {name: diagnose(path) for name, path in patients.items()}
+for name, record in records.items():
+    print(f"{name}: {', '.join(record.codes()) or 'sound'}; the picture changes: {record.effect > 0}")
+
+# %%
+print(*(finding["text"] for finding in records["peft's names"].findings), sep="\n")
+plots.show(norm_figure(records["as it was saved"]), alt=norm_alt(records["as it was saved"]))
+
+# %% [markdown]
+# **Seen**: each fault by its name, and bars: the adapter's norm by block. Only the first two files change a picture, and the
+# second of them at a quarter of the strength that was trained, which nobody can know from the file. In a terminal:
+# `python -m dbnb.doctor FILE --base BASE`.
+#
 # ## Now you
 #
 # `a photo of a dog` by five of the models above. **Predict**: which row is which? Which is nearest to the base?
