@@ -270,9 +270,9 @@ def _landed(file: LoraFile, record: Diagnosis, components: Components) -> list[d
     return [
         finding(
             "keys_dropped",
-            f"{several(len(unexplained), 'layers')} of {len(file.layers)} have no place in {record.base} and are left out "
-            f"without an error ({where}; such as {unexplained[0].matrices[0]}): they were made for another base, or for a "
-            "changed one.",
+            f"{several(len(unexplained), 'layers')} of {len(file.layers)} have no place in {record.base} and are left "
+            f"out without an error ({where}; such as {unexplained[0].matrices[0]}): they were made for another base, or "
+            "for a changed one.",
         )
     ]
 

@@ -108,6 +108,7 @@ def add_noise(x: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Te
     return a.sqrt() * x + (1 - a).sqrt() * noise
 
 
+# %%
 noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(1))
 times = (0, 100, 300, 500, 999)
 plots.show(

@@ -55,7 +55,6 @@ from PIL import Image
 
 from dbnb import plots, toybox, workflow
 from dbnb.attention import attention_maps, attention_rows
-from dbnb.config import Sampling
 from dbnb.metrics import through_vae
 from dbnb.models import ARCHITECTURES, encode_prompts, load_components, text_architecture
 from dbnb.planner import BASES
@@ -364,6 +363,8 @@ plots.show(
 # word gets much, the picture below is red. **Predict**: which pixels does `red` paint, which `cat`, and which `of`?
 
 # %%
+from dbnb.config import Sampling
+
 found = attention_maps(components, "a photo of a red cat on the beach", Sampling(), seed=1)
 plots.show(
     plots.image_rows(
