@@ -271,8 +271,8 @@ def _landed(file: LoraFile, record: Diagnosis, components: Components) -> list[d
         finding(
             "keys_dropped",
             f"{several(len(unexplained), 'layers')} of {len(file.layers)} have no place in {record.base} and are left "
-            f"out without an error ({where}; such as {unexplained[0].matrices[0]}): they were made for another base, or "
-            "for a changed one.",
+            f"out without an error ({where}; such as {unexplained[0].matrices[0]}): they were made for another "
+            "base, or for a changed one.",
         )
     ]
 
