@@ -1,4 +1,4 @@
-"""The parts of a base as ONNX graphs, and what else a page needs to draw with them.
+"""The parts of a base as ONNX graphs, and what else the live page must know to draw with them.
 
 The denoiser's graph takes an adapter as further inputs, under the names of its file, and the adapter's strength as a
 number: y = W x + strength B A x (Hu et al., 2021, eq. 3). Any adapter with these layers, and at most this rank, can so
@@ -7,8 +7,8 @@ be drawn with; the page multiplies B by alpha / rank.
 
 from __future__ import annotations
 
-import json
-import shutil
+import logging
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from safetensors import safe_open
 from dbnb import toybox
 from dbnb.config import DreamBoothConfig
 from dbnb.files import whole
-from dbnb.models import Components, load_components
+from dbnb.models import Components
 
 _ADAPTER = ("a", "b", "strength")
 _SMALL = 64  # numbers; shorter tensors (biases of a norm, constants of a formula) keep float32
@@ -116,7 +116,11 @@ def _export(module: torch.nn.Module, inputs: Mapping[str, torch.Tensor | Sequenc
     """Write a module's graph for inputs of these shapes; a list is named by its own dictionary's keys."""
     names = [name for key, value in inputs.items() for name in (value if isinstance(value, dict) else [key])]
     values = tuple(list(value.values()) if isinstance(value, dict) else value for value in inputs.values())
-    with torch.no_grad():
+    logging.getLogger("torch.onnx").setLevel(
+        logging.ERROR
+    )  # says that there is no torchvision, which nothing here needs
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch's, of torch's own code
         program = torch.onnx.export(
             module.eval(), values, input_names=names, output_names=["output"], dynamo=True, verbose=False
         )
@@ -143,48 +147,42 @@ def read_adapter(adapter: Path) -> dict[str, dict[str, list[int]]]:
     return layers
 
 
-def export_model(config: DreamBoothConfig, adapter: Path, folder: Path) -> None:
-    """Write the graphs, tokenizer and noise schedule of the config's base, and the adapter, to `folder`.
-
-    What the page first shows are the config's prompt, steps and guidance. Raises ValueError where the page could not
-    draw with the adapter.
-    """
-    components, layers = load_components(config.base), read_adapter(adapter)
-    unet, vae, encoder = components.unet, components.vae, components.text_encoder
-    latents = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
-    length = components.tokenizer.model_max_length
-    folder.mkdir(parents=True, exist_ok=True)
-
-    _export(_TextEncoder(encoder), {"ids": torch.zeros(1, length, dtype=torch.int32)}, folder / "text_encoder.onnx")
-    _export(_Decoder(vae), {"latents": torch.zeros(1, *latents)}, folder / "decoder.onnx")
-    halves = {
-        half: {f"unet.{name}.lora_{half}.weight": torch.zeros(shape[half]) for name, shape in layers.items()}
-        for half in ("A", "B")
-    }
+def export_graphs(components: Components, layers: Mapping[str, Mapping[str, list[int]]], folder: Path) -> None:
+    """Write text_encoder.onnx, decoder.onnx and, last, unet.onnx, which takes an adapter with these layers."""
+    unet, length = components.unet, components.tokenizer.model_max_length
+    latents = torch.zeros(1, *latent_shape(components))
+    ids = torch.zeros(1, length, dtype=torch.int32)
+    _export(_TextEncoder(components.text_encoder), {"ids": ids}, folder / "text_encoder.onnx")
+    _export(_Decoder(components.vae), {"latents": latents}, folder / "decoder.onnx")
     inputs = {
-        "sample": torch.zeros(2, *latents),  # two at a time: guidance asks for the empty prompt too
+        "sample": torch.cat([latents, latents]),  # two at a time: guidance asks for the empty prompt too
         "timestep": torch.tensor(0.0),
         "states": torch.zeros(2, length, unet.config.cross_attention_dim),
         "strength": torch.tensor(1.0),
     }
-    _export(_Denoiser(unet, list(layers)), inputs | halves, folder / "unet.onnx")
-
-    sources = {"adapter.safetensors": adapter, "tokenizer.json": components.base / "tokenizer" / "tokenizer.json"}
-    for name, source in sources.items():
-        with whole(folder / name) as temporary:
-            shutil.copyfile(source, temporary)
-    description = _description(components, config) | {
-        "latents": latents,
-        "adapter": {name: list(tensor.shape) for half in halves.values() for name, tensor in half.items()},
-    }
-    with whole(folder / "model.json") as temporary:
-        temporary.write_text(json.dumps(description), encoding="utf-8")
+    for half in ("A", "B"):
+        inputs[half] = {tensor_name(name, half): torch.zeros(shape[half]) for name, shape in layers.items()}
+    _export(_Denoiser(unet, list(layers)), inputs, folder / "unet.onnx")
 
 
-def _description(components: Components, config: DreamBoothConfig) -> dict[str, object]:
-    """What the page's tokenizer, solver and first prompt are."""
+def tensor_name(layer: str, half: str) -> str:
+    """What a tensor is called in adapter files, and so in the graph."""
+    return f"unet.{layer}.lora_{half}.weight"
+
+
+def latent_shape(components: Components) -> tuple[int, int, int]:
+    """(C, h, w) of what the UNet draws."""
+    config = components.unet.config
+    return config.in_channels, config.sample_size, config.sample_size
+
+
+def description(
+    components: Components, layers: Mapping[str, Mapping[str, list[int]]], config: DreamBoothConfig
+) -> dict[str, object]:
+    """What the page must know of the base, the adapter's layers, and the config's subject and ways of drawing."""
     tokenizer, schedule = components.tokenizer, components.noise_scheduler
     return {
+        "latents": latent_shape(components),
         "tokenizer": {
             "length": tokenizer.model_max_length,
             "start": tokenizer.bos_token_id,
@@ -197,6 +195,7 @@ def _description(components: Components, config: DreamBoothConfig) -> dict[str, 
             "timestep_spacing": schedule.config.timestep_spacing,
             "steps_offset": schedule.config.steps_offset,
         },
+        "adapter": {tensor_name(name, half): shape[half] for name, shape in layers.items() for half in ("A", "B")},
         "defaults": {"steps": config.num_inference_steps, "guidance": config.guidance_scale, "strength": 1.0},
         "subject": {"identifier": config.identifier, "class_word": config.class_word},
         "kinds": toybox.KINDS,

@@ -3,11 +3,22 @@
 /** Name -> {dims, data}, and the settings that diffusers keeps in the header. */
 function parse(buffer) {
   const size = Number(new DataView(buffer).getBigUint64(0, true));
-  const { __metadata__: metadata = {}, ...entries } = JSON.parse(new TextDecoder().decode(new Uint8Array(buffer, 8, size)));
-  const tensors = Object.entries(entries).map(([name, { dtype, shape, data_offsets: [start, stop] }]) => {
-    if (dtype !== "F32") throw new Error(`tensor ${name} is ${dtype}, and should be F32`);
-    return [name, { dims: shape, data: new Float32Array(buffer.slice(8 + size + start, 8 + size + stop)) }];
-  });
+  const { __metadata__: metadata = {}, ...entries } = JSON.parse(
+    new TextDecoder().decode(new Uint8Array(buffer, 8, size)),
+  );
+  const tensors = Object.entries(entries).map(
+    ([
+      name,
+      {
+        dtype,
+        shape,
+        data_offsets: [start, stop],
+      },
+    ]) => {
+      if (dtype !== "F32") throw new Error(`tensor ${name} is ${dtype}, and should be F32`);
+      return [name, { dims: shape, data: new Float32Array(buffer.slice(8 + size + start, 8 + size + stop)) }];
+    },
+  );
   return { tensors: new Map(tensors), settings: JSON.parse(metadata.lora_adapter_metadata ?? "{}") };
 }
 

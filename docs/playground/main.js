@@ -11,8 +11,9 @@ function missing() {
   if (typeof WebAssembly === "undefined") return "WebAssembly";
   if (typeof DecompressionStream === "undefined") return "DecompressionStream";
   // A function that makes a vector of zeros: only what knows SIMD finds it valid.
-  const simd = [0, 97, 115, 109, 1, 0, 0, 0, 1, 5, 1, 96, 0, 1, 123, 3, 2, 1, 0, 10, 10, 1, 8, 0, 65, 0, 253, 15, 253, 98, 11];
-  return WebAssembly.validate(new Uint8Array(simd)) ? "" : "SIMD instructions in WebAssembly";
+  const simd = "AGFzbQEAAAABBQFgAAF7AwIBAAoKAQgAQQD9D/1iCw==";
+  const bytes = Uint8Array.from(atob(simd), (letter) => letter.charCodeAt(0));
+  return WebAssembly.validate(bytes) ? "" : "SIMD instructions in WebAssembly";
 }
 
 function show(canvas, { width, height, pixels }) {
@@ -25,11 +26,12 @@ function show(canvas, { width, height, pixels }) {
 
 const escaped = (text) => text.replace(/[\\^$.*+?()[\]{}|]/g, "\\$&");
 
-/** The prompt with the identifier before the class word, or without it; an article stands where the identifier does not. */
-function withIdentifier(prompt, { identifier, class_word: word }, wanted) {
-  const [name, noun] = [escaped(identifier), escaped(word)];
-  if (!wanted) return prompt.replace(new RegExp(`(\\b(?:an?|the|my|one) (?:\\w+ )*)?\\b${name} `, "gi"), (_, lead) => lead ?? "a ");
-  return prompt.replace(new RegExp(`(?:\\b(?:an?|the|my|one) )?\\b(${noun})\\b`, "i"), `${identifier} $1`);
+/** The prompt with the identifier before the class word, or with an article instead. */
+function withIdentifier(prompt, { identifier, class_word: noun }, wanted) {
+  const name = escaped(identifier);
+  if (wanted)
+    return prompt.replace(new RegExp(`(?:\\b(?:an?|the) )?\\b(${escaped(noun)})\\b`, "i"), `${identifier} $1`);
+  return prompt.replace(new RegExp(`\\b${name} `, "gi"), "a ");
 }
 
 /** The prompt with its place, if it has one, replaced by another. */
@@ -43,10 +45,12 @@ function start() {
   if (lacks) throw new Error(`it lacks ${lacks}`);
   $("status").textContent = "Loading the model …";
   const percent = (share) => Math.floor(100 * share);
-  return new Client((share) => ($("status").textContent = share < 1 ? `Loading the model: ${percent(share)} %` : "Starting …"));
+  return new Client(
+    (share) => ($("status").textContent = share < 1 ? `Loading the model: ${percent(share)} %` : "Starting …"),
+  );
 }
 
-function page(client, { defaults, subject, places }) {
+function page(client, { defaults, subject, kinds, places }) {
   const value = (id) => Number($(id).value);
   let drawing = new AbortController();
   let pause;
@@ -61,7 +65,8 @@ function page(client, { defaults, subject, places }) {
   async function draw() {
     drawing.abort();
     drawing = new AbortController();
-    const options = { prompt: $("prompt").value, seed: value("seed"), ...Object.fromEntries(["steps", "guidance", "strength"].map((id) => [id, value(id)])) };
+    const numbers = ["seed", "steps", "guidance", "strength"].map((id) => [id, value(id)]);
+    const options = { prompt: $("prompt").value, ...Object.fromEntries(numbers) };
     const started = performance.now();
     const onStep = (step, picture) => {
       show($("canvas"), picture);
@@ -76,7 +81,8 @@ function page(client, { defaults, subject, places }) {
     try {
       await client.draw(options, { onStep, signal: drawing.signal });
       $("canvas").setAttribute("aria-label", `The picture of: ${options.prompt}`);
-      $("caption").textContent = `${options.steps} steps in ${((performance.now() - started) / 1000).toFixed(1)} seconds`;
+      $("caption").textContent =
+        `${options.steps} steps in ${((performance.now() - started) / 1000).toFixed(1)} seconds`;
     } catch (error) {
       if (error.name !== "AbortError") $("caption").textContent = error.message;
     }
@@ -102,6 +108,7 @@ function page(client, { defaults, subject, places }) {
     button.onclick = () => edit(withPlace($("prompt").value, places, place));
     $("places").append(button);
   }
+  $("kinds").textContent = kinds.join(", ");
   $("identifier").onchange = ({ target }) => edit(withIdentifier($("prompt").value, subject, target.checked));
   $("another").onclick = () => {
     $("seed").value = Math.floor(Math.random() * MAX_SEED);

@@ -42,13 +42,17 @@ export class Model {
   static async load(tell) {
     const model = new Model();
     const graph = (name) => `model/${name}.onnx`;
-    const [description, tokenizer, adapter] = ["model.json", "tokenizer.json", "adapter.safetensors"].map((f) => `model/${f}`);
+    const [description, tokenizer, adapter] = ["model.json", "tokenizer.json", "adapter.safetensors"].map(
+      (f) => `model/${f}`,
+    );
     const files = await download([description, tokenizer, adapter, RUNTIME, ...GRAPHS.map(graph)], tell);
     // Threads need a page that is isolated from other origins, which few servers ask for.
     ort.env.wasm.numThreads = globalThis.crossOriginIsolated ? Math.min(navigator.hardwareConcurrency, 4) : 1;
     ort.env.wasm.wasmBinary = await gunzip(files[RUNTIME]);
     for (const name of GRAPHS) {
-      model[name] = await ort.InferenceSession.create(new Uint8Array(files[graph(name)]), { executionProviders: ["wasm"] });
+      model[name] = await ort.InferenceSession.create(new Uint8Array(files[graph(name)]), {
+        executionProviders: ["wasm"],
+      });
     }
     model.description = json(files[description]);
     model.tokenizer = new Tokenizer(json(files[tokenizer]), model.description.tokenizer);
@@ -72,7 +76,9 @@ export class Model {
     const { output } = await this.decoder.run({ latents: float(latents, [1, ...this.description.latents]) });
     const [, , height, width] = output.dims;
     const size = height * width;
-    const pixels = Uint8Array.from({ length: 3 * size }, (_, i) => Math.round(255 * output.data[(i % 3) * size + Math.floor(i / 3)]));
+    const pixels = Uint8Array.from({ length: 3 * size }, (_, i) =>
+      Math.round(255 * output.data[(i % 3) * size + Math.floor(i / 3)]),
+    );
     return { width, height, pixels };
   }
 
@@ -88,6 +94,7 @@ export class Model {
     const { latents: dims, defaults, schedule } = this.description;
     ({ steps, guidance, strength } = { ...defaults, ...defined({ steps, guidance, strength }) });
     const size = product(dims);
+    if (Array.isArray(noise)) noise = noise.flat(Infinity);
     const stochastic = noise == null || noise.length !== size;
     const solver = new Solver(schedule, steps, stochastic);
     if (typeof prompt !== "string") throw new TypeError("prompt must be a text.");
@@ -95,10 +102,13 @@ export class Model {
       if (!Number.isFinite(value)) throw new RangeError(`${name}=${value} must be a number.`);
     }
     if (noise != null && stochastic && noise.length !== size * (1 + steps)) {
-      throw new RangeError(`noise has ${noise.length} numbers and should have ${size}, or ${size * (1 + steps)} for ${steps} steps.`);
+      throw new RangeError(
+        `noise has ${noise.length} numbers and should have ${size}, or ${size * (1 + steps)} for ${steps} steps.`,
+      );
     }
     const generator = noise == null ? new Noise(seed) : null;
-    const normal = (index) => generator?.normal(size) ?? Float32Array.from(noise.slice(index * size, (index + 1) * size));
+    const normal = (index) =>
+      generator?.normal(size) ?? Float32Array.from(noise.slice(index * size, (index + 1) * size));
 
     const [empty, wanted] = [await this.encode(""), await this.encode(prompt)];
     const states = float(Float32Array.of(...empty.data, ...wanted.data), [2, ...wanted.dims.slice(1)]);
