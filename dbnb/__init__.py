@@ -16,8 +16,8 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 __version__ = "0.1.0"
 _MODULES = (
-    "adapters", "concept", "config", "dataset", "export", "files", "metrics", "miniature", "models", "planner", "plots",
-    "prior", "processes", "single_file", "toybox", "training", "validation", "widgets", "workflow",
+    "adapters", "concept", "config", "dataset", "exercises", "export", "files", "metrics", "miniature", "models",
+    "planner", "plots", "prior", "processes", "single_file", "toybox", "training", "validation", "widgets", "workflow",
 )  # fmt: skip
 
 

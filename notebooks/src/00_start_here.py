@@ -301,7 +301,91 @@ print("learned the toy, kept the places, kept the class")
 # | [08 Measuring](08_measuring.ipynb) | metrics | which setting does what |
 # | [09 When it goes wrong](09_when_it_goes_wrong.ipynb) | failures | ten of them, made on purpose and mended |
 # | [10 On a real base](10_on_a_real_base.ipynb) | your own subject | what fits on which GPU |
+
+# %% [markdown]
+# ## Exercises
 #
+# From here on each notebook has exercises that you solve in code. Replace the `...` by your own lines, run the cell, and read
+# what the check prints: it runs your function on small inputs and says in words what is wrong. Hints are folded below the
+# cell, one by one, and the solution comes last.
+#
+# ### Exercise A: noise with a number (5 minutes)
+#
+# Before and after could be compared above because picture number 3 of a set always starts from the same noise, however many
+# pictures are drawn before it. Write the function that makes this noise: standard normal numbers that depend on the seed of the
+# run and on the number of the picture, and on nothing else.
+
+# %%
+from dbnb.exercises import check_00a
+
+
+def noise_of(seed: int, number: int, shape: tuple[int, ...]):
+    """The noise that picture `number` of a set starts from: an array or a tensor of this shape."""
+    ...
+
+
+check_00a(noise_of)
+
+# %% [markdown]
+# <details><summary>Hint 1</summary>
+#
+# `numpy.random.seed` and `torch.manual_seed` set a *global* generator, which everything else in the program draws from too. Make
+# a generator of your own inside the function: `numpy.random.default_rng(…)`.
+# </details>
+#
+# <details><summary>Hint 2</summary>
+#
+# The seed 0 with picture 1 and the seed 1 with picture 0 must not share their noise, so `seed + number` is not enough.
+# `default_rng` takes several numbers as a tuple.
+# </details>
+#
+# <details><summary>Solution</summary>
+#
+# ```python
+# import numpy as np
+#
+#
+# def noise_of(seed, number, shape):
+#     generator = np.random.default_rng((seed, number))
+#     return generator.standard_normal(shape)
+# ```
+# </details>
+#
+# ### Exercise B: a number with a scale (3 minutes)
+#
+# Write `normalized_subject_fidelity`: 0 where the base was before training, 1 where other real photographs of the toy are.
+
+# %%
+from dbnb.exercises import check_00b
+
+
+def normalized(after: float, floor: float, ceiling: float) -> float:
+    """How far a similarity has come on the way from the floor (0) to the ceiling (1)."""
+    ...
+
+
+check_00b(normalized)
+
+# %% [markdown]
+# <details><summary>Hint 1</summary>
+#
+# How long is the whole way? How much of it has been covered?
+# </details>
+#
+# <details><summary>Hint 2</summary>
+#
+# Both are differences, and both start at the floor.
+# </details>
+#
+# <details><summary>Solution</summary>
+#
+# ```python
+# def normalized(after, floor, ceiling):
+#     return (after - floor) / (ceiling - floor)
+# ```
+# </details>
+
+# %% [markdown]
 # ## On your own
 #
 # 1. Draw `a photo of sks dog with a hat`: a thing that no photograph showed on the toy. (2 minutes)

@@ -418,6 +418,87 @@ except ValueError as error:
 temporary.cleanup()
 
 # %% [markdown]
+# ## Exercises
+#
+# ### Exercise A: the two prompts (5 minutes)
+#
+# Write the function that makes the instance prompt and the class prompt of an identifier and a class word. The class words of
+# other people may be elephants or umbrellas.
+
+# %%
+from dbnb.exercises import check_01a
+
+
+def prompts(identifier: str, class_word: str) -> tuple[str, str]:
+    """The instance prompt and the class prompt, in this order."""
+    ...
+
+
+check_01a(prompts)
+
+# %% [markdown]
+# <details><summary>Hint 1</summary>
+#
+# The identifier is used like a name: nobody says *a Bella*.
+# </details>
+#
+# <details><summary>Hint 2</summary>
+#
+# The class prompt has an article, and before a vowel it is *an*. Looking at the first letter is good enough here.
+# </details>
+#
+# <details><summary>Solution</summary>
+#
+# ```python
+# def prompts(identifier, class_word):
+#     article = "an" if class_word[0] in "aeiou" else "a"
+#     return f"a photo of {identifier} {class_word}", f"a photo of {article} {class_word}"
+# ```
+# </details>
+#
+# ### Exercise B: your own token report (8 minutes)
+#
+# Write the rule of thumb that `token_report` uses. A word is `"split"` when the tokenizer cuts it into several tokens, `"rare"`
+# when it is one token in the last tenth of the ordinary tokens' numbers, and `"common"` otherwise. `tokenizer(word).input_ids`
+# are the numbers of its tokens, `tokenizer.all_special_ids` those of the special tokens (start, end, padding), and
+# `tokenizer.get_vocab()` is the whole list, token to number.
+
+# %%
+from dbnb.exercises import check_01b
+
+
+def verdict(tokenizer, word: str) -> str:
+    """Whether a word would be a good identifier: "rare", or else "common" or "split"."""
+    ...
+
+
+check_01b(verdict)
+
+# %% [markdown]
+# <details><summary>Hint 1</summary>
+#
+# Print `components.tokenizer("dog").input_ids`. One word, three numbers: which of them stand for the word?
+# </details>
+#
+# <details><summary>Hint 2</summary>
+#
+# The last tenth begins at nine tenths of the highest number. Which tokens must not count when you look for that number?
+# </details>
+#
+# <details><summary>Solution</summary>
+#
+# ```python
+# def verdict(tokenizer, word):
+#     special = set(tokenizer.all_special_ids)
+#     ids = [number for number in tokenizer(word).input_ids if number not in special]
+#     if len(ids) > 1:
+#         return "split"
+#     highest = max(number for number in tokenizer.get_vocab().values() if number not in special)
+#     return "rare" if ids[0] > 0.9 * highest else "common"
+# ```
+# </details>
+
+# %% [markdown]
 # ## On your own
 #
 # 1. Put three to ten pictures of something of yours into a folder and look at the report and the squares. What would

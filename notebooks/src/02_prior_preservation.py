@@ -264,6 +264,90 @@ if usual_cache is not None:
 own_cache.cleanup()
 
 # %% [markdown]
+# ## Exercises
+#
+# ### Exercise A: the cache's key (8 minutes)
+#
+# Each recipe has a folder of its own, whose name is computed from the recipe. Write that function. Equal recipes must get equal
+# names, today and tomorrow and in every process; two recipes that differ in any field must get different names; and the name
+# must be one that every file system takes: at most 64 letters, digits, dots, hyphens and underscores.
+
+# %%
+from dbnb.exercises import check_02a
+
+
+def cache_key(recipe: dict) -> str:
+    """The name of the folder for what this recipe made, such as {"prompt": "a photo of a dog", "seed": 1, …}."""
+    ...
+
+
+check_02a(cache_key)
+
+# %% [markdown]
+# <details><summary>Hint 1</summary>
+#
+# First turn the whole recipe into one text in which every field has its name. What if somebody writes the fields in another
+# order?
+# </details>
+#
+# <details><summary>Hint 2</summary>
+#
+# `json.dumps` has an option that sorts the fields.
+# </details>
+#
+# <details><summary>Hint 3</summary>
+#
+# `hashlib.sha256(text.encode()).hexdigest()` makes 64 hexadecimal digits of any text. The first sixteen are enough.
+# </details>
+#
+# <details><summary>Solution</summary>
+#
+# ```python
+# import hashlib
+#
+#
+# def cache_key(recipe):
+#     text = json.dumps(recipe, sort_keys=True)
+#     return hashlib.sha256(text.encode()).hexdigest()[:16]
+# ```
+# </details>
+#
+# ### Exercise B: what is left to draw (8 minutes)
+#
+# The manifest has recorded a hash for each picture, and the folder holds files whose hashes can be computed. Which of the
+# pictures 0 to `count - 1` have to be drawn? A picture stays only if it was recorded and its file still has the recorded hash.
+
+# %%
+from dbnb.exercises import check_02b
+
+
+def to_draw(recorded: dict[int, str], found: dict[int, str], count: int) -> list[int]:
+    """The numbers of the pictures to draw. Both dictionaries: number of a picture -> hash of its file."""
+    ...
+
+
+check_02b(to_draw)
+
+# %% [markdown]
+# <details><summary>Hint 1</summary>
+#
+# There are four cases for each number: as recorded, edited, missing, and there without a record.
+# </details>
+#
+# <details><summary>Hint 2</summary>
+#
+# `found.get(number)` is `None` for a missing file. What does `None == None` say of a picture that is in neither dictionary?
+# </details>
+#
+# <details><summary>Solution</summary>
+#
+# ```python
+# def to_draw(recorded, found, count):
+#     return [n for n in range(count) if n not in recorded or found.get(n) != recorded[n]]
+# ```
+# </details>
+
+# %% [markdown]
 # ## On your own
 #
 # 1. What happens with `prior_loss_weight=0.1`, or 10? Predict both, then train. (2 minutes each)

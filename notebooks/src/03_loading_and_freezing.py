@@ -397,6 +397,98 @@ for row in mixed.table():
     print(f"{row['part']:12} {row['dtype']:9} {row['memory']}")
 
 # %% [markdown]
+# ## Exercises
+#
+# ### Exercise A: which class is the text encoder? (6 minutes)
+#
+# A part's `config.json` says under `architectures` which class it was saved from. Write the function that picks the class from
+# the table of known ones. For an architecture that is not in the table, raise a `ValueError` that names it and lists the known
+# ones: the reader of your error has to know what to do next.
+
+# %%
+from dbnb.exercises import check_03a
+
+
+def text_encoder_class(config: dict, known: dict[str, type]) -> type:
+    """The class of a text encoder, for a config such as {"architectures": ["CLIPTextModel"], …}."""
+    ...
+
+
+check_03a(text_encoder_class)
+
+# %% [markdown]
+# <details><summary>Hint 1</summary>
+#
+# `model_type` looks like the right entry too, but both of SDXL's text encoders have the same one.
+# </details>
+#
+# <details><summary>Hint 2</summary>
+#
+# A config may lack the entry. `config.get("architectures") or ["(none)"]` gives a list in any case.
+# </details>
+#
+# <details><summary>Solution</summary>
+#
+# ```python
+# def text_encoder_class(config, known):
+#     name = (config.get("architectures") or ["(none)"])[0]
+#     if name not in known:
+#         raise ValueError(f"The text encoder {name} is not known here; known are {', '.join(known)}.")
+#     return known[name]
+# ```
+# </details>
+#
+# ### Exercise B: the line inside `schedule.step` (10 minutes)
+#
+# `paint` left its most important line to the scheduler. Write it yourself, with guidance. The UNet has answered twice, for the
+# empty prompt and for yours. Its answer $v$ and the noisy latents $x$ contain the same picture $x_0$ and the same noise
+# $\epsilon$, mixed in two ways:
+#
+# $$ x = \sqrt{a}\; x_0 + \sqrt{1 - a}\; \epsilon, \qquad v = \sqrt{a}\; \epsilon - \sqrt{1 - a}\; x_0 $$
+#
+# ($a$, the scheduler's `alphas_cumprod` at this step, says how much of the picture is left.) Solve for $x_0$ and $\epsilon$, then mix
+# them again for the next step, which is less noisy: that is DDIM (Song et al., 2021).
+
+# %%
+from dbnb.exercises import check_03b
+
+
+def less_noise(x, empty, told, guidance_scale: float, a: float, a_next: float):
+    """The latents of the next step. `empty` and `told` are the UNet's answers to the empty prompt and to yours."""
+    ...
+
+
+check_03b(less_noise)
+
+# %% [markdown]
+# <details><summary>Hint 1</summary>
+#
+# Guidance comes first: one $v$ from the two answers, by the formula above `paint`.
+# </details>
+#
+# <details><summary>Hint 2</summary>
+#
+# The two mixtures are a rotation, and a rotation is undone by turning back: $x_0 = \sqrt{a}\, x - \sqrt{1 - a}\, v$, and
+# $\epsilon = \sqrt{1 - a}\, x + \sqrt{a}\, v$.
+# </details>
+#
+# <details><summary>Hint 3</summary>
+#
+# The next latents are the first equation again, with `a_next` in place of `a`.
+# </details>
+#
+# <details><summary>Solution</summary>
+#
+# ```python
+# def less_noise(x, empty, told, guidance_scale, a, a_next):
+#     v = empty + guidance_scale * (told - empty)
+#     picture = a**0.5 * x - (1 - a) ** 0.5 * v
+#     noise = (1 - a) ** 0.5 * x + a**0.5 * v
+#     return a_next**0.5 * picture + (1 - a_next) ** 0.5 * noise
+# ```
+# </details>
+
+# %% [markdown]
 # ## On your own
 #
 # 1. Send a picture of pure noise through the VAE and back. Why does it come back as something else? (2 minutes)

@@ -348,6 +348,88 @@ with torch.no_grad():
 print("equal to a millionth:", max(losses) - min(losses) < 1e-6)
 
 # %% [markdown]
+# ## Exercises
+#
+# ### Exercise A: a batch in two halves (6 minutes)
+#
+# Write `collate_fn`: samples in, and out come all pictures as one tensor and all prompts as one list. Instances come first, class
+# images second, and picture number i belongs to prompt number i.
+
+# %%
+from dbnb.exercises import check_05a
+
+
+def collate(samples: list[dict]) -> tuple[torch.Tensor, list[str]]:
+    """B samples with instance_pixels, class_pixels (3, H, W), instance_prompt, class_prompt -> (2B, 3, H, W), 2B texts."""
+    ...
+
+
+check_05a(collate)
+
+# %% [markdown]
+# <details><summary>Hint 1</summary>
+#
+# Two loops, one in the other: over the halves and over the samples. Which one is the outer loop?
+# </details>
+#
+# <details><summary>Hint 2</summary>
+#
+# `torch.stack` puts pictures side by side in a new first dimension; `torch.cat` would lengthen their channels.
+# </details>
+#
+# <details><summary>Solution</summary>
+#
+# ```python
+# def collate(samples):
+#     halves = ("instance", "class")
+#     pixels = torch.stack([sample[f"{half}_pixels"] for half in halves for sample in samples])
+#     prompts = [sample[f"{half}_prompt"] for half in halves for sample in samples]
+#     return pixels, prompts
+# ```
+# </details>
+#
+# ### Exercise B: an order without a memory (10 minutes)
+#
+# Which image does sample n show? Every image comes once before any comes again; each round (an *epoch*) has a random order of its
+# own; and the answer follows from n and the seed alone, so that sample 1,000 can be had without the 999 before it.
+
+# %%
+from dbnb.exercises import check_05b
+
+
+def image_number(n: int, count: int, seed: int) -> int:
+    """Which of `count` images sample n shows: 0 to count - 1."""
+    ...
+
+
+check_05b(image_number)
+
+# %% [markdown]
+# <details><summary>Hint 1</summary>
+#
+# `divmod(n, count)` gives the epoch that sample n belongs to, and its place in the epoch.
+# </details>
+#
+# <details><summary>Hint 2</summary>
+#
+# All samples of an epoch have to agree on one order. So the generator that draws it must start from the seed and the epoch, not
+# from n.
+# </details>
+#
+# <details><summary>Solution</summary>
+#
+# ```python
+# import numpy as np
+#
+#
+# def image_number(n, count, seed):
+#     epoch, place = divmod(n, count)
+#     order = np.random.default_rng((seed, epoch)).permutation(count)
+#     return int(order[place])
+# ```
+# </details>
+
+# %% [markdown]
 # ## On your own
 #
 # 1. Make the batch without class images. What does `collate_fn` give, and what is `halves`? (3 minutes)

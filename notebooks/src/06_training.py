@@ -446,6 +446,120 @@ pairs = [(a[name], b[name]) for a, b in zip(log, theirs, strict=False) for name 
 print(len(pairs), "losses; train and the cell agree:", all(abs(a - b) < 1e-3 * b for a, b in pairs))
 
 # %% [markdown]
+# ## Exercises
+#
+# ### Exercise A: the forward process, for a batch (6 minutes)
+#
+# Write equation 4 for a batch in which every picture has its own level. `alphas` is the scheduler's table $\bar\alpha$.
+
+# %%
+from dbnb.exercises import check_06a
+
+
+def noisy_latents(x0, noise, alphas, timesteps):
+    """x_t for clean latents and noise (B, C, h, w), a table of one number for each level, and B levels."""
+    ...
+
+
+check_06a(noisy_latents)
+
+# %% [markdown]
+# <details><summary>Hint 1</summary>
+#
+# `alphas[timesteps]` has the shape (B,). Multiplied with (B, C, h, w), torch would lay it along the *last* dimension.
+# </details>
+#
+# <details><summary>Hint 2</summary>
+#
+# `.view(-1, 1, 1, 1)` lays it along the first.
+# </details>
+#
+# <details><summary>Solution</summary>
+#
+# ```python
+# def noisy_latents(x0, noise, alphas, timesteps):
+#     a = alphas[timesteps].view(-1, 1, 1, 1)
+#     return a.sqrt() * x0 + (1 - a).sqrt() * noise
+# ```
+# </details>
+#
+# ### Exercise B: the loss with prior preservation (6 minutes)
+#
+# One prediction for the whole batch, instances first and class images second: make the loss of it.
+
+# %%
+from dbnb.exercises import check_06b
+
+
+def dreambooth_loss(prediction, target, prior_loss_weight: float):
+    """Instance loss plus weighted prior loss, from (2B, C, h, w) each: a tensor that gradients flow back from."""
+    ...
+
+
+check_06b(dreambooth_loss)
+
+# %% [markdown]
+# <details><summary>Hint 1</summary>
+#
+# `errors.chunk(2)` cuts a batch into its halves. Before the mean or after it?
+# </details>
+#
+# <details><summary>Hint 2</summary>
+#
+# Each half gets its own mean, and only the second is weighted.
+# </details>
+#
+# <details><summary>Solution</summary>
+#
+# ```python
+# def dreambooth_loss(prediction, target, prior_loss_weight):
+#     errors = (prediction - target) ** 2
+#     instance, prior = errors.chunk(2)
+#     return instance.mean() + prior_loss_weight * prior.mean()
+# ```
+# </details>
+#
+# ### Exercise C: one step of the optimizer (6 minutes)
+#
+# The loss is there. Write what has to happen until the weights have changed and the next step can begin, and return the loss as a
+# plain number for the log.
+
+# %%
+from dbnb.exercises import check_06c
+
+
+def optimizer_step(optimizer, parameters, loss, max_grad_norm: float) -> float:
+    """Change the parameters by one step, with gradients of at most this norm, and leave no gradient behind."""
+    ...
+
+
+check_06c(optimizer_step)
+
+# %% [markdown]
+# <details><summary>Hint 1</summary>
+#
+# Four calls in an order that matters: `loss.backward()`, `torch.nn.utils.clip_grad_norm_(…)`, `optimizer.step()`,
+# `optimizer.zero_grad()`.
+# </details>
+#
+# <details><summary>Hint 2</summary>
+#
+# A logged tensor would keep the graph of its whole step in memory. `loss.item()` is a number.
+# </details>
+#
+# <details><summary>Solution</summary>
+#
+# ```python
+# def optimizer_step(optimizer, parameters, loss, max_grad_norm):
+#     loss.backward()
+#     torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+#     optimizer.step()
+#     optimizer.zero_grad(set_to_none=True)
+#     return loss.item()
+# ```
+# </details>
+
+# %% [markdown]
 # ## On your own
 #
 # 1. Which levels are hard? Plot the error of single samples against $t$. (4 minutes)

@@ -482,6 +482,90 @@ print("stays here:", ", ".join(name for name in files if name not in would_go))
 folder.cleanup()
 
 # %% [markdown]
+# ## Exercises
+#
+# ### Exercise A: the strength, by hand (8 minutes)
+#
+# `set_adapters` walks through a model and gives every adapted layer a new scale. Write that. A layer that peft has adapted has an
+# attribute `lora_A`; for the adapter named `"default"` its `scaling["default"]` is the factor before $BA$, and
+# `lora_alpha["default"]` and `r["default"]` are what it was trained with. At strength 1 the adapter is as it was trained, whatever
+# strength it had before.
+
+# %%
+from dbnb.exercises import check_07a
+
+
+def set_strength(model: torch.nn.Module, strength: float) -> int:
+    """Turn all adapters of a model up or down, in place; returns how many layers have one."""
+    ...
+
+
+check_07a(set_strength)
+
+# %% [markdown]
+# <details><summary>Hint 1</summary>
+#
+# Adapted layers sit deep inside: `model.modules()` gives every layer at any depth, `model.children()` only the outermost.
+# </details>
+#
+# <details><summary>Hint 2</summary>
+#
+# If you multiply the scale that is there, two calls with 0.5 leave a quarter. Compute it anew from alpha and rank.
+# </details>
+#
+# <details><summary>Solution</summary>
+#
+# ```python
+# def set_strength(model, strength):
+#     count = 0
+#     for layer in model.modules():
+#         if hasattr(layer, "lora_A"):
+#             layer.scaling["default"] = strength * layer.lora_alpha["default"] / layer.r["default"]
+#             count += 1
+#     return count
+# ```
+# </details>
+#
+# ### Exercise B: are these the same pictures? (6 minutes)
+#
+# The reload above was judged by one number. Write the function that computes it. If the two lists have different lengths, raise a
+# `ValueError`: eight pictures against none must not pass as equal.
+
+# %%
+from dbnb.exercises import check_07b
+
+
+def largest_difference(first: list, second: list) -> int:
+    """The largest difference of any pixel of any pair of pictures, in grey levels from 0 to 255."""
+    ...
+
+
+check_07b(largest_difference)
+
+# %% [markdown]
+# <details><summary>Hint 1</summary>
+#
+# `np.asarray(picture)` holds numbers of the type `uint8`, which know nothing below zero. What is 100 - 107 for them?
+# </details>
+#
+# <details><summary>Hint 2</summary>
+#
+# `zip` stops at the shorter of two lists without a word. It has an option that makes it raise.
+# </details>
+#
+# <details><summary>Solution</summary>
+#
+# ```python
+# def largest_difference(first, second):
+#     largest = 0
+#     for a, b in zip(first, second, strict=True):
+#         difference = np.asarray(a, dtype=int) - np.asarray(b, dtype=int)
+#         largest = max(largest, int(np.abs(difference).max()))
+#     return largest
+# ```
+# </details>
+
+# %% [markdown]
 # ## On your own
 #
 # 1. Draw `a photo of sks dog` at strength -1. What is the opposite of the subject? (2 minutes)

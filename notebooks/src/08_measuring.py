@@ -568,7 +568,99 @@ print(f"distance among the drawn {diversity(clip_drawn):.2f}, among the photogra
 # moon none does, so these cannot be copies. The numbers
 # say what is normal: further real photographs of the toy, which cannot be copies, are about as close to the nearest one.
 # Drawn pictures that were far closer than these would be copies.
+
+# %% [markdown]
+# ## Exercises
 #
+# ### Exercise A: the four measures (15 minutes)
+#
+# Write the four measures of the paper from features alone. The rows of each argument are the vectors of pictures or texts, and
+# they are not of length 1 yet. `drawn`, `photographs` and `classes` come from the identity encoder; `drawn_clip` and `texts` from
+# CLIP, where row number i of `texts` is the prompt of drawn picture number i.
+
+# %%
+from dbnb.exercises import check_08a
+
+
+def four_measures(drawn, photographs, classes, drawn_clip, texts) -> dict[str, float]:
+    """subject_fidelity, prompt_fidelity, class_subject_similarity and class_diversity, from features (N, D)."""
+    ...
+
+
+check_08a(four_measures)
+
+# %% [markdown]
+# <details><summary>Hint 1</summary>
+#
+# A cosine is a product of vectors of length 1: `torch.nn.functional.normalize(x, dim=1)` for all five. Then `a @ b.T` holds the
+# cosines of all pairs.
+# </details>
+#
+# <details><summary>Hint 2</summary>
+#
+# Three of the four are means over pairs. Prompt fidelity is different: a picture has one prompt, so compare row by row.
+# </details>
+#
+# <details><summary>Hint 3</summary>
+#
+# For diversity, a picture is at a distance of 0 from itself. These N pairs add nothing to the sum; do not count them either.
+# </details>
+#
+# <details><summary>Solution</summary>
+#
+# ```python
+# def four_measures(drawn, photographs, classes, drawn_clip, texts):
+#     drawn, photographs, classes, drawn_clip, texts = (
+#         torch.nn.functional.normalize(x, dim=1) for x in (drawn, photographs, classes, drawn_clip, texts)
+#     )
+#     n = len(classes)
+#     return {
+#         "subject_fidelity": (drawn @ photographs.T).mean().item(),
+#         "prompt_fidelity": (drawn_clip * texts).sum(1).mean().item(),
+#         "class_subject_similarity": (classes @ photographs.T).mean().item(),
+#         "class_diversity": (1 - classes @ classes.T).sum().item() / (n * (n - 1)),
+#     }
+# ```
+# </details>
+#
+# ### Exercise B: a difference over seeds (10 minutes)
+#
+# Two rows of the table have been trained with several seeds each. The same seed draws the same class images and the same noise in
+# both, so compare them *seed by seed*: return the mean of the differences, first minus second, and the standard error of this
+# mean, which is the standard deviation of the differences over the root of their number. Seeds that only one row has do not count.
+
+# %%
+from dbnb.exercises import check_08b
+
+
+def difference(first: dict[int, float], second: dict[int, float]) -> tuple[float, float]:
+    """Mean and standard error of first minus second, seed by seed; each argument: seed -> value."""
+    ...
+
+
+check_08b(difference)
+
+# %% [markdown]
+# <details><summary>Hint 1</summary>
+#
+# `first.keys() & second.keys()` are the seeds that both have.
+# </details>
+#
+# <details><summary>Hint 2</summary>
+#
+# `statistics.stdev` is the standard deviation of a sample, with n - 1 in the denominator.
+# </details>
+#
+# <details><summary>Solution</summary>
+#
+# ```python
+# def difference(first, second):
+#     paired = [first[seed] - second[seed] for seed in first.keys() & second.keys()]
+#     return statistics.mean(paired), statistics.stdev(paired) / len(paired) ** 0.5
+# ```
+# </details>
+
+# %% [markdown]
 # ## On your own
 #
 # 1. Add `prior_loss_weight` 0.3 and 3.0 at 100 steps to the rows. Where would they be in the figure? (2 minutes)

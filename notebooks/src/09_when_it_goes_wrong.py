@@ -542,6 +542,112 @@ plots.show(figure, alt="Five rows of six pictures, labelled A to E, for the read
 temporary.cleanup()
 
 # %% [markdown]
+# ## Exercises
+#
+# ### Exercise A: six broken runs (20 minutes)
+#
+# `broken_runs` makes six very small trainings (an adapted linear layer that denoises points), each with another of the faults
+# in `FAULTS`. Look at them, for example at `runs["A"].losses`, then write a function that finds the fault of any run from
+# what the run left behind. It has to tell a good run from a broken one, too.
+#
+# | a run's | is |
+# |---|---|
+# | `losses` | the loss of each step |
+# | `weight`, `before`, `after` | the frozen weight; the adapter's matrices `(A, B)` before the first step and after the last |
+# | `alpha`, `loaded_alpha` | alpha in training, and where the saved file was loaded (the rank is `len(A)`) |
+# | `photographs`, `batch` | the instance images, and one batch: the first half should be instance images |
+# | `held_out` | `"photographs"` and `"further"` (photographs): the loss `(before, after)` |
+
+# %%
+from dbnb.exercises import ALL_IS_WELL, FAULTS, Run, broken_runs, check_09a
+
+runs = broken_runs()
+print("faults:", ", ".join(FAULTS), "| otherwise:", ALL_IS_WELL)
+print("losses:", {letter: f"{run.losses[0]:.2f} to {run.losses[-1]:.2f}" for letter, run in runs.items()})
+
+
+def diagnose(run: Run) -> str:
+    """The fault of a run, one of FAULTS, or ALL_IS_WELL."""
+    ...
+
+
+check_09a(diagnose)
+
+# %% [markdown]
+# <details><summary>Hint 1</summary>
+#
+# The order of your questions matters. After a `nan` no number means anything, so ask for it first; in `bfloat16` an adapter
+# hardly moves either, so ask for the format before you ask for the effect.
+# </details>
+#
+# <details><summary>Hint 2</summary>
+#
+# Five looks of this notebook are enough: is the loss finite (10)? Which format (7)? The effect, after training (1) and after
+# loading (5)? What is in the batch's first half (6)? And the two held-out losses (3).
+# </details>
+#
+# <details><summary>Hint 3</summary>
+#
+# `all(any(torch.equal(row, photograph) for photograph in run.photographs) for row in half)` says whether all rows are photographs.
+# </details>
+#
+# <details><summary>Solution</summary>
+#
+# ```python
+# import math
+#
+#
+# def diagnose(run):
+#     A, B = run.after
+#     first_half = run.batch[: len(run.batch) // 2]
+#     if not all(math.isfinite(loss) for loss in run.losses):
+#         return "not a number"
+#     if A.dtype != torch.float32:
+#         return "half precision"
+#     if (run.alpha / len(A) * B @ A).norm() < 0.01 * run.weight.norm():
+#         return "rate too low"
+#     if run.loaded_alpha != run.alpha:
+#         return "alpha lost"
+#     if not all(any(torch.equal(row, known) for known in run.photographs) for row in first_half):
+#         return "halves mixed up"
+#     before, after = run.held_out["further"]
+#     return "learned by heart" if after > before else ALL_IS_WELL
+# ```
+# </details>
+#
+# ### Exercise B: what does a file reach? (8 minutes)
+#
+# An adapter that loads without an error may still change nothing: its keys name layers that this UNet does not have, or have
+# another prefix. Write the look that tells. A layer is reached if the file has both of its matrices, as
+# `unet.<layer>.lora_A.weight` and `unet.<layer>.lora_B.weight`, and if the UNet has a layer of exactly this name.
+
+# %%
+from dbnb.exercises import check_09b
+
+
+def reached(keys: list[str], layers: list[str]) -> set[str]:
+    """The layers of a UNet that the keys of an adapter file hold both matrices for."""
+    ...
+
+
+check_09b(reached)
+
+# %% [markdown]
+# <details><summary>Hint 1</summary>
+#
+# You can go the other way round: for each layer, which two keys would have to be in the file?
+# </details>
+#
+# <details><summary>Solution</summary>
+#
+# ```python
+# def reached(keys, layers):
+#     keys = set(keys)
+#     return {name for name in layers if {f"unet.{name}.lora_A.weight", f"unet.{name}.lora_B.weight"} <= keys}
+# ```
+# </details>
+
+# %% [markdown]
 # ## On your own
 #
 # 1. Which row is which? Which do pictures alone hardly tell apart? (2 minutes)

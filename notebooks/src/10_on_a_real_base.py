@@ -462,7 +462,79 @@ notebook_launcher(twenty_steps, num_processes=max(1, torch.accelerator.device_co
 #
 # Photographs of people, and of what belongs to them, need their consent: an adapter can draw them in any place and any
 # clothes. The licence of the base applies to what you make of it.
+
+# %% [markdown]
+# ## Exercises
 #
+# ### Exercise A: a memory estimate (8 minutes)
+#
+# Write the estimate for a training in half precision, in GiB ($2^{30}$ bytes). Frozen weights and activations take 2 bytes a
+# number. A number of an adapter is `float32` and takes 4 bytes for itself, and as many for its gradient and for each of AdamW's
+# two moments. Activations are given for one picture, and `train_batch_size` counts pairs.
+
+# %%
+from dbnb.exercises import check_10a
+
+
+def memory_gib(frozen: int, adapters: int, activations: int, train_batch_size: int) -> float:
+    """GiB of a training, from the numbers that are frozen, that are trained, and that a picture's backward pass keeps."""
+    ...
+
+
+check_10a(memory_gib)
+
+# %% [markdown]
+# <details><summary>Hint 1</summary>
+#
+# How many bytes does a trained number take in all? How many pictures is a batch of 3?
+# </details>
+#
+# <details><summary>Solution</summary>
+#
+# ```python
+# def memory_gib(frozen, adapters, activations, train_batch_size):
+#     pictures = 2 * train_batch_size
+#     return (2 * frozen + 16 * adapters + 2 * activations * pictures) / 2**30
+# ```
+# </details>
+#
+# ### Exercise B: the batch that fits (6 minutes)
+#
+# And the other way round: the card is given, and 2 GiB of it belong to the CUDA context and the libraries. What is the largest
+# `train_batch_size`? Where not even the weights fit, it is 0.
+
+# %%
+from dbnb.exercises import check_10b
+
+
+def largest_train_batch_size(card: float, weights: float, adapters: float, activations: float) -> int:
+    """The largest number of pairs a step; all arguments in GiB, the activations those of one picture."""
+    ...
+
+
+check_10b(largest_train_batch_size)
+
+# %% [markdown]
+# <details><summary>Hint 1</summary>
+#
+# What is left for activations when everything else has its place? How many *pairs* is that?
+# </details>
+#
+# <details><summary>Hint 2</summary>
+#
+# `int` rounds down for positive numbers only. `max(0, …)` takes care of the rest.
+# </details>
+#
+# <details><summary>Solution</summary>
+#
+# ```python
+# def largest_train_batch_size(card, weights, adapters, activations):
+#     free = card - 2 - weights - adapters
+#     return max(0, int(free / (2 * activations)))
+# ```
+# </details>
+
+# %% [markdown]
 # ## On your own
 #
 # 1. Which is the largest batch for Stable Diffusion 1.5 at rank 64 on 8 GB, with checkpointing? What did the rank cost?
