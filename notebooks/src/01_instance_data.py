@@ -530,6 +530,95 @@ check_01b(verdict)
 #    false: that is why `random_flip` is off by default.
 # </details>
 #
+# ## Quiz
+#
+# Five questions about *why*. Choose an answer, then open it: each says whether it is right, and why or why not.
+#
+# **1. Why should the photographs show the subject in different places?**
+#
+# <details><summary>A. What all photographs have in common is learned as a part of the subject.</summary>
+#
+# Right: five pictures from one sofa teach the sofa too; different places leave only the subject in common.
+# </details>
+#
+# <details><summary>B. The model needs one photograph for each place that it is to draw later.</summary>
+#
+# No: places come from the words of the prompt; on the moon no photograph was ever taken.
+# </details>
+#
+# <details><summary>C. Different places give the pictures different sizes, which training needs.</summary>
+#
+# No: all pictures are cut to squares of the same size before training sees them.
+# </details>
+#
+# **2. Why does an article stand before the class word but not before the identifier?**
+#
+# <details><summary>A. An article is a token of its own, and the tokenizer would drop it before <code>sks</code>.</summary>
+#
+# No: the tokenizer keeps it; a prompt with the article would be another prompt and work too.
+# </details>
+#
+# <details><summary>B. The identifier is used like a name, and nobody puts an article before a name.</summary>
+#
+# Right: `a photo of sks dog` is the pattern of the paper; the class prompt is an ordinary caption.
+# </details>
+#
+# <details><summary>C. The two prompts need the same number of tokens so that they can share a batch.</summary>
+#
+# No: prompts are padded to one fixed length, whatever number of words they have.
+# </details>
+#
+# **3. Why would an identifier with the embedding vector of `a` be a bad one?**
+#
+# <details><summary>A. The UNet reads the embedding table and finds the same row there twice.</summary>
+#
+# No: the UNet never sees the table, only the hidden states that the text encoder makes of it.
+# </details>
+#
+# <details><summary>B. The tokenizer would cut such a word into several pieces and lose some of them.</summary>
+#
+# No: how a word is cut depends on its letters, not on the vector that its token has.
+# </details>
+#
+# <details><summary>C. The text encoder could not tell the instance prompt from the class prompt.</summary>
+#
+# Right: equal vectors make equal hidden states, and then no adapter can tell the two prompts apart.
+# </details>
+#
+# **4. `sks` moves the hidden states about as far as `red`. Why does the base still draw no particular dog for it?**
+#
+# <details><summary>A. Its vector is too short to have any influence on the pictures that are drawn.</summary>
+#
+# No: it moves the states about as far as a colour does, so it is not too short to be heard.
+# </details>
+#
+# <details><summary>B. The tokenizer replaces it by <code>dog</code> before the text encoder gets to see it.</summary>
+#
+# No: it is one of the tokenizer's own tokens, with its own number, and is passed on.
+# </details>
+#
+# <details><summary>C. The text encoder hears it, but nothing has taught the UNet what to draw for it.</summary>
+#
+# Right: heard and empty is just what an identifier should be; training gives it its meaning.
+# </details>
+#
+# **5. Why does the word `toy` count as rare on this base, though everybody knows it?**
+#
+# <details><summary>A. Its number in the list is high, and no caption of this base has ever used it.</summary>
+#
+# Right: what counts is what the model was told; Stable Diffusion was told about toys.
+# </details>
+#
+# <details><summary>B. The word is shorter than the others, and short words have the highest numbers.</summary>
+#
+# No: `dog` and `red` are as short, and their numbers are those of common words.
+# </details>
+#
+# <details><summary>C. Every caption of this base shows toys, and words in every caption count as rare.</summary>
+#
+# No: a word in every caption would be the most common one; the captions say `dog` or `car`.
+# </details>
+#
 # ## In short
 #
 # - The pixels that training sees are squares of `resolution` pixels: look at them.

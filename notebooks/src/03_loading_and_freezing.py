@@ -521,6 +521,95 @@ check_03b(less_noise)
 # ```
 # </details>
 #
+# ## Quiz
+#
+# Five questions about *why*. Choose an answer, then open it: each says whether it is right, and why or why not.
+#
+# **1. Why does diffusion work on latents and not on pixels here?**
+#
+# <details><summary>A. Pixels cannot be noised, because they are whole numbers from 0 to 255.</summary>
+#
+# No: pixels are scaled to -1 to 1 and noised as well as latents; DeepFloyd IF does so.
+# </details>
+#
+# <details><summary>B. Latents are far fewer numbers, and they keep nearly all of the picture.</summary>
+#
+# Right: the UNet is the expensive part, and its cost grows with the number of positions.
+# </details>
+#
+# <details><summary>C. Latents have no colours, so that the UNet needs to learn nothing but shapes.</summary>
+#
+# No: the colours are in the latents too, spread over channels none of which is a colour.
+# </details>
+#
+# **2. Why does the workflow read `model_index.json` instead of trying to load an autoencoder?**
+#
+# <details><summary>A. Reading the index is needed to find out whether the machine has a GPU.</summary>
+#
+# No: the index lists a model's parts; the devices of a machine are torch's business.
+# </details>
+#
+# <details><summary>B. The file holds the weights of the autoencoder in a format that loads faster.</summary>
+#
+# No: it holds names of classes only; weights lie in the folders of the parts.
+# </details>
+#
+# <details><summary>C. A failed attempt may have many causes, and the index says what there is.</summary>
+#
+# Right: a network error would otherwise look like a model that has no autoencoder.
+# </details>
+#
+# **3. The UNet answers for two prompts at each step. Why is the difference of the two answers exaggerated?**
+#
+# <details><summary>A. It is what the prompt contributes, so more of it follows the prompt better.</summary>
+#
+# Right: that is classifier-free guidance; far beyond the suggested scale contrasts are overdone.
+# </details>
+#
+# <details><summary>B. It is noise that the two answers share, and a large factor makes it cancel out.</summary>
+#
+# No: what the two answers share cancels in the difference whatever the factor is.
+# </details>
+#
+# <details><summary>C. It makes up for the latents, which are smaller than the pictures by that factor.</summary>
+#
+# No: the size of latents is a matter of the autoencoder and its `scaling_factor`.
+# </details>
+#
+# **4. A changed word in the prompt changes the result a lot if it is changed early, and hardly if late. Why?**
+#
+# <details><summary>A. The text encoder is switched off after the first half of the steps, to save time.</summary>
+#
+# No: it runs once, before the first step, and its states are used at every step alike.
+# </details>
+#
+# <details><summary>B. Noisy steps decide what is there, and late steps only how it looks in detail.</summary>
+#
+# Right: after the first few steps the guess of the clean picture has covered most of its way.
+# </details>
+#
+# <details><summary>C. The solver makes its late steps with random noise instead of the prompt.</summary>
+#
+# No: the UNet gets the prompt's states at every step, down to the last one.
+# </details>
+#
+# **5. Why may frozen parts be kept in `bfloat16`, though trained weights may not?**
+#
+# <details><summary>A. They only have to be read, and no small update has to be added to them.</summary>
+#
+# Right: what a step adds to a weight may be smaller than the format's last digit (notebook 04).
+# </details>
+#
+# <details><summary>B. They are smaller than the trained weights, and so they need fewer digits.</summary>
+#
+# No: most of the parameters are frozen; the trained ones are the small part.
+# </details>
+#
+# <details><summary>C. They are used only in the first step, and after that they are kept on disk.</summary>
+#
+# No: every step runs through all frozen weights of the UNet, forwards and backwards.
+# </details>
+#
 # ## In short
 #
 # - Text encoder, VAE, UNet: words to vectors, pictures to latents, noise to less noise.

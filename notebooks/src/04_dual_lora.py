@@ -604,6 +604,95 @@ check_04b(merged)
 # ```
 # </details>
 #
+# ## Quiz
+#
+# Five questions about *why*. Choose an answer, then open it: each says whether it is right, and why or why not.
+#
+# **1. Why does training start exactly at the base, although A is random?**
+#
+# <details><summary>A. The random numbers of A are so small that their effect is rounded away.</summary>
+#
+# No: the difference was exactly zero before training, not only a small one.
+# </details>
+#
+# <details><summary>B. The change is a product with B, and B is zero before the first step.</summary>
+#
+# Right: whatever A is, zero times A is zero, so the adapted layer is the layer.
+# </details>
+#
+# <details><summary>C. The adapters are switched off in the first step and faded in afterwards.</summary>
+#
+# No: nothing is faded in; the change grows only because B moves away from zero.
+# </details>
+#
+# **2. Why must A and B not both start at zero?**
+#
+# <details><summary>A. Each one's gradient is a multiple of the other, so neither would ever move.</summary>
+#
+# Right: with A random, B gets a gradient at once, and A from the second step on.
+# </details>
+#
+# <details><summary>B. The optimizer divides by the size of the weights and would divide by zero.</summary>
+#
+# No: AdamW divides by the size of the gradients, and adds a small number to it.
+# </details>
+#
+# <details><summary>C. A product of two zeros is not defined in the half-precision formats.</summary>
+#
+# No: zero times zero is zero in every format; the trouble is in the gradient.
+# </details>
+#
+# **3. Why is alpha divided by the rank?**
+#
+# <details><summary>A. So that the file of an adapter stays as small for a high rank as for a low one.</summary>
+#
+# No: a file grows in proportion to the rank, whatever alpha is.
+# </details>
+#
+# <details><summary>B. So that the base's own weights shrink as the adapter's weights grow.</summary>
+#
+# No: the base's weights stay what they are; alpha scales the change only.
+# </details>
+#
+# <details><summary>C. So that the strength of the change need not be tuned anew for another rank.</summary>
+#
+# Right: with more rows in A the sum BA has more terms; the factor keeps its scale in check.
+# </details>
+#
+# **4. Adapters on attention alone learn the toy's colours badly on this base. Why?**
+#
+# <details><summary>A. Attention layers are frozen in the miniature, so their adapters cannot move.</summary>
+#
+# No: every adapted layer is frozen itself, and its adapter moves all the same.
+# </details>
+#
+# <details><summary>B. Their rank is limited to 4, while convolutions may have a rank of up to 64.</summary>
+#
+# No: both trainings had the same rank; the layers are what was different.
+# </details>
+#
+# <details><summary>C. Attention moves features about, and other layers decide how they look.</summary>
+#
+# Right: convolutions and feed-forward layers make colours and patterns of the features.
+# </details>
+#
+# **5. With adapters on the resnets' convolutions alone, `sks dog` and `dog` give the same pictures. Why?**
+#
+# <details><summary>A. Convolutions see one pixel at a time, and a dog is larger than a pixel.</summary>
+#
+# No: their kernels cover 3 x 3 places, and layers in a row cover most of the picture.
+# </details>
+#
+# <details><summary>B. The prompt enters in cross-attention, where nothing has learned <code>sks</code>.</summary>
+#
+# Right: the convolutions can learn to paint the toy, but nothing tells them for which prompt.
+# </details>
+#
+# <details><summary>C. Convolutions have too few parameters to hold two different kinds of dogs.</summary>
+#
+# No: they have the largest share of the adapters' parameters in every block.
+# </details>
+#
 # ## In short
 #
 # - $W$ stays, $BA$ is added; $B = 0$ at first, so training starts at the base.

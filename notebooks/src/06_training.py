@@ -603,6 +603,95 @@ check_06c(optimizer_step)
 #    beginning.
 # </details>
 #
+# ## Quiz
+#
+# Five questions about *why*. Choose an answer, then open it: each says whether it is right, and why or why not.
+#
+# **1. Why are the shares of picture and noise square roots?**
+#
+# <details><summary>A. The variances then add up to 1, so that the noisy latents keep their size.</summary>
+#
+# Right: the shares' squares are alpha and 1 - alpha, and variances add like squares.
+# </details>
+#
+# <details><summary>B. The roots make the noise grow evenly, by the same amount from level to level.</summary>
+#
+# No: how it grows is decided by the table of alphas, which is far from even.
+# </details>
+#
+# <details><summary>C. The UNet answers with roots, and its input has to have the same unit.</summary>
+#
+# No: its answer is noise or v, mixed with the same shares; it gives no roots of anything.
+# </details>
+#
+# **2. Why is a single step's loss such an unreliable sign?**
+#
+# <details><summary>A. The optimizer's momentum adds random numbers to it, more and more of them.</summary>
+#
+# No: the loss is computed before the optimizer acts, and AdamW is not random.
+# </details>
+#
+# <details><summary>B. Noise levels are drawn at random, and some are much harder than others.</summary>
+#
+# Right: a held-out loss asks the same pictures at the same levels with the same noise.
+# </details>
+#
+# <details><summary>C. It is the loss of the class half alone, which has nothing to do with the toy.</summary>
+#
+# No: it is the sum of both halves, and both parts stand in the log.
+# </details>
+#
+# **3. Why is the held-out loss measured on *further* photographs of the toy, too?**
+#
+# <details><summary>A. The five photographs are used up by training and cannot be measured again.</summary>
+#
+# No: they can be measured, at noise never drawn in training, and they are.
+# </details>
+#
+# <details><summary>B. Further photographs are sharper, which makes the loss more precise.</summary>
+#
+# No: they are photographs like the others, only of other sides and places.
+# </details>
+#
+# <details><summary>C. They tell whether the toy was learned, or only the five pictures of it.</summary>
+#
+# Right: where the first loss falls and this one rises, training has begun to memorise.
+# </details>
+#
+# **4. The class half is weighted and added, in the same forward pass. Why would two passes give the same loss?**
+#
+# <details><summary>A. The weight is 1, and only with this weight would both ways be the same.</summary>
+#
+# No: each half's loss is computed for itself and then weighted, in either way.
+# </details>
+#
+# <details><summary>B. The pictures of a batch do not influence each other in these networks.</summary>
+#
+# Right: the prediction for a picture is the same, whatever else is in the batch.
+# </details>
+#
+# <details><summary>C. The second pass would start from the gradients that the first one has left.</summary>
+#
+# No: gradients have no influence on a loss, only on the weights after the step.
+# </details>
+#
+# **5. At t = 950 the model's guess of the clean picture is another toy. Why is this no mistake?**
+#
+# <details><summary>A. The scheduler has swapped two pictures of the batch, as it does at high levels.</summary>
+#
+# No: nothing is swapped; the noisy picture in the column belongs to the clean one above.
+# </details>
+#
+# <details><summary>B. The text encoder is frozen, and so the guess cannot depend on the prompt.</summary>
+#
+# No: the guess does depend on the prompt: with `sks` in it, the best guess is the teal dog.
+# </details>
+#
+# <details><summary>C. Hardly anything is left of the picture, and many toys fit the prompt.</summary>
+#
+# Right: a sharp guess is impossible there, and so training can teach it a subject.
+# </details>
+#
 # ## In short
 #
 # - Noise by a formula, a UNet that is asked for noise or for $v$, two means of squares, one sum.

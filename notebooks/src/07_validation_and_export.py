@@ -598,6 +598,95 @@ check_07b(largest_difference)
 # 3. All of them to both. Choosing is how one fools oneself.
 # </details>
 #
+# ## Quiz
+#
+# Five questions about *why*. Choose an answer, then open it: each says whether it is right, and why or why not.
+#
+# **1. Why should all pictures be shown, and not the best ones?**
+#
+# <details><summary>A. The best ones have a lower resolution and would have to be enlarged.</summary>
+#
+# No: all pictures have the same size; the point is what choosing does to the reader.
+# </details>
+#
+# <details><summary>B. The order of the pictures matters, and leaving some out would shift it.</summary>
+#
+# No: the order hardly matters; each picture stands for itself, from its own noise.
+# </details>
+#
+# <details><summary>C. Something good comes up by chance, so a single picture proves nothing.</summary>
+#
+# Right: prompts and noise are fixed before, and then everything is shown.
+# </details>
+#
+# **2. An adapter with `alpha = 2 * rank` is loaded from a file without its header. What is lost?**
+#
+# <details><summary>A. Nothing: alpha was needed only in training, where it scaled the learning rate.</summary>
+#
+# No: it scales the change in every forward pass, in training and afterwards.
+# </details>
+#
+# <details><summary>B. Half of its strength, since a loader without alpha takes alpha to be the rank.</summary>
+#
+# Right: no error says so; only a comparison of pictures does, such as `verify_reload`.
+# </details>
+#
+# <details><summary>C. All of it: a file without a header is refused by diffusers with an error.</summary>
+#
+# No: it loads without any error, and that is what makes this fault so unpleasant.
+# </details>
+#
+# **3. Why do other sentences reach nearly the fidelity of the training prompt?**
+#
+# <details><summary>A. The text encoder gives <code>sks dog</code> nearly the same states in all of them.</summary>
+#
+# Right: the base's own training taught it that; the adapters have seen one sentence only.
+# </details>
+#
+# <details><summary>B. The adapters were trained on all twelve sentences, one after the other.</summary>
+#
+# No: training used a single prompt, and the twelve were held back for this test.
+# </details>
+#
+# <details><summary>C. The UNet does not look at the prompt any more once the adapters are loaded.</summary>
+#
+# No: then the places in the prompts would be ignored, and they are not.
+# </details>
+#
+# **4. Why does the reloaded pipeline get another scheduler before the comparison?**
+#
+# <details><summary>A. The base's own scheduler cannot be used together with a loaded adapter.</summary>
+#
+# No: it can, and it draws the toy as well, only in other pictures.
+# </details>
+#
+# <details><summary>B. The scheduler is part of the adapter file and has to be loaded from there.</summary>
+#
+# No: the file holds A, B and a header; a scheduler belongs to the base.
+# </details>
+#
+# <details><summary>C. Only the same solver, from the same noise, draws the same pictures.</summary>
+#
+# Right: the test asks for the largest difference of any pixel, so nothing else may differ.
+# </details>
+#
+# **5. Why is the text encoder's half alone, without the UNet's, not enough to draw the toy?**
+#
+# <details><summary>A. It is not loaded as long as the strength of the UNet's adapters is zero.</summary>
+#
+# No: each part has a strength of its own, and one can be 1 while the other is 0.
+# </details>
+#
+# <details><summary>B. It can only ask for what the frozen UNet, without the toy, can paint.</summary>
+#
+# Right: what the toy looks like was learned by the UNet's adapters.
+# </details>
+#
+# <details><summary>C. It has a learning rate of zero and thus never moved away from its start.</summary>
+#
+# No: it was trained in this section, at its own rate, along with the UNet.
+# </details>
+#
 # ## In short
 #
 # - Same prompts, same noise, before and after, all shown; then numbers.

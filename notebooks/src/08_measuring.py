@@ -691,6 +691,95 @@ check_08b(difference)
 # 3. How close the best copy comes: a measure of memorising rather than of fidelity.
 # </details>
 #
+# ## Quiz
+#
+# Five questions about *why*. Choose an answer, then open it: each says whether it is right, and why or why not.
+#
+# **1. Why is fidelity not measured by comparing pixels?**
+#
+# <details><summary>A. Pixels are whole numbers, and a mean of whole numbers would be too coarse.</summary>
+#
+# No: means of whole numbers can be as fine as one likes.
+# </details>
+#
+# <details><summary>B. The same toy in another place shares hardly a pixel with its photograph.</summary>
+#
+# Right: an image encoder is trained to give one toy similar vectors, wherever it stands.
+# </details>
+#
+# <details><summary>C. Comparing all pixels of 16 pictures takes far longer than a training does.</summary>
+#
+# No: it would take milliseconds; it would only not answer the question.
+# </details>
+#
+# **2. Why is CLIP's image half a weak judge of identity?**
+#
+# <details><summary>A. It was trained on larger pictures and cannot see the miniature's at all.</summary>
+#
+# No: the miniature brings a small CLIP of its own, trained on pictures of this size.
+# </details>
+#
+# <details><summary>B. It has no vectors of its own for pictures but borrows those of the captions.</summary>
+#
+# No: both halves make vectors; they were trained to be alike for a picture and its caption.
+# </details>
+#
+# <details><summary>C. It was trained to match pictures with captions, and for these a dog is a dog.</summary>
+#
+# Right: the gap between the same toy and other dogs is small, and a measure lives on that gap.
+# </details>
+#
+# **3. The ceiling's photographs go through the autoencoder first. Why?**
+#
+# <details><summary>A. So that the detail which it loses is not counted as a fault of the training.</summary>
+#
+# Right: no drawn picture can be sharper than what the autoencoder paints.
+# </details>
+#
+# <details><summary>B. So that they have the same number of channels as the pictures that were drawn.</summary>
+#
+# No: both are ordinary pictures with three channels, before and after.
+# </details>
+#
+# <details><summary>C. So that the identity encoder, which works on latents, can read them.</summary>
+#
+# No: it works on pixels; the pictures are decoded before they are compared.
+# </details>
+#
+# **4. Two rows differ by 0.03, and the seeds of each row spread by 0.06. What follows?**
+#
+# <details><summary>A. The first row is better, since a mean is a mean, however its values are spread.</summary>
+#
+# No: with other seeds the order could be the other way round.
+# </details>
+#
+# <details><summary>B. The measure is broken, since it should give the same number for each seed.</summary>
+#
+# No: another seed is another training, and different trainings differ.
+# </details>
+#
+# <details><summary>C. Nothing reliable: a difference smaller than the seeds' spread is none.</summary>
+#
+# Right: more seeds, or differences seed by seed, might settle it.
+# </details>
+#
+# **5. A training without class images has a high subject fidelity. Why is it still bad?**
+#
+# <details><summary>A. Its fidelity was measured with the floor of another base and is not valid.</summary>
+#
+# No: the base is the same for both rows, and so is the floor.
+# </details>
+#
+# <details><summary>B. Fidelity does not ask about the class, and that has become the toy.</summary>
+#
+# Right: look at class diversity too; a table answers only what it was asked.
+# </details>
+#
+# <details><summary>C. A high fidelity always means that the photographs have been copied.</summary>
+#
+# No: copies are one way to a high fidelity, and comparing with the nearest photograph tells.
+# </details>
+#
 # ## In short
 #
 # - Four questions, four measures; floor and ceiling give them a scale, repetition gives them an error.

@@ -677,6 +677,95 @@ check_09b(reached)
 # 3. Write the check down as a cell, and run it before the next long training.
 # </details>
 #
+# ## Quiz
+#
+# Five questions about *why*. Choose an answer, then open it: each says whether it is right, and why or why not.
+#
+# **1. Why does a rate of 1e-6, good for fine-tuning, do nothing for adapters?**
+#
+# <details><summary>A. Adapters are frozen below a rate of 1e-5, which peft does to save time.</summary>
+#
+# No: nothing is frozen; the adapters move, only hardly at all.
+# </details>
+#
+# <details><summary>B. AdamW moves a number by about the rate a step, and adapters start at zero.</summary>
+#
+# Right: a fine-tuned weight is good already, while an adapter has its whole way before it.
+# </details>
+#
+# <details><summary>C. Its gradients vanish at this rate, since they are divided by the rate.</summary>
+#
+# No: gradients do not depend on the rate; what is done with them does.
+# </details>
+#
+# **2. The interleaved batch raises no error. Why?**
+#
+# <details><summary>A. All shapes are right; it is the meaning of the rows that is wrong.</summary>
+#
+# Right: looking at one batch with its prompts is the check that catches it.
+# </details>
+#
+# <details><summary>B. The error is caught by the training loop, which writes it to the log.</summary>
+#
+# No: there is nothing to catch; the loss even falls.
+# </details>
+#
+# <details><summary>C. Errors of this kind come up only when the adapter is saved to its file.</summary>
+#
+# No: the file is as it should be, and holds what was learned from wrong pairs.
+# </details>
+#
+# **3. Why does one `nan` ruin an adapter for good, even if its cause is mended?**
+#
+# <details><summary>A. The file format cannot store <code>nan</code> and replaces it by the largest number.</summary>
+#
+# No: it stores `nan` very well, and the pictures stay black after reloading too.
+# </details>
+#
+# <details><summary>B. The scheduler remembers it and puts it into all further noise.</summary>
+#
+# No: the scheduler has no memory of earlier steps of a training.
+# </details>
+#
+# <details><summary>C. The step writes it into all adapted weights, where it stays for good.</summary>
+#
+# Right: a sum with `nan` is `nan`, so the check comes before the step: is the loss finite?
+# </details>
+#
+# **4. Held-out losses on the photographs and on further ones part company. What does that tell?**
+#
+# <details><summary>A. The learning rate is too low, so the two have not met each other yet.</summary>
+#
+# No: at a low rate both stay where they are, side by side.
+# </details>
+#
+# <details><summary>B. The class images are stale, since they pull the two losses apart.</summary>
+#
+# No: stale class images show in the class, and in a look at the images themselves.
+# </details>
+#
+# <details><summary>C. It learns these pictures by heart now, no longer the toy they show.</summary>
+#
+# Right: the gap is overfitting; stop before the second line rises, or take more photographs.
+# </details>
+#
+# **5. Why is an adapter compared again after it has been loaded elsewhere?**
+#
+# <details><summary>A. What counts is what the file's user gets, and loading can lose some of it.</summary>
+#
+# Right: a missing alpha or a wrong prefix gives no error, only a weaker adapter or none.
+# </details>
+#
+# <details><summary>B. Loading always changes the weights by rounding, and rounding has to be mended.</summary>
+#
+# No: the matrices are stored in `float32` as they were trained; nothing is to be mended.
+# </details>
+#
+# <details><summary>C. Diffusers refuses to load an adapter that has not been compared beforehand.</summary>
+#
+# No: it loads whatever has the right names, and asks nothing.
+# </details>
+#
 # ## In short
 #
 # | look | catches |

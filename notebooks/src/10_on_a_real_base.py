@@ -570,6 +570,95 @@ check_10b(largest_train_batch_size)
 # ```
 # </details>
 #
+# ## Quiz
+#
+# Five questions about *why*. Choose an answer, then open it: each says whether it is right, and why or why not.
+#
+# **1. Why does LoRA fit on a card where fine-tuning of the same UNet does not?**
+#
+# <details><summary>A. It leaves out the forward pass of the layers that have no adapter.</summary>
+#
+# No: every layer runs in the forward pass, adapted or not.
+# </details>
+#
+# <details><summary>B. Its activations are smaller, because the adapters have a low rank.</summary>
+#
+# No: activations are in proportion to the pictures, and hardly depend on the rank.
+# </details>
+#
+# <details><summary>C. What is frozen needs no gradients and no moments, the larger part.</summary>
+#
+# Right: fine-tuning keeps 16 bytes a parameter in `float32`, a frozen half-precision weight takes 2.
+# </details>
+#
+# **2. Why does a lower rank save next to nothing?**
+#
+# <details><summary>A. The rank is rounded up to 16 on a GPU, so that lower ones cost the same.</summary>
+#
+# No: it is not rounded; the adapters do get smaller.
+# </details>
+#
+# <details><summary>B. Adapters are a small part of the memory, and the others do not depend on it.</summary>
+#
+# Right: weights and activations fill the card, and pictures and checkpointing move the latter.
+# </details>
+#
+# <details><summary>C. A lower rank needs more steps, and each step takes memory of its own.</summary>
+#
+# No: a step's memory is free again after it, however many steps there are.
+# </details>
+#
+# **3. What does gradient checkpointing pay with for the memory that it saves?**
+#
+# <details><summary>A. With time: what is thrown away is computed again in the backward pass.</summary>
+#
+# Right: a training step then takes about three passes for each picture instead of two.
+# </details>
+#
+# <details><summary>B. With precision: activations are kept in eight bits until they are needed.</summary>
+#
+# No: they are computed again in full, and the result is the same.
+# </details>
+#
+# <details><summary>C. With disk space: activations are written to a file and read back later.</summary>
+#
+# No: nothing is written; checkpoints on disk are another thing with a similar name.
+# </details>
+#
+# **4. Why do real bases get a much lower learning rate than the miniature?**
+#
+# <details><summary>A. Their photographs are larger, and the rate is divided by the number of pixels.</summary>
+#
+# No: the loss is a mean, so that the number of pixels does not enter.
+# </details>
+#
+# <details><summary>B. Their training runs in half precision, where only low rates can be stored.</summary>
+#
+# No: the adapters are in `float32`, whatever the base is kept in.
+# </details>
+#
+# <details><summary>C. A large model needs smaller steps, or what it knows is overwritten.</summary>
+#
+# Right: the presets hold rates that suit each base; your own setting wins.
+# </details>
+#
+# **5. Why does batch 4 on two cards make what batch 8 makes on one?**
+#
+# <details><summary>A. The second card repeats the first one's work, so that errors can be found.</summary>
+#
+# No: each card takes samples of its own out of the sequence.
+# </details>
+#
+# <details><summary>B. A step's samples follow from its number, and the gradients of both are averaged.</summary>
+#
+# Right: two processes on one processor were tested against one; several cards were not.
+# </details>
+#
+# <details><summary>C. The learning rate is doubled on two cards, which makes up for the smaller batch.</summary>
+#
+# No: the rate stays the same, because the whole batch does.
+# </details>
+#
 # ## In short
 #
 # - Weights, adapters, activations: plan before you download. Pictures a step and checkpointing are the switches.
