@@ -24,6 +24,7 @@ __all__ = [
     "dataset",  # step 5: instance and class images in batches
     "doctor",  # what is the matter with a LoRA file
     "drawing",  # a base's pipeline, a fast solver, pictures from seeds
+    "exercises",  # checks of what a learner writes, and quizzes
     "export",  # step 7: the adapter file, the model card, the Hub
     "files",  # files that are written whole or not at all; caches
     "lora_checks",  # the faults that the doctor knows

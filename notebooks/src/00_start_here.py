@@ -305,7 +305,91 @@ print("learned the toy, kept the places, kept the class")
 # | [08 Measuring](08_measuring.ipynb) | metrics | which setting does what |
 # | [09 When it goes wrong](09_when_it_goes_wrong.ipynb) | failures | ten of them, made on purpose and mended |
 # | [10 On a real base](10_on_a_real_base.ipynb) | your own subject | what fits on which GPU |
+
+# %% [markdown]
+# ## Exercises
 #
+# From here on each notebook has exercises that you solve in code. Replace the `...` by your own lines, run the cell, and read
+# what the check prints: it runs your function on small inputs and says in words what is wrong. Hints are folded below the
+# cell, one by one, and the solution comes last.
+#
+# ### Exercise A: noise with a number (5 minutes)
+#
+# Before and after could be compared above because picture number 3 of a set always starts from the same noise, however many
+# pictures are drawn before it. Write the function that makes this noise: standard normal numbers that depend on the seed of the
+# run and on the number of the picture, and on nothing else.
+
+# %%
+from dbnb.exercises import check_00a
+
+
+def noise_of(seed: int, number: int, shape: tuple[int, ...]):
+    """The noise that picture `number` of a set starts from: an array or a tensor of this shape."""
+    ...
+
+
+check_00a(noise_of)
+
+# %% [markdown]
+# <details><summary>Hint 1</summary>
+#
+# `numpy.random.seed` and `torch.manual_seed` set a *global* generator, which everything else in the program draws from too. Make
+# a generator of your own inside the function: `numpy.random.default_rng(…)`.
+# </details>
+#
+# <details><summary>Hint 2</summary>
+#
+# The seed 0 with picture 1 and the seed 1 with picture 0 must not share their noise, so `seed + number` is not enough.
+# `default_rng` takes several numbers as a tuple.
+# </details>
+#
+# <details><summary>Solution</summary>
+#
+# ```python
+# import numpy as np
+#
+#
+# def noise_of(seed, number, shape):
+#     generator = np.random.default_rng((seed, number))
+#     return generator.standard_normal(shape)
+# ```
+# </details>
+#
+# ### Exercise B: a number with a scale (3 minutes)
+#
+# Write `normalized_subject_fidelity`: 0 where the base was before training, 1 where other real photographs of the toy are.
+
+# %%
+from dbnb.exercises import check_00b
+
+
+def normalized(after: float, floor: float, ceiling: float) -> float:
+    """How far a similarity has come on the way from the floor (0) to the ceiling (1)."""
+    ...
+
+
+check_00b(normalized)
+
+# %% [markdown]
+# <details><summary>Hint 1</summary>
+#
+# How long is the whole way? How much of it has been covered?
+# </details>
+#
+# <details><summary>Hint 2</summary>
+#
+# Both are differences, and both start at the floor.
+# </details>
+#
+# <details><summary>Solution</summary>
+#
+# ```python
+# def normalized(after, floor, ceiling):
+#     return (after - floor) / (ceiling - floor)
+# ```
+# </details>
+
+# %% [markdown]
 # ## On your own
 #
 # 1. Draw `a photo of sks dog with a hat`: a thing that no photograph showed on the toy. (2 minutes)
@@ -328,6 +412,95 @@ print("learned the toy, kept the places, kept the class")
 #    the rare word alone, and not to the pair of words `sks dog`.
 # 3. The words give *some* green dog with yellow spots, a different one each time, and not this toy. That is what the five
 #    photographs are for.
+# </details>
+#
+# ## Quiz
+#
+# Five questions about *why*. Choose an answer, then open it: each says whether it is right, and why or why not.
+#
+# **1. Why do the pictures before and after training start from the same noise?**
+#
+# <details><summary>A. Because the model was trained on that noise and would draw worse from any other.</summary>
+#
+# No: training draws other noise at every step, and a picture can start from any noise at all.
+# </details>
+#
+# <details><summary>B. So that what differs between two pictures of a column is due to the training alone.</summary>
+#
+# Right: with the prompt and the noise fixed, the adapters are the only thing that has changed.
+# </details>
+#
+# <details><summary>C. Because the pictures of one row would otherwise all show the same place and pose.</summary>
+#
+# No: the noise is the same within a *column*; within a row each picture has noise of its own.
+# </details>
+#
+# **2. Why is the loss curve a poor judge of how much was learned?**
+#
+# <details><summary>A. It is computed in half precision, which hides changes as small as these.</summary>
+#
+# No: the miniature trains in full precision, and the cloud would look the same in any format.
+# </details>
+#
+# <details><summary>B. It is measured on the class images, which have little to do with the toy.</summary>
+#
+# No: there are two curves, and the instance loss is measured on pictures of the toy.
+# </details>
+#
+# <details><summary>C. Its values depend more on how much noise was drawn than on what was learned.</summary>
+#
+# Right: hence the cloud; only means over many steps, or pictures and measures, say something.
+# </details>
+#
+# **3. The toy is drawn on the moon, although no photograph was taken there. Why can the model do that?**
+#
+# <details><summary>A. The base knows the moon from its own training, and those words still work.</summary>
+#
+# Right: the toy comes from the photographs and the place from the words; both can be put together.
+# </details>
+#
+# <details><summary>B. The adapters store a background for every place that the base has a caption for.</summary>
+#
+# No: they were trained on five photographs in five places, and the moon was not among them.
+# </details>
+#
+# <details><summary>C. The class images were all taken on the moon, and they are half of each batch.</summary>
+#
+# No: the base drew them from `a photo of a dog`, in whatever place it liked.
+# </details>
+#
+# **4. Why does the sample toy have a colour that the base has no word for?**
+#
+# <details><summary>A. Teal is easier to learn than the eight colours that the captions name.</summary>
+#
+# No: nothing about it is easier; the base has to learn a colour that it was never told of.
+# </details>
+#
+# <details><summary>B. So that no prompt leads there, and the toy must come from the photographs.</summary>
+#
+# Right: if the toy were red, `a red dog` would draw something near it without any training.
+# </details>
+#
+# <details><summary>C. So that the identity encoder has an easier time in telling it from other toys.</summary>
+#
+# No: the encoder was trained on many toys and has to tell much smaller differences apart.
+# </details>
+#
+# **5. Why are two references, a floor and a ceiling, measured along with subject fidelity?**
+#
+# <details><summary>A. Because a cosine can be negative, and the floor makes all numbers positive.</summary>
+#
+# No: the normalised number may still be negative, if a training made things worse.
+# </details>
+#
+# <details><summary>B. Because the two encoders disagree, and the references are their mean values.</summary>
+#
+# No: each encoder has references of its own; nothing is averaged over the two.
+# </details>
+#
+# <details><summary>C. Because 0.6 alone does not tell what would be bad and what would be good.</summary>
+#
+# Right: the base without training is the floor, real photographs of the toy are the ceiling.
 # </details>
 #
 # ## In short

@@ -426,6 +426,87 @@ except ValueError as error:
 temporary.cleanup()
 
 # %% [markdown]
+# ## Exercises
+#
+# ### Exercise A: the two prompts (5 minutes)
+#
+# Write the function that makes the instance prompt and the class prompt of an identifier and a class word. The class words of
+# other people may be elephants or umbrellas.
+
+# %%
+from dbnb.exercises import check_01a
+
+
+def prompts(identifier: str, class_word: str) -> tuple[str, str]:
+    """The instance prompt and the class prompt, in this order."""
+    ...
+
+
+check_01a(prompts)
+
+# %% [markdown]
+# <details><summary>Hint 1</summary>
+#
+# The identifier is used like a name: nobody says *a Bella*.
+# </details>
+#
+# <details><summary>Hint 2</summary>
+#
+# The class prompt has an article, and before a vowel it is *an*. Looking at the first letter is good enough here.
+# </details>
+#
+# <details><summary>Solution</summary>
+#
+# ```python
+# def prompts(identifier, class_word):
+#     article = "an" if class_word[0] in "aeiou" else "a"
+#     return f"a photo of {identifier} {class_word}", f"a photo of {article} {class_word}"
+# ```
+# </details>
+#
+# ### Exercise B: your own token report (8 minutes)
+#
+# Write the rule of thumb that `token_report` uses. A word is `"split"` when the tokenizer cuts it into several tokens, `"rare"`
+# when it is one token in the last tenth of the ordinary tokens' numbers, and `"common"` otherwise. `tokenizer(word).input_ids`
+# are the numbers of its tokens, `tokenizer.all_special_ids` those of the special tokens (start, end, padding), and
+# `tokenizer.get_vocab()` is the whole list, token to number.
+
+# %%
+from dbnb.exercises import check_01b
+
+
+def verdict(tokenizer, word: str) -> str:
+    """Whether a word would be a good identifier: "rare", or else "common" or "split"."""
+    ...
+
+
+check_01b(verdict)
+
+# %% [markdown]
+# <details><summary>Hint 1</summary>
+#
+# Print `components.tokenizer("dog").input_ids`. One word, three numbers: which of them stand for the word?
+# </details>
+#
+# <details><summary>Hint 2</summary>
+#
+# The last tenth begins at nine tenths of the highest number. Which tokens must not count when you look for that number?
+# </details>
+#
+# <details><summary>Solution</summary>
+#
+# ```python
+# def verdict(tokenizer, word):
+#     special = set(tokenizer.all_special_ids)
+#     ids = [number for number in tokenizer(word).input_ids if number not in special]
+#     if len(ids) > 1:
+#         return "split"
+#     highest = max(number for number in tokenizer.get_vocab().values() if number not in special)
+#     return "rare" if ids[0] > 0.9 * highest else "common"
+# ```
+# </details>
+
+# %% [markdown]
 # ## On your own
 #
 # 1. Put three to ten pictures of something of yours into a folder and look at the report and the squares. What would
@@ -455,6 +536,95 @@ temporary.cleanup()
 #
 # 3. It shows nothing that the first does not. With writing on the subject, or an asymmetric one, it teaches what is
 #    false: that is why `random_flip` is off by default.
+# </details>
+#
+# ## Quiz
+#
+# Five questions about *why*. Choose an answer, then open it: each says whether it is right, and why or why not.
+#
+# **1. Why should the photographs show the subject in different places?**
+#
+# <details><summary>A. What all photographs have in common is learned as a part of the subject.</summary>
+#
+# Right: five pictures from one sofa teach the sofa too; different places leave only the subject in common.
+# </details>
+#
+# <details><summary>B. The model needs one photograph for each place that it is to draw later.</summary>
+#
+# No: places come from the words of the prompt; on the moon no photograph was ever taken.
+# </details>
+#
+# <details><summary>C. Different places give the pictures different sizes, which training needs.</summary>
+#
+# No: all pictures are cut to squares of the same size before training sees them.
+# </details>
+#
+# **2. Why does an article stand before the class word but not before the identifier?**
+#
+# <details><summary>A. An article is a token of its own, and the tokenizer would drop it before <code>sks</code>.</summary>
+#
+# No: the tokenizer keeps it; a prompt with the article would be another prompt and work too.
+# </details>
+#
+# <details><summary>B. The identifier is used like a name, and nobody puts an article before a name.</summary>
+#
+# Right: `a photo of sks dog` is the pattern of the paper; the class prompt is an ordinary caption.
+# </details>
+#
+# <details><summary>C. The two prompts need the same number of tokens so that they can share a batch.</summary>
+#
+# No: prompts are padded to one fixed length, whatever number of words they have.
+# </details>
+#
+# **3. Why would an identifier with the embedding vector of `a` be a bad one?**
+#
+# <details><summary>A. The UNet reads the embedding table and finds the same row there twice.</summary>
+#
+# No: the UNet never sees the table, only the hidden states that the text encoder makes of it.
+# </details>
+#
+# <details><summary>B. The tokenizer would cut such a word into several pieces and lose some of them.</summary>
+#
+# No: how a word is cut depends on its letters, not on the vector that its token has.
+# </details>
+#
+# <details><summary>C. The text encoder could not tell the instance prompt from the class prompt.</summary>
+#
+# Right: equal vectors make equal hidden states, and then no adapter can tell the two prompts apart.
+# </details>
+#
+# **4. `sks` moves the hidden states about as far as `red`. Why does the base still draw no particular dog for it?**
+#
+# <details><summary>A. Its vector is too short to have any influence on the pictures that are drawn.</summary>
+#
+# No: it moves the states about as far as a colour does, so it is not too short to be heard.
+# </details>
+#
+# <details><summary>B. The tokenizer replaces it by <code>dog</code> before the text encoder gets to see it.</summary>
+#
+# No: it is one of the tokenizer's own tokens, with its own number, and is passed on.
+# </details>
+#
+# <details><summary>C. The text encoder hears it, but nothing has taught the UNet what to draw for it.</summary>
+#
+# Right: heard and empty is just what an identifier should be; training gives it its meaning.
+# </details>
+#
+# **5. Why does the word `toy` count as rare on this base, though everybody knows it?**
+#
+# <details><summary>A. Its number in the list is high, and no caption of this base has ever used it.</summary>
+#
+# Right: what counts is what the model was told; Stable Diffusion was told about toys.
+# </details>
+#
+# <details><summary>B. The word is shorter than the others, and short words have the highest numbers.</summary>
+#
+# No: `dog` and `red` are as short, and their numbers are those of common words.
+# </details>
+#
+# <details><summary>C. Every caption of this base shows toys, and words in every caption count as rare.</summary>
+#
+# No: a word in every caption would be the most common one; the captions say `dog` or `car`.
 # </details>
 #
 # ## In short

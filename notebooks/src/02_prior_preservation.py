@@ -267,6 +267,90 @@ if usual_cache is not None:
 own_cache.cleanup()
 
 # %% [markdown]
+# ## Exercises
+#
+# ### Exercise A: the cache's key (8 minutes)
+#
+# Each recipe has a folder of its own, whose name is computed from the recipe. Write that function. Equal recipes must get equal
+# names, today and tomorrow and in every process; two recipes that differ in any field must get different names; and the name
+# must be one that every file system takes: at most 64 letters, digits, dots, hyphens and underscores.
+
+# %%
+from dbnb.exercises import check_02a
+
+
+def cache_key(recipe: dict) -> str:
+    """The name of the folder for what this recipe made, such as {"prompt": "a photo of a dog", "seed": 1, …}."""
+    ...
+
+
+check_02a(cache_key)
+
+# %% [markdown]
+# <details><summary>Hint 1</summary>
+#
+# First turn the whole recipe into one text in which every field has its name. What if somebody writes the fields in another
+# order?
+# </details>
+#
+# <details><summary>Hint 2</summary>
+#
+# `json.dumps` has an option that sorts the fields.
+# </details>
+#
+# <details><summary>Hint 3</summary>
+#
+# `hashlib.sha256(text.encode()).hexdigest()` makes 64 hexadecimal digits of any text. The first sixteen are enough.
+# </details>
+#
+# <details><summary>Solution</summary>
+#
+# ```python
+# import hashlib
+#
+#
+# def cache_key(recipe):
+#     text = json.dumps(recipe, sort_keys=True)
+#     return hashlib.sha256(text.encode()).hexdigest()[:16]
+# ```
+# </details>
+#
+# ### Exercise B: what is left to draw (8 minutes)
+#
+# The manifest has recorded a hash for each picture, and the folder holds files whose hashes can be computed. Which of the
+# pictures 0 to `count - 1` have to be drawn? A picture stays only if it was recorded and its file still has the recorded hash.
+
+# %%
+from dbnb.exercises import check_02b
+
+
+def to_draw(recorded: dict[int, str], found: dict[int, str], count: int) -> list[int]:
+    """The numbers of the pictures to draw. Both dictionaries: number of a picture -> hash of its file."""
+    ...
+
+
+check_02b(to_draw)
+
+# %% [markdown]
+# <details><summary>Hint 1</summary>
+#
+# There are four cases for each number: as recorded, edited, missing, and there without a record.
+# </details>
+#
+# <details><summary>Hint 2</summary>
+#
+# `found.get(number)` is `None` for a missing file. What does `None == None` say of a picture that is in neither dictionary?
+# </details>
+#
+# <details><summary>Solution</summary>
+#
+# ```python
+# def to_draw(recorded, found, count):
+#     return [n for n in range(count) if n not in recorded or found.get(n) != recorded[n]]
+# ```
+# </details>
+
+# %% [markdown]
 # ## On your own
 #
 # 1. What happens with `prior_loss_weight=0.1`, or 10? Predict both, then train. (2 minutes each)
@@ -289,6 +373,95 @@ own_cache.cleanup()
 # 2. You can (`class_data_dir`), and many do. They then also *teach* what real dogs look like, which is more than
 #    preserving. Drawn ones preserve just what the model has.
 # 3. They would be enlarged, and the model would learn that `a photo of a dog` is blurred.
+# </details>
+#
+# ## Quiz
+#
+# Five questions about *why*. Choose an answer, then open it: each says whether it is right, and why or why not.
+#
+# **1. Training only ever uses the prompt `a photo of sks dog`. Why does `a photo of a dog` change as well?**
+#
+# <details><summary>A. The prompts are shuffled in training, so that some pictures lose the identifier.</summary>
+#
+# No: every instance picture keeps the instance prompt, in every step.
+# </details>
+#
+# <details><summary>B. The autoencoder is trained along and paints every dog in the toy's colours.</summary>
+#
+# No: the autoencoder is frozen, and so are all other weights of the base.
+# </details>
+#
+# <details><summary>C. The two prompts share their words, and nothing in the loss holds <code>dog</code> in place.</summary>
+#
+# Right: moving the meaning of `dog` lowers the instance loss just as well as moving that of `sks`.
+# </details>
+#
+# **2. Why are the class images drawn by the model itself and not taken from a collection?**
+#
+# <details><summary>A. They show what this model means by the word, and just that is to be preserved.</summary>
+#
+# Right: real photographs of dogs would also teach something new, which is more than preserving.
+# </details>
+#
+# <details><summary>B. Real photographs cannot be used, because their latents have another size.</summary>
+#
+# No: they can (`class_data_dir`), and are cut to the same resolution as any other picture.
+# </details>
+#
+# <details><summary>C. Drawn pictures are sharper than photographs, and the loss is lower on sharp ones.</summary>
+#
+# No: they are as good or bad as the base draws; faults are welcome, since they are the base's.
+# </details>
+#
+# **3. Why does the manifest hold a fingerprint of the base?**
+#
+# <details><summary>A. So that two users can see whether they have paid for the same licence.</summary>
+#
+# No: the fingerprint is a hash over files and knows nothing of licences.
+# </details>
+#
+# <details><summary>B. So that pictures drawn by another model are not taken for this model's.</summary>
+#
+# Right: trained further, a base means something else by `dog`, and the old pictures no longer fit.
+# </details>
+#
+# <details><summary>C. So that the base can be downloaded again if its folder has been deleted.</summary>
+#
+# No: a hash cannot be turned back into files; it can only tell whether files are the same.
+# </details>
+#
+# **4. Why does every class image have a seed of its own, made of the run's seed and its number?**
+#
+# <details><summary>A. So that all pictures of a class are drawn at once, in a single large batch.</summary>
+#
+# No: they are drawn in batches of any size, and the result does not depend on that size.
+# </details>
+#
+# <details><summary>B. So that the pictures differ in their places as well as in their colours.</summary>
+#
+# No: different noise is enough for that; it could also come from one generator that moves on.
+# </details>
+#
+# <details><summary>C. So that picture 3 is the same one, whether five or two hundred are asked for.</summary>
+#
+# Right: therefore more can be drawn later, or a single one again, without touching the others.
+# </details>
+#
+# **5. A cache that only counts its files has a hundred pictures and needs a hundred. What is wrong with reusing them?**
+#
+# <details><summary>A. Nothing: the prompt stands in the name of the folder, and that is enough.</summary>
+#
+# No: the name says nothing of the model, the size or the steps, nor whether a file was edited.
+# </details>
+#
+# <details><summary>B. Their number does not tell which model drew them, of what, and at which size.</summary>
+#
+# Right: notebook 09 trains with a full folder of cats in place of dogs and shows what comes of it.
+# </details>
+#
+# <details><summary>C. Pictures wear out: after some trainings on them they have to be drawn anew.</summary>
+#
+# No: a picture stays what it is; the question is whether it is the picture that is wanted.
 # </details>
 #
 # ## In short

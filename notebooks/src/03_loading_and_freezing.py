@@ -430,6 +430,98 @@ for row in mixed.table():
     print(f"{row['part']:12} {row['dtype']:9} {row['memory']}")
 
 # %% [markdown]
+# ## Exercises
+#
+# ### Exercise A: which class is the text encoder? (6 minutes)
+#
+# A part's `config.json` says under `architectures` which class it was saved from. Write the function that picks the class from
+# the table of known ones. For an architecture that is not in the table, raise a `ValueError` that names it and lists the known
+# ones: the reader of your error has to know what to do next.
+
+# %%
+from dbnb.exercises import check_03a
+
+
+def text_encoder_class(config: dict, known: dict[str, type]) -> type:
+    """The class of a text encoder, for a config such as {"architectures": ["CLIPTextModel"], …}."""
+    ...
+
+
+check_03a(text_encoder_class)
+
+# %% [markdown]
+# <details><summary>Hint 1</summary>
+#
+# `model_type` looks like the right entry too, but both of SDXL's text encoders have the same one.
+# </details>
+#
+# <details><summary>Hint 2</summary>
+#
+# A config may lack the entry. `config.get("architectures") or ["(none)"]` gives a list in any case.
+# </details>
+#
+# <details><summary>Solution</summary>
+#
+# ```python
+# def text_encoder_class(config, known):
+#     name = (config.get("architectures") or ["(none)"])[0]
+#     if name not in known:
+#         raise ValueError(f"The text encoder {name} is not known here; known are {', '.join(known)}.")
+#     return known[name]
+# ```
+# </details>
+#
+# ### Exercise B: the line inside `schedule.step` (10 minutes)
+#
+# `paint` left its most important line to the scheduler. Write it yourself, with guidance. The UNet has answered twice, for the
+# empty prompt and for yours. Its answer $v$ and the noisy latents $x$ contain the same picture $x_0$ and the same noise
+# $\epsilon$, mixed in two ways:
+#
+# $$ x = \sqrt{a}\; x_0 + \sqrt{1 - a}\; \epsilon, \qquad v = \sqrt{a}\; \epsilon - \sqrt{1 - a}\; x_0 $$
+#
+# ($a$, the scheduler's `alphas_cumprod` at this step, says how much of the picture is left.) Solve for $x_0$ and $\epsilon$, then mix
+# them again for the next step, which is less noisy: that is DDIM (Song et al., 2021).
+
+# %%
+from dbnb.exercises import check_03b
+
+
+def less_noise(x, empty, told, guidance_scale: float, a: float, a_next: float):
+    """The latents of the next step. `empty` and `told` are the UNet's answers to the empty prompt and to yours."""
+    ...
+
+
+check_03b(less_noise)
+
+# %% [markdown]
+# <details><summary>Hint 1</summary>
+#
+# Guidance comes first: one $v$ from the two answers, by the formula above `paint`.
+# </details>
+#
+# <details><summary>Hint 2</summary>
+#
+# The two mixtures are a rotation, and a rotation is undone by turning back: $x_0 = \sqrt{a}\, x - \sqrt{1 - a}\, v$, and
+# $\epsilon = \sqrt{1 - a}\, x + \sqrt{a}\, v$.
+# </details>
+#
+# <details><summary>Hint 3</summary>
+#
+# The next latents are the first equation again, with `a_next` in place of `a`.
+# </details>
+#
+# <details><summary>Solution</summary>
+#
+# ```python
+# def less_noise(x, empty, told, guidance_scale, a, a_next):
+#     v = empty + guidance_scale * (told - empty)
+#     picture = a**0.5 * x - (1 - a) ** 0.5 * v
+#     noise = (1 - a) ** 0.5 * x + a**0.5 * v
+#     return a_next**0.5 * picture + (1 - a_next) ** 0.5 * noise
+# ```
+# </details>
+
+# %% [markdown]
 # ## On your own
 #
 # 1. Send a picture of pure noise through the VAE and back. Why does it come back as something else? (2 minutes)
@@ -460,6 +552,95 @@ for row in mixed.table():
 # away = [decode(paint("a photo of a cat", empty_prompt="a photo of a red cat", seed=s)[0][-1]) for s in range(6)]
 # plots.show(plots.show_images(away), alt="six cats, none of them red")
 # ```
+# </details>
+#
+# ## Quiz
+#
+# Five questions about *why*. Choose an answer, then open it: each says whether it is right, and why or why not.
+#
+# **1. Why does diffusion work on latents and not on pixels here?**
+#
+# <details><summary>A. Pixels cannot be noised, because they are whole numbers from 0 to 255.</summary>
+#
+# No: pixels are scaled to -1 to 1 and noised as well as latents; DeepFloyd IF does so.
+# </details>
+#
+# <details><summary>B. Latents are far fewer numbers, and they keep nearly all of the picture.</summary>
+#
+# Right: the UNet is the expensive part, and its cost grows with the number of positions.
+# </details>
+#
+# <details><summary>C. Latents have no colours, so that the UNet needs to learn nothing but shapes.</summary>
+#
+# No: the colours are in the latents too, spread over channels none of which is a colour.
+# </details>
+#
+# **2. Why does the workflow read `model_index.json` instead of trying to load an autoencoder?**
+#
+# <details><summary>A. Reading the index is needed to find out whether the machine has a GPU.</summary>
+#
+# No: the index lists a model's parts; the devices of a machine are torch's business.
+# </details>
+#
+# <details><summary>B. The file holds the weights of the autoencoder in a format that loads faster.</summary>
+#
+# No: it holds names of classes only; weights lie in the folders of the parts.
+# </details>
+#
+# <details><summary>C. A failed attempt may have many causes, and the index says what there is.</summary>
+#
+# Right: a network error would otherwise look like a model that has no autoencoder.
+# </details>
+#
+# **3. The UNet answers for two prompts at each step. Why is the difference of the two answers exaggerated?**
+#
+# <details><summary>A. It is what the prompt contributes, so more of it follows the prompt better.</summary>
+#
+# Right: that is classifier-free guidance; far beyond the suggested scale contrasts are overdone.
+# </details>
+#
+# <details><summary>B. It is noise that the two answers share, and a large factor makes it cancel out.</summary>
+#
+# No: what the two answers share cancels in the difference whatever the factor is.
+# </details>
+#
+# <details><summary>C. It makes up for the latents, which are smaller than the pictures by that factor.</summary>
+#
+# No: the size of latents is a matter of the autoencoder and its `scaling_factor`.
+# </details>
+#
+# **4. A changed word in the prompt changes the result a lot if it is changed early, and hardly if late. Why?**
+#
+# <details><summary>A. The text encoder is switched off after the first half of the steps, to save time.</summary>
+#
+# No: it runs once, before the first step, and its states are used at every step alike.
+# </details>
+#
+# <details><summary>B. Noisy steps decide what is there, and late steps only how it looks in detail.</summary>
+#
+# Right: after the first few steps the guess of the clean picture has covered most of its way.
+# </details>
+#
+# <details><summary>C. The solver makes its late steps with random noise instead of the prompt.</summary>
+#
+# No: the UNet gets the prompt's states at every step, down to the last one.
+# </details>
+#
+# **5. Why may frozen parts be kept in `bfloat16`, though trained weights may not?**
+#
+# <details><summary>A. They only have to be read, and no small update has to be added to them.</summary>
+#
+# Right: what a step adds to a weight may be smaller than the format's last digit (notebook 04).
+# </details>
+#
+# <details><summary>B. They are smaller than the trained weights, and so they need fewer digits.</summary>
+#
+# No: most of the parameters are frozen; the trained ones are the small part.
+# </details>
+#
+# <details><summary>C. They are used only in the first step, and after that they are kept on disk.</summary>
+#
+# No: every step runs through all frozen weights of the UNet, forwards and backwards.
 # </details>
 #
 # ## In short

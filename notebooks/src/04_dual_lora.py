@@ -472,13 +472,117 @@ for layers in ("attention", "all"):
 
 # %% [markdown]
 # The number of parameters grows in proportion to the rank. What a rank *buys* is measured in notebook 08.
+
+# %% [markdown]
+# ## Exercises
 #
+# ### Exercise A: LoRA as a module, equal to peft's (20 minutes)
+#
+# The class at the top of this notebook adapts linear layers only. Write one that adapts convolutions too, and that gives peft's
+# answers. Keep the two thin parts as layers of their own, `self.A` and `self.B`, without biases: for a linear layer they are
+# linear; for a convolution A is a convolution like the layer's with `rank` output channels, and B is one of 1 x 1.
+
+# %%
+from dbnb.exercises import check_04a
+
+
+class LoRA(nn.Module):
+    """A linear layer or a convolution, frozen, with a low-rank adapter that changes nothing at first."""
+
+    def __init__(self, layer: nn.Linear | nn.Conv2d, rank: int, alpha: float) -> None:
+        super().__init__()
+        ...
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor: ...
+
+
+check_04a(LoRA)
+
+# %% [markdown]
+# <details><summary>Hint 1</summary>
+#
+# `forward` is one line for both kinds of layers: the layer's answer plus $\frac{\alpha}{r}$ times `self.B(self.A(x))`.
+# </details>
+#
+# <details><summary>Hint 2</summary>
+#
+# A convolution with a stride of 2 halves the picture, so A needs the stride, and B must not have it. The same goes for the
+# padding and the size of the kernel: `layer.kernel_size`, `layer.stride`, `layer.padding`.
+# </details>
+#
+# <details><summary>Hint 3</summary>
+#
+# `nn.Linear` and `nn.Conv2d` fill their weights with random numbers when they are made. One of the two has to become zero:
+# `nn.init.zeros_(self.B.weight)`.
+# </details>
+#
+# <details><summary>Solution</summary>
+#
+# ```python
+# class LoRA(nn.Module):
+#     def __init__(self, layer, rank, alpha):
+#         super().__init__()
+#         self.layer, self.scale = layer.requires_grad_(False), alpha / rank
+#         if isinstance(layer, nn.Linear):
+#             self.A = nn.Linear(layer.in_features, rank, bias=False)
+#             self.B = nn.Linear(rank, layer.out_features, bias=False)
+#         else:
+#             size = dict(kernel_size=layer.kernel_size, stride=layer.stride, padding=layer.padding)
+#             self.A = nn.Conv2d(layer.in_channels, rank, bias=False, **size)
+#             self.B = nn.Conv2d(rank, layer.out_channels, kernel_size=1, bias=False)
+#         nn.init.normal_(self.A.weight, std=1 / rank)
+#         nn.init.zeros_(self.B.weight)
+#
+#     def forward(self, x):
+#         return self.layer(x) + self.scale * self.B(self.A(x))
+# ```
+# </details>
+#
+# ### Exercise B: merged into the weight (8 minutes)
+#
+# An adapter costs a little time at every call. Once it is trained, it can be *merged*: one plain layer with the weight
+# $W + \frac{\alpha}{r} B A$ gives the same answers. Write this for linear layers and for convolutions, without changing the
+# weight that you are given.
+
+# %%
+from dbnb.exercises import check_04b
+
+
+def merged(weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, alpha: float) -> torch.Tensor:
+    """The merged weight. Linear: (m, n), (r, n), (m, r); convolution: (m, n, k, k), (r, n, k, k), (m, r, 1, 1)."""
+    ...
+
+
+check_04b(merged)
+
+# %% [markdown]
+# <details><summary>Hint 1</summary>
+#
+# The rank need not be given: it is one of the sizes of A.
+# </details>
+#
+# <details><summary>Hint 2</summary>
+#
+# The section on convolutions above multiplies two kernels as matrices: `flatten(1)` before, `view_as(weight)` after. A linear
+# layer's matrices pass through both unchanged.
+# </details>
+#
+# <details><summary>Solution</summary>
+#
+# ```python
+# def merged(weight, A, B, alpha):
+#     change = B.flatten(1) @ A.flatten(1)
+#     return weight + alpha / A.shape[0] * change.view_as(weight)
+# ```
+# </details>
+
+# %% [markdown]
 # ## On your own
 #
 # 1. What does `alpha = 2 * rank` do at the start of training, and what to the learning rate? (think)
 # 2. Train with adapters on the resnets' convolutions only: `lora_layers="conv1,conv2"`. **Predict** first: the prompt enters
 #    the UNet in cross-attention. What will `a photo of a dog` become? (3 minutes)
-# 3. Merge: show that $W + \frac{\alpha}{r}BA$ in one plain layer answers as the adapted layer does. (5 minutes)
+# 3. Merge the layer `layer` that was trained above, and show that one plain layer gives the same answers. (3 minutes)
 #
 # <details><summary>Answers</summary>
 #
@@ -502,6 +606,95 @@ for layers in ("attention", "all"):
 # x = torch.randn(5, W.shape[1])
 # print((plain(x) - layer(x)).abs().max().item())
 # ```
+# </details>
+#
+# ## Quiz
+#
+# Five questions about *why*. Choose an answer, then open it: each says whether it is right, and why or why not.
+#
+# **1. Why does training start exactly at the base, although A is random?**
+#
+# <details><summary>A. The random numbers of A are so small that their effect is rounded away.</summary>
+#
+# No: the difference was exactly zero before training, not only a small one.
+# </details>
+#
+# <details><summary>B. The change is a product with B, and B is zero before the first step.</summary>
+#
+# Right: whatever A is, zero times A is zero, so the adapted layer is the layer.
+# </details>
+#
+# <details><summary>C. The adapters are switched off in the first step and faded in afterwards.</summary>
+#
+# No: nothing is faded in; the change grows only because B moves away from zero.
+# </details>
+#
+# **2. Why must A and B not both start at zero?**
+#
+# <details><summary>A. Each one's gradient is a multiple of the other, so neither would ever move.</summary>
+#
+# Right: with A random, B gets a gradient at once, and A from the second step on.
+# </details>
+#
+# <details><summary>B. The optimizer divides by the size of the weights and would divide by zero.</summary>
+#
+# No: AdamW divides by the size of the gradients, and adds a small number to it.
+# </details>
+#
+# <details><summary>C. A product of two zeros is not defined in the half-precision formats.</summary>
+#
+# No: zero times zero is zero in every format; the trouble is in the gradient.
+# </details>
+#
+# **3. Why is alpha divided by the rank?**
+#
+# <details><summary>A. So that the file of an adapter stays as small for a high rank as for a low one.</summary>
+#
+# No: a file grows in proportion to the rank, whatever alpha is.
+# </details>
+#
+# <details><summary>B. So that the base's own weights shrink as the adapter's weights grow.</summary>
+#
+# No: the base's weights stay what they are; alpha scales the change only.
+# </details>
+#
+# <details><summary>C. So that the strength of the change need not be tuned anew for another rank.</summary>
+#
+# Right: with more rows in A the sum BA has more terms; the factor keeps its scale in check.
+# </details>
+#
+# **4. Adapters on attention alone learn the toy's colours badly on this base. Why?**
+#
+# <details><summary>A. Attention layers are frozen in the miniature, so their adapters cannot move.</summary>
+#
+# No: every adapted layer is frozen itself, and its adapter moves all the same.
+# </details>
+#
+# <details><summary>B. Their rank is limited to 4, while convolutions may have a rank of up to 64.</summary>
+#
+# No: both trainings had the same rank; the layers are what was different.
+# </details>
+#
+# <details><summary>C. Attention moves features about, and other layers decide how they look.</summary>
+#
+# Right: convolutions and feed-forward layers make colours and patterns of the features.
+# </details>
+#
+# **5. With adapters on the resnets' convolutions alone, `sks dog` and `dog` give the same pictures. Why?**
+#
+# <details><summary>A. Convolutions see one pixel at a time, and a dog is larger than a pixel.</summary>
+#
+# No: their kernels cover 3 x 3 places, and layers in a row cover most of the picture.
+# </details>
+#
+# <details><summary>B. The prompt enters in cross-attention, where nothing has learned <code>sks</code>.</summary>
+#
+# Right: the convolutions can learn to paint the toy, but nothing tells them for which prompt.
+# </details>
+#
+# <details><summary>C. Convolutions have too few parameters to hold two different kinds of dogs.</summary>
+#
+# No: they have the largest share of the adapters' parameters in every block.
 # </details>
 #
 # ## In short

@@ -362,6 +362,88 @@ with torch.no_grad():
 print("equal to a millionth:", max(losses) - min(losses) < 1e-6)
 
 # %% [markdown]
+# ## Exercises
+#
+# ### Exercise A: a batch in two halves (6 minutes)
+#
+# Write `collate_fn`: samples in, and out come all pictures as one tensor and all prompts as one list. Instances come first, class
+# images second, and picture number i belongs to prompt number i.
+
+# %%
+from dbnb.exercises import check_05a
+
+
+def collate(samples: list[dict]) -> tuple[torch.Tensor, list[str]]:
+    """B samples with instance_pixels, class_pixels (3, H, W), instance_prompt, class_prompt -> (2B, 3, H, W), 2B texts."""
+    ...
+
+
+check_05a(collate)
+
+# %% [markdown]
+# <details><summary>Hint 1</summary>
+#
+# Two loops, one in the other: over the halves and over the samples. Which one is the outer loop?
+# </details>
+#
+# <details><summary>Hint 2</summary>
+#
+# `torch.stack` puts pictures side by side in a new first dimension; `torch.cat` would lengthen their channels.
+# </details>
+#
+# <details><summary>Solution</summary>
+#
+# ```python
+# def collate(samples):
+#     halves = ("instance", "class")
+#     pixels = torch.stack([sample[f"{half}_pixels"] for half in halves for sample in samples])
+#     prompts = [sample[f"{half}_prompt"] for half in halves for sample in samples]
+#     return pixels, prompts
+# ```
+# </details>
+#
+# ### Exercise B: an order without a memory (10 minutes)
+#
+# Which image does sample n show? Every image comes once before any comes again; each round (an *epoch*) has a random order of its
+# own; and the answer follows from n and the seed alone, so that sample 1,000 can be had without the 999 before it.
+
+# %%
+from dbnb.exercises import check_05b
+
+
+def image_number(n: int, count: int, seed: int) -> int:
+    """Which of `count` images sample n shows: 0 to count - 1."""
+    ...
+
+
+check_05b(image_number)
+
+# %% [markdown]
+# <details><summary>Hint 1</summary>
+#
+# `divmod(n, count)` gives the epoch that sample n belongs to, and its place in the epoch.
+# </details>
+#
+# <details><summary>Hint 2</summary>
+#
+# All samples of an epoch have to agree on one order. So the generator that draws it must start from the seed and the epoch, not
+# from n.
+# </details>
+#
+# <details><summary>Solution</summary>
+#
+# ```python
+# import numpy as np
+#
+#
+# def image_number(n, count, seed):
+#     epoch, place = divmod(n, count)
+#     order = np.random.default_rng((seed, epoch)).permutation(count)
+#     return int(order[place])
+# ```
+# </details>
+
+# %% [markdown]
 # ## On your own
 #
 # 1. Make the batch without class images. What does `collate_fn` give, and what is `halves`? (3 minutes)
@@ -389,6 +471,95 @@ print("equal to a millionth:", max(losses) - min(losses) < 1e-6)
 # ```
 #
 # 3. One sample would be the same "noise of the encoder" at every step, and the adapters could learn it by heart.
+# </details>
+#
+# ## Quiz
+#
+# Five questions about *why*. Choose an answer, then open it: each says whether it is right, and why or why not.
+#
+# **1. Why do all instances come first in a batch and all class images second?**
+#
+# <details><summary>A. The UNet handles pictures in order and would mix up neighbours of two kinds.</summary>
+#
+# No: the pictures of a batch do not influence each other inside the UNet.
+# </details>
+#
+# <details><summary>B. The optimizer makes its step after the first half, and the second one later.</summary>
+#
+# No: there is one step for the whole batch, after one backward pass.
+# </details>
+#
+# <details><summary>C. The loss cuts the batch in the middle, and prompts need the same order.</summary>
+#
+# Right: pictures, prompts and loss agree on one order, which is made in one place.
+# </details>
+#
+# **2. Why are the draws of a sample made from the seed and its number, not from a generator that moves on?**
+#
+# <details><summary>A. So that any step can be rebuilt alone, and a stopped run goes on exactly as it was.</summary>
+#
+# Right: a moving generator would have to be saved, and step 137 would need the 136 before it.
+# </details>
+#
+# <details><summary>B. So that every sample gets the same crop, and its latents can be kept from the start.</summary>
+#
+# No: samples get different crops where crops are random; then latents cannot be kept.
+# </details>
+#
+# <details><summary>C. So that the order of the pictures is the same in each epoch of a training.</summary>
+#
+# No: the epoch's number goes into the generator, and so each epoch has another order.
+# </details>
+#
+# **3. Why can latents not be kept when crops are random?**
+#
+# <details><summary>A. Cropped pictures have no latents, since the autoencoder wants whole pictures.</summary>
+#
+# No: the autoencoder takes any square of the right size, whatever it was cut from.
+# </details>
+#
+# <details><summary>B. Each step sees other pixels of the picture, and these have other latents.</summary>
+#
+# Right: keeping the latents of one crop would quietly train on that crop alone.
+# </details>
+#
+# <details><summary>C. Random crops are made on the GPU, where there is no room to keep anything.</summary>
+#
+# No: crops are made by the dataset, and posteriors take little memory anyway.
+# </details>
+#
+# **4. Why is the posterior kept, a mean and a variance, instead of one sample of the latents?**
+#
+# <details><summary>A. Because it takes only half of the memory that a sample would take.</summary>
+#
+# No: it takes twice as much: a mean *and* a variance for each number.
+# </details>
+#
+# <details><summary>B. Because a sample could not be decoded to look at what was encoded.</summary>
+#
+# No: samples decode as well as the mean does, and look alike.
+# </details>
+#
+# <details><summary>C. Because one sample, seen at every step, could be learned by heart.</summary>
+#
+# Right: each step draws its own sample from what is kept, as it would without the cache.
+# </details>
+#
+# **5. With a frozen text encoder, embeddings can be kept for the whole training. What changes when it is trained?**
+#
+# <details><summary>A. Nothing: its answers to a fixed prompt stay the same, since the words do.</summary>
+#
+# No: its adapters move at every step, and so its answers move with them.
+# </details>
+#
+# <details><summary>B. Nothing can be saved then: each picture of a batch needs a pass of its own.</summary>
+#
+# No: a batch has few distinct prompts, and each is encoded once a step.
+# </details>
+#
+# <details><summary>C. Its answers change, so that each prompt has to be encoded at every step.</summary>
+#
+# Right: that still is once for each prompt, and not once for each picture.
 # </details>
 #
 # ## In short

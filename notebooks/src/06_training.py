@@ -466,6 +466,120 @@ pairs = [(a[name], b[name]) for a, b in zip(log, theirs, strict=False) for name 
 print(len(pairs), "losses; train and the cell agree:", all(abs(a - b) < 1e-3 * b for a, b in pairs))
 
 # %% [markdown]
+# ## Exercises
+#
+# ### Exercise A: the forward process, for a batch (6 minutes)
+#
+# Write equation 4 for a batch in which every picture has its own level. `alphas` is the scheduler's table $\bar\alpha$.
+
+# %%
+from dbnb.exercises import check_06a
+
+
+def noisy_latents(x0, noise, alphas, timesteps):
+    """x_t for clean latents and noise (B, C, h, w), a table of one number for each level, and B levels."""
+    ...
+
+
+check_06a(noisy_latents)
+
+# %% [markdown]
+# <details><summary>Hint 1</summary>
+#
+# `alphas[timesteps]` has the shape (B,). Multiplied with (B, C, h, w), torch would lay it along the *last* dimension.
+# </details>
+#
+# <details><summary>Hint 2</summary>
+#
+# `.view(-1, 1, 1, 1)` lays it along the first.
+# </details>
+#
+# <details><summary>Solution</summary>
+#
+# ```python
+# def noisy_latents(x0, noise, alphas, timesteps):
+#     a = alphas[timesteps].view(-1, 1, 1, 1)
+#     return a.sqrt() * x0 + (1 - a).sqrt() * noise
+# ```
+# </details>
+#
+# ### Exercise B: the loss with prior preservation (6 minutes)
+#
+# One prediction for the whole batch, instances first and class images second: make the loss of it.
+
+# %%
+from dbnb.exercises import check_06b
+
+
+def dreambooth_loss(prediction, target, prior_loss_weight: float):
+    """Instance loss plus weighted prior loss, from (2B, C, h, w) each: a tensor that gradients flow back from."""
+    ...
+
+
+check_06b(dreambooth_loss)
+
+# %% [markdown]
+# <details><summary>Hint 1</summary>
+#
+# `errors.chunk(2)` cuts a batch into its halves. Before the mean or after it?
+# </details>
+#
+# <details><summary>Hint 2</summary>
+#
+# Each half gets its own mean, and only the second is weighted.
+# </details>
+#
+# <details><summary>Solution</summary>
+#
+# ```python
+# def dreambooth_loss(prediction, target, prior_loss_weight):
+#     errors = (prediction - target) ** 2
+#     instance, prior = errors.chunk(2)
+#     return instance.mean() + prior_loss_weight * prior.mean()
+# ```
+# </details>
+#
+# ### Exercise C: one step of the optimizer (6 minutes)
+#
+# The loss is there. Write what has to happen until the weights have changed and the next step can begin, and return the loss as a
+# plain number for the log.
+
+# %%
+from dbnb.exercises import check_06c
+
+
+def optimizer_step(optimizer, parameters, loss, max_grad_norm: float) -> float:
+    """Change the parameters by one step, with gradients of at most this norm, and leave no gradient behind."""
+    ...
+
+
+check_06c(optimizer_step)
+
+# %% [markdown]
+# <details><summary>Hint 1</summary>
+#
+# Four calls in an order that matters: `loss.backward()`, `torch.nn.utils.clip_grad_norm_(…)`, `optimizer.step()`,
+# `optimizer.zero_grad()`.
+# </details>
+#
+# <details><summary>Hint 2</summary>
+#
+# A logged tensor would keep the graph of its whole step in memory. `loss.item()` is a number.
+# </details>
+#
+# <details><summary>Solution</summary>
+#
+# ```python
+# def optimizer_step(optimizer, parameters, loss, max_grad_norm):
+#     loss.backward()
+#     torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+#     optimizer.step()
+#     optimizer.zero_grad(set_to_none=True)
+#     return loss.item()
+# ```
+# </details>
+
+# %% [markdown]
 # ## On your own
 #
 # 1. Which levels are hard? Plot the error of single samples against $t$. (4 minutes)
@@ -507,6 +621,95 @@ print(len(pairs), "losses; train and the cell agree:", all(abs(a - b) < 1e-3 * b
 #
 # 3. No: they are other pictures, and some pictures are harder to denoise than others. Compare each line with its own
 #    beginning.
+# </details>
+#
+# ## Quiz
+#
+# Five questions about *why*. Choose an answer, then open it: each says whether it is right, and why or why not.
+#
+# **1. Why are the shares of picture and noise square roots?**
+#
+# <details><summary>A. The variances then add up to 1, so that the noisy latents keep their size.</summary>
+#
+# Right: the shares' squares are alpha and 1 - alpha, and variances add like squares.
+# </details>
+#
+# <details><summary>B. The roots make the noise grow evenly, by the same amount from level to level.</summary>
+#
+# No: how it grows is decided by the table of alphas, which is far from even.
+# </details>
+#
+# <details><summary>C. The UNet answers with roots, and its input has to have the same unit.</summary>
+#
+# No: its answer is noise or v, mixed with the same shares; it gives no roots of anything.
+# </details>
+#
+# **2. Why is a single step's loss such an unreliable sign?**
+#
+# <details><summary>A. The optimizer's momentum adds random numbers to it, more and more of them.</summary>
+#
+# No: the loss is computed before the optimizer acts, and AdamW is not random.
+# </details>
+#
+# <details><summary>B. Noise levels are drawn at random, and some are much harder than others.</summary>
+#
+# Right: a held-out loss asks the same pictures at the same levels with the same noise.
+# </details>
+#
+# <details><summary>C. It is the loss of the class half alone, which has nothing to do with the toy.</summary>
+#
+# No: it is the sum of both halves, and both parts stand in the log.
+# </details>
+#
+# **3. Why is the held-out loss measured on *further* photographs of the toy, too?**
+#
+# <details><summary>A. The five photographs are used up by training and cannot be measured again.</summary>
+#
+# No: they can be measured, at noise never drawn in training, and they are.
+# </details>
+#
+# <details><summary>B. Further photographs are sharper, which makes the loss more precise.</summary>
+#
+# No: they are photographs like the others, only of other sides and places.
+# </details>
+#
+# <details><summary>C. They tell whether the toy was learned, or only the five pictures of it.</summary>
+#
+# Right: where the first loss falls and this one rises, training has begun to memorise.
+# </details>
+#
+# **4. The class half is weighted and added, in the same forward pass. Why would two passes give the same loss?**
+#
+# <details><summary>A. The weight is 1, and only with this weight would both ways be the same.</summary>
+#
+# No: each half's loss is computed for itself and then weighted, in either way.
+# </details>
+#
+# <details><summary>B. The pictures of a batch do not influence each other in these networks.</summary>
+#
+# Right: the prediction for a picture is the same, whatever else is in the batch.
+# </details>
+#
+# <details><summary>C. The second pass would start from the gradients that the first one has left.</summary>
+#
+# No: gradients have no influence on a loss, only on the weights after the step.
+# </details>
+#
+# **5. At t = 950 the model's guess of the clean picture is another toy. Why is this no mistake?**
+#
+# <details><summary>A. The scheduler has swapped two pictures of the batch, as it does at high levels.</summary>
+#
+# No: nothing is swapped; the noisy picture in the column belongs to the clean one above.
+# </details>
+#
+# <details><summary>B. The text encoder is frozen, and so the guess cannot depend on the prompt.</summary>
+#
+# No: the guess does depend on the prompt: with `sks` in it, the best guess is the teal dog.
+# </details>
+#
+# <details><summary>C. Hardly anything is left of the picture, and many toys fit the prompt.</summary>
+#
+# Right: a sharp guess is impossible there, and so training can teach it a subject.
 # </details>
 #
 # ## In short

@@ -516,6 +516,90 @@ print("stays here:", ", ".join(name for name in files if name not in would_go))
 folder.cleanup()
 
 # %% [markdown]
+# ## Exercises
+#
+# ### Exercise A: the strength, by hand (8 minutes)
+#
+# `set_adapters` walks through a model and gives every adapted layer a new scale. Write that. A layer that peft has adapted has an
+# attribute `lora_A`; for the adapter named `"default"` its `scaling["default"]` is the factor before $BA$, and
+# `lora_alpha["default"]` and `r["default"]` are what it was trained with. At strength 1 the adapter is as it was trained, whatever
+# strength it had before.
+
+# %%
+from dbnb.exercises import check_07a
+
+
+def set_strength(model: torch.nn.Module, strength: float) -> int:
+    """Turn all adapters of a model up or down, in place; returns how many layers have one."""
+    ...
+
+
+check_07a(set_strength)
+
+# %% [markdown]
+# <details><summary>Hint 1</summary>
+#
+# Adapted layers sit deep inside: `model.modules()` gives every layer at any depth, `model.children()` only the outermost.
+# </details>
+#
+# <details><summary>Hint 2</summary>
+#
+# If you multiply the scale that is there, two calls with 0.5 leave a quarter. Compute it anew from alpha and rank.
+# </details>
+#
+# <details><summary>Solution</summary>
+#
+# ```python
+# def set_strength(model, strength):
+#     count = 0
+#     for layer in model.modules():
+#         if hasattr(layer, "lora_A"):
+#             layer.scaling["default"] = strength * layer.lora_alpha["default"] / layer.r["default"]
+#             count += 1
+#     return count
+# ```
+# </details>
+#
+# ### Exercise B: are these the same pictures? (6 minutes)
+#
+# The reload above was judged by one number. Write the function that computes it. If the two lists have different lengths, raise a
+# `ValueError`: eight pictures against none must not pass as equal.
+
+# %%
+from dbnb.exercises import check_07b
+
+
+def largest_difference(first: list, second: list) -> int:
+    """The largest difference of any pixel of any pair of pictures, in grey levels from 0 to 255."""
+    ...
+
+
+check_07b(largest_difference)
+
+# %% [markdown]
+# <details><summary>Hint 1</summary>
+#
+# `np.asarray(picture)` holds numbers of the type `uint8`, which know nothing below zero. What is 100 - 107 for them?
+# </details>
+#
+# <details><summary>Hint 2</summary>
+#
+# `zip` stops at the shorter of two lists without a word. It has an option that makes it raise.
+# </details>
+#
+# <details><summary>Solution</summary>
+#
+# ```python
+# def largest_difference(first, second):
+#     largest = 0
+#     for a, b in zip(first, second, strict=True):
+#         difference = np.asarray(a, dtype=int) - np.asarray(b, dtype=int)
+#         largest = max(largest, int(np.abs(difference).max()))
+#     return largest
+# ```
+# </details>
+
+# %% [markdown]
 # ## On your own
 #
 # 1. Draw `a photo of sks dog` at strength -1. What is the opposite of the subject? (2 minutes)
@@ -546,6 +630,95 @@ folder.cleanup()
 # ```
 #
 # 3. All of them to both. Choosing is how one fools oneself.
+# </details>
+#
+# ## Quiz
+#
+# Five questions about *why*. Choose an answer, then open it: each says whether it is right, and why or why not.
+#
+# **1. Why should all pictures be shown, and not the best ones?**
+#
+# <details><summary>A. The best ones have a lower resolution and would have to be enlarged.</summary>
+#
+# No: all pictures have the same size; the point is what choosing does to the reader.
+# </details>
+#
+# <details><summary>B. The order of the pictures matters, and leaving some out would shift it.</summary>
+#
+# No: the order hardly matters; each picture stands for itself, from its own noise.
+# </details>
+#
+# <details><summary>C. Something good comes up by chance, so a single picture proves nothing.</summary>
+#
+# Right: prompts and noise are fixed before, and then everything is shown.
+# </details>
+#
+# **2. An adapter with `alpha = 2 * rank` is loaded from a file without its header. What is lost?**
+#
+# <details><summary>A. Nothing: alpha was needed only in training, where it scaled the learning rate.</summary>
+#
+# No: it scales the change in every forward pass, in training and afterwards.
+# </details>
+#
+# <details><summary>B. Half of its strength, since a loader without alpha takes alpha to be the rank.</summary>
+#
+# Right: no error says so; only a comparison of pictures does, such as `verify_reload`.
+# </details>
+#
+# <details><summary>C. All of it: a file without a header is refused by diffusers with an error.</summary>
+#
+# No: it loads without any error, and that is what makes this fault so unpleasant.
+# </details>
+#
+# **3. Why do other sentences reach nearly the fidelity of the training prompt?**
+#
+# <details><summary>A. The text encoder gives <code>sks dog</code> nearly the same states in all of them.</summary>
+#
+# Right: the base's own training taught it that; the adapters have seen one sentence only.
+# </details>
+#
+# <details><summary>B. The adapters were trained on all twelve sentences, one after the other.</summary>
+#
+# No: training used a single prompt, and the twelve were held back for this test.
+# </details>
+#
+# <details><summary>C. The UNet does not look at the prompt any more once the adapters are loaded.</summary>
+#
+# No: then the places in the prompts would be ignored, and they are not.
+# </details>
+#
+# **4. Why does the reloaded pipeline get another scheduler before the comparison?**
+#
+# <details><summary>A. The base's own scheduler cannot be used together with a loaded adapter.</summary>
+#
+# No: it can, and it draws the toy as well, only in other pictures.
+# </details>
+#
+# <details><summary>B. The scheduler is part of the adapter file and has to be loaded from there.</summary>
+#
+# No: the file holds A, B and a header; a scheduler belongs to the base.
+# </details>
+#
+# <details><summary>C. Only the same solver, from the same noise, draws the same pictures.</summary>
+#
+# Right: the test asks for the largest difference of any pixel, so nothing else may differ.
+# </details>
+#
+# **5. Why is the text encoder's half alone, without the UNet's, not enough to draw the toy?**
+#
+# <details><summary>A. It is not loaded as long as the strength of the UNet's adapters is zero.</summary>
+#
+# No: each part has a strength of its own, and one can be 1 while the other is 0.
+# </details>
+#
+# <details><summary>B. It can only ask for what the frozen UNet, without the toy, can paint.</summary>
+#
+# Right: what the toy looks like was learned by the UNet's adapters.
+# </details>
+#
+# <details><summary>C. It has a learning rate of zero and thus never moved away from its start.</summary>
+#
+# No: it was trained in this section, at its own rate, along with the UNet.
 # </details>
 #
 # ## In short

@@ -590,7 +590,99 @@ print(f"distance among the drawn {diversity(clip_drawn):.2f}, among the photogra
 # moon none does, so these cannot be copies. The numbers
 # say what is normal: further real photographs of the toy, which cannot be copies, are about as close to the nearest one.
 # Drawn pictures that were far closer than these would be copies.
+
+# %% [markdown]
+# ## Exercises
 #
+# ### Exercise A: the four measures (15 minutes)
+#
+# Write the four measures of the paper from features alone. The rows of each argument are the vectors of pictures or texts, and
+# they are not of length 1 yet. `drawn`, `photographs` and `classes` come from the identity encoder; `drawn_clip` and `texts` from
+# CLIP, where row number i of `texts` is the prompt of drawn picture number i.
+
+# %%
+from dbnb.exercises import check_08a
+
+
+def four_measures(drawn, photographs, classes, drawn_clip, texts) -> dict[str, float]:
+    """subject_fidelity, prompt_fidelity, class_subject_similarity and class_diversity, from features (N, D)."""
+    ...
+
+
+check_08a(four_measures)
+
+# %% [markdown]
+# <details><summary>Hint 1</summary>
+#
+# A cosine is a product of vectors of length 1: `torch.nn.functional.normalize(x, dim=1)` for all five. Then `a @ b.T` holds the
+# cosines of all pairs.
+# </details>
+#
+# <details><summary>Hint 2</summary>
+#
+# Three of the four are means over pairs. Prompt fidelity is different: a picture has one prompt, so compare row by row.
+# </details>
+#
+# <details><summary>Hint 3</summary>
+#
+# For diversity, a picture is at a distance of 0 from itself. These N pairs add nothing to the sum; do not count them either.
+# </details>
+#
+# <details><summary>Solution</summary>
+#
+# ```python
+# def four_measures(drawn, photographs, classes, drawn_clip, texts):
+#     drawn, photographs, classes, drawn_clip, texts = (
+#         torch.nn.functional.normalize(x, dim=1) for x in (drawn, photographs, classes, drawn_clip, texts)
+#     )
+#     n = len(classes)
+#     return {
+#         "subject_fidelity": (drawn @ photographs.T).mean().item(),
+#         "prompt_fidelity": (drawn_clip * texts).sum(1).mean().item(),
+#         "class_subject_similarity": (classes @ photographs.T).mean().item(),
+#         "class_diversity": (1 - classes @ classes.T).sum().item() / (n * (n - 1)),
+#     }
+# ```
+# </details>
+#
+# ### Exercise B: a difference over seeds (10 minutes)
+#
+# Two rows of the table have been trained with several seeds each. The same seed draws the same class images and the same noise in
+# both, so compare them *seed by seed*: return the mean of the differences, first minus second, and the standard error of this
+# mean, which is the standard deviation of the differences over the root of their number. Seeds that only one row has do not count.
+
+# %%
+from dbnb.exercises import check_08b
+
+
+def difference(first: dict[int, float], second: dict[int, float]) -> tuple[float, float]:
+    """Mean and standard error of first minus second, seed by seed; each argument: seed -> value."""
+    ...
+
+
+check_08b(difference)
+
+# %% [markdown]
+# <details><summary>Hint 1</summary>
+#
+# `first.keys() & second.keys()` are the seeds that both have.
+# </details>
+#
+# <details><summary>Hint 2</summary>
+#
+# `statistics.stdev` is the standard deviation of a sample, with n - 1 in the denominator.
+# </details>
+#
+# <details><summary>Solution</summary>
+#
+# ```python
+# def difference(first, second):
+#     paired = [first[seed] - second[seed] for seed in first.keys() & second.keys()]
+#     return statistics.mean(paired), statistics.stdev(paired) / len(paired) ** 0.5
+# ```
+# </details>
+
+# %% [markdown]
 # ## On your own
 #
 # 1. Add `prior_loss_weight` 0.3 and 3.0 at 100 steps to the rows. Where would they be in the figure? (2 minutes)
@@ -619,6 +711,95 @@ print(f"distance among the drawn {diversity(clip_drawn):.2f}, among the photogra
 # ```
 #
 # 3. How close the best copy comes: a measure of memorising rather than of fidelity.
+# </details>
+#
+# ## Quiz
+#
+# Five questions about *why*. Choose an answer, then open it: each says whether it is right, and why or why not.
+#
+# **1. Why is fidelity not measured by comparing pixels?**
+#
+# <details><summary>A. Pixels are whole numbers, and a mean of whole numbers would be too coarse.</summary>
+#
+# No: means of whole numbers can be as fine as one likes.
+# </details>
+#
+# <details><summary>B. The same toy in another place shares hardly a pixel with its photograph.</summary>
+#
+# Right: an image encoder is trained to give one toy similar vectors, wherever it stands.
+# </details>
+#
+# <details><summary>C. Comparing all pixels of 16 pictures takes far longer than a training does.</summary>
+#
+# No: it would take milliseconds; it would only not answer the question.
+# </details>
+#
+# **2. Why is CLIP's image half a weak judge of identity?**
+#
+# <details><summary>A. It was trained on larger pictures and cannot see the miniature's at all.</summary>
+#
+# No: the miniature brings a small CLIP of its own, trained on pictures of this size.
+# </details>
+#
+# <details><summary>B. It has no vectors of its own for pictures but borrows those of the captions.</summary>
+#
+# No: both halves make vectors; they were trained to be alike for a picture and its caption.
+# </details>
+#
+# <details><summary>C. It was trained to match pictures with captions, and for these a dog is a dog.</summary>
+#
+# Right: the gap between the same toy and other dogs is small, and a measure lives on that gap.
+# </details>
+#
+# **3. The ceiling's photographs go through the autoencoder first. Why?**
+#
+# <details><summary>A. So that the detail which it loses is not counted as a fault of the training.</summary>
+#
+# Right: no drawn picture can be sharper than what the autoencoder paints.
+# </details>
+#
+# <details><summary>B. So that they have the same number of channels as the pictures that were drawn.</summary>
+#
+# No: both are ordinary pictures with three channels, before and after.
+# </details>
+#
+# <details><summary>C. So that the identity encoder, which works on latents, can read them.</summary>
+#
+# No: it works on pixels; the pictures are decoded before they are compared.
+# </details>
+#
+# **4. Two rows differ by 0.03, and the seeds of each row spread by 0.06. What follows?**
+#
+# <details><summary>A. The first row is better, since a mean is a mean, however its values are spread.</summary>
+#
+# No: with other seeds the order could be the other way round.
+# </details>
+#
+# <details><summary>B. The measure is broken, since it should give the same number for each seed.</summary>
+#
+# No: another seed is another training, and different trainings differ.
+# </details>
+#
+# <details><summary>C. Nothing reliable: a difference smaller than the seeds' spread is none.</summary>
+#
+# Right: more seeds, or differences seed by seed, might settle it.
+# </details>
+#
+# **5. A training without class images has a high subject fidelity. Why is it still bad?**
+#
+# <details><summary>A. Its fidelity was measured with the floor of another base and is not valid.</summary>
+#
+# No: the base is the same for both rows, and so is the floor.
+# </details>
+#
+# <details><summary>B. Fidelity does not ask about the class, and that has become the toy.</summary>
+#
+# Right: look at class diversity too; a table answers only what it was asked.
+# </details>
+#
+# <details><summary>C. A high fidelity always means that the photographs have been copied.</summary>
+#
+# No: copies are one way to a high fidelity, and comparing with the nearest photograph tells.
 # </details>
 #
 # ## In short

@@ -595,6 +595,112 @@ plots.show(figure, alt="Five rows of six pictures, labelled A to E, for the read
 temporary.cleanup()
 
 # %% [markdown]
+# ## Exercises
+#
+# ### Exercise A: six broken runs (20 minutes)
+#
+# `broken_runs` makes six very small trainings (an adapted linear layer that denoises points), each with another of the faults
+# in `FAULTS`. Look at them, for example at `runs["A"].losses`, then write a function that finds the fault of any run from
+# what the run left behind. It has to tell a good run from a broken one, too.
+#
+# | a run's | is |
+# |---|---|
+# | `losses` | the loss of each step |
+# | `weight`, `before`, `after` | the frozen weight; the adapter's matrices `(A, B)` before the first step and after the last |
+# | `alpha`, `loaded_alpha` | alpha in training, and where the saved file was loaded (the rank is `len(A)`) |
+# | `photographs`, `batch` | the instance images, and one batch: the first half should be instance images |
+# | `held_out` | `"photographs"` and `"further"` (photographs): the loss `(before, after)` |
+
+# %%
+from dbnb.exercises import ALL_IS_WELL, FAULTS, Run, broken_runs, check_09a
+
+runs = broken_runs()
+print("faults:", ", ".join(FAULTS), "| otherwise:", ALL_IS_WELL)
+print("losses:", {letter: f"{run.losses[0]:.2f} to {run.losses[-1]:.2f}" for letter, run in runs.items()})
+
+
+def diagnose(run: Run) -> str:
+    """The fault of a run, one of FAULTS, or ALL_IS_WELL."""
+    ...
+
+
+check_09a(diagnose)
+
+# %% [markdown]
+# <details><summary>Hint 1</summary>
+#
+# The order of your questions matters. After a `nan` no number means anything, so ask for it first; in `bfloat16` an adapter
+# hardly moves either, so ask for the format before you ask for the effect.
+# </details>
+#
+# <details><summary>Hint 2</summary>
+#
+# Five looks of this notebook are enough: is the loss finite (10)? Which format (7)? The effect, after training (1) and after
+# loading (5)? What is in the batch's first half (6)? And the two held-out losses (3).
+# </details>
+#
+# <details><summary>Hint 3</summary>
+#
+# `all(any(torch.equal(row, photograph) for photograph in run.photographs) for row in half)` says whether all rows are photographs.
+# </details>
+#
+# <details><summary>Solution</summary>
+#
+# ```python
+# import math
+#
+#
+# def diagnose(run):
+#     A, B = run.after
+#     first_half = run.batch[: len(run.batch) // 2]
+#     if not all(math.isfinite(loss) for loss in run.losses):
+#         return "not a number"
+#     if A.dtype != torch.float32:
+#         return "half precision"
+#     if (run.alpha / len(A) * B @ A).norm() < 0.01 * run.weight.norm():
+#         return "rate too low"
+#     if run.loaded_alpha != run.alpha:
+#         return "alpha lost"
+#     if not all(any(torch.equal(row, known) for known in run.photographs) for row in first_half):
+#         return "halves mixed up"
+#     before, after = run.held_out["further"]
+#     return "learned by heart" if after > before else ALL_IS_WELL
+# ```
+# </details>
+#
+# ### Exercise B: what does a file reach? (8 minutes)
+#
+# An adapter that loads without an error may still change nothing: its keys name layers that this UNet does not have, or have
+# another prefix. Write the look that tells. A layer is reached if the file has both of its matrices, as
+# `unet.<layer>.lora_A.weight` and `unet.<layer>.lora_B.weight`, and if the UNet has a layer of exactly this name.
+
+# %%
+from dbnb.exercises import check_09b
+
+
+def reached(keys: list[str], layers: list[str]) -> set[str]:
+    """The layers of a UNet that the keys of an adapter file hold both matrices for."""
+    ...
+
+
+check_09b(reached)
+
+# %% [markdown]
+# <details><summary>Hint 1</summary>
+#
+# You can go the other way round: for each layer, which two keys would have to be in the file?
+# </details>
+#
+# <details><summary>Solution</summary>
+#
+# ```python
+# def reached(keys, layers):
+#     keys = set(keys)
+#     return {name for name in layers if {f"unet.{name}.lora_A.weight", f"unet.{name}.lora_B.weight"} <= keys}
+# ```
+# </details>
+
+# %% [markdown]
 # ## On your own
 #
 # 1. Which row is which? Which do pictures alone hardly tell apart? (2 minutes)
@@ -622,6 +728,95 @@ temporary.cleanup()
 # ```
 #
 # 3. Write the check down as a cell, and run it before the next long training.
+# </details>
+#
+# ## Quiz
+#
+# Five questions about *why*. Choose an answer, then open it: each says whether it is right, and why or why not.
+#
+# **1. Why does a rate of 1e-6, good for fine-tuning, do nothing for adapters?**
+#
+# <details><summary>A. Adapters are frozen below a rate of 1e-5, which peft does to save time.</summary>
+#
+# No: nothing is frozen; the adapters move, only hardly at all.
+# </details>
+#
+# <details><summary>B. AdamW moves a number by about the rate a step, and adapters start at zero.</summary>
+#
+# Right: a fine-tuned weight is good already, while an adapter has its whole way before it.
+# </details>
+#
+# <details><summary>C. Its gradients vanish at this rate, since they are divided by the rate.</summary>
+#
+# No: gradients do not depend on the rate; what is done with them does.
+# </details>
+#
+# **2. The interleaved batch raises no error. Why?**
+#
+# <details><summary>A. All shapes are right; it is the meaning of the rows that is wrong.</summary>
+#
+# Right: looking at one batch with its prompts is the check that catches it.
+# </details>
+#
+# <details><summary>B. The error is caught by the training loop, which writes it to the log.</summary>
+#
+# No: there is nothing to catch; the loss even falls.
+# </details>
+#
+# <details><summary>C. Errors of this kind come up only when the adapter is saved to its file.</summary>
+#
+# No: the file is as it should be, and holds what was learned from wrong pairs.
+# </details>
+#
+# **3. Why does one `nan` ruin an adapter for good, even if its cause is mended?**
+#
+# <details><summary>A. The file format cannot store <code>nan</code> and replaces it by the largest number.</summary>
+#
+# No: it stores `nan` very well, and the pictures stay black after reloading too.
+# </details>
+#
+# <details><summary>B. The scheduler remembers it and puts it into all further noise.</summary>
+#
+# No: the scheduler has no memory of earlier steps of a training.
+# </details>
+#
+# <details><summary>C. The step writes it into all adapted weights, where it stays for good.</summary>
+#
+# Right: a sum with `nan` is `nan`, so the check comes before the step: is the loss finite?
+# </details>
+#
+# **4. Held-out losses on the photographs and on further ones part company. What does that tell?**
+#
+# <details><summary>A. The learning rate is too low, so the two have not met each other yet.</summary>
+#
+# No: at a low rate both stay where they are, side by side.
+# </details>
+#
+# <details><summary>B. The class images are stale, since they pull the two losses apart.</summary>
+#
+# No: stale class images show in the class, and in a look at the images themselves.
+# </details>
+#
+# <details><summary>C. It learns these pictures by heart now, no longer the toy they show.</summary>
+#
+# Right: the gap is overfitting; stop before the second line rises, or take more photographs.
+# </details>
+#
+# **5. Why is an adapter compared again after it has been loaded elsewhere?**
+#
+# <details><summary>A. What counts is what the file's user gets, and loading can lose some of it.</summary>
+#
+# Right: a missing alpha or a wrong prefix gives no error, only a weaker adapter or none.
+# </details>
+#
+# <details><summary>B. Loading always changes the weights by rounding, and rounding has to be mended.</summary>
+#
+# No: the matrices are stored in `float32` as they were trained; nothing is to be mended.
+# </details>
+#
+# <details><summary>C. Diffusers refuses to load an adapter that has not been compared beforehand.</summary>
+#
+# No: it loads whatever has the right names, and asks nothing.
 # </details>
 #
 # ## In short

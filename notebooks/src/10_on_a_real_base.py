@@ -481,7 +481,79 @@ notebook_launcher(twenty_steps, num_processes=max(1, torch.accelerator.device_co
 #
 # Photographs of people, and of what belongs to them, need their consent: an adapter can draw them in any place and any
 # clothes. The licence of the base applies to what you make of it.
+
+# %% [markdown]
+# ## Exercises
 #
+# ### Exercise A: a memory estimate (8 minutes)
+#
+# Write the estimate for a training in half precision, in GiB ($2^{30}$ bytes). Frozen weights and activations take 2 bytes a
+# number. A number of an adapter is `float32` and takes 4 bytes for itself, and as many for its gradient and for each of AdamW's
+# two moments. Activations are given for one picture, and `train_batch_size` counts pairs.
+
+# %%
+from dbnb.exercises import check_10a
+
+
+def memory_gib(frozen: int, adapters: int, activations: int, train_batch_size: int) -> float:
+    """GiB of a training, from the numbers that are frozen, that are trained, and that a picture's backward pass keeps."""
+    ...
+
+
+check_10a(memory_gib)
+
+# %% [markdown]
+# <details><summary>Hint 1</summary>
+#
+# How many bytes does a trained number take in all? How many pictures is a batch of 3?
+# </details>
+#
+# <details><summary>Solution</summary>
+#
+# ```python
+# def memory_gib(frozen, adapters, activations, train_batch_size):
+#     pictures = 2 * train_batch_size
+#     return (2 * frozen + 16 * adapters + 2 * activations * pictures) / 2**30
+# ```
+# </details>
+#
+# ### Exercise B: the batch that fits (6 minutes)
+#
+# And the other way round: the card is given, and 2 GiB of it belong to the CUDA context and the libraries. What is the largest
+# `train_batch_size`? Where not even the weights fit, it is 0.
+
+# %%
+from dbnb.exercises import check_10b
+
+
+def largest_train_batch_size(card: float, weights: float, adapters: float, activations: float) -> int:
+    """The largest number of pairs a step; all arguments in GiB, the activations those of one picture."""
+    ...
+
+
+check_10b(largest_train_batch_size)
+
+# %% [markdown]
+# <details><summary>Hint 1</summary>
+#
+# What is left for activations when everything else has its place? How many *pairs* is that?
+# </details>
+#
+# <details><summary>Hint 2</summary>
+#
+# `int` rounds down for positive numbers only. `max(0, …)` takes care of the rest.
+# </details>
+#
+# <details><summary>Solution</summary>
+#
+# ```python
+# def largest_train_batch_size(card, weights, adapters, activations):
+#     free = card - 2 - weights - adapters
+#     return max(0, int(free / (2 * activations)))
+# ```
+# </details>
+
+# %% [markdown]
 # ## On your own
 #
 # 1. Which is the largest batch for Stable Diffusion 1.5 at rank 64 on 8 GB, with checkpointing? What did the rank cost?
@@ -515,6 +587,95 @@ notebook_launcher(twenty_steps, num_processes=max(1, torch.accelerator.device_co
 # ```python
 # print(passes(DreamBoothConfig(base="sd15", num_class_images=200, num_validation_images=0)))
 # ```
+# </details>
+#
+# ## Quiz
+#
+# Five questions about *why*. Choose an answer, then open it: each says whether it is right, and why or why not.
+#
+# **1. Why does LoRA fit on a card where fine-tuning of the same UNet does not?**
+#
+# <details><summary>A. It leaves out the forward pass of the layers that have no adapter.</summary>
+#
+# No: every layer runs in the forward pass, adapted or not.
+# </details>
+#
+# <details><summary>B. Its activations are smaller, because the adapters have a low rank.</summary>
+#
+# No: activations are in proportion to the pictures, and hardly depend on the rank.
+# </details>
+#
+# <details><summary>C. What is frozen needs no gradients and no moments, the larger part.</summary>
+#
+# Right: fine-tuning keeps 16 bytes a parameter in `float32`, a frozen half-precision weight takes 2.
+# </details>
+#
+# **2. Why does a lower rank save next to nothing?**
+#
+# <details><summary>A. The rank is rounded up to 16 on a GPU, so that lower ones cost the same.</summary>
+#
+# No: it is not rounded; the adapters do get smaller.
+# </details>
+#
+# <details><summary>B. Adapters are a small part of the memory, and the others do not depend on it.</summary>
+#
+# Right: weights and activations fill the card, and pictures and checkpointing move the latter.
+# </details>
+#
+# <details><summary>C. A lower rank needs more steps, and each step takes memory of its own.</summary>
+#
+# No: a step's memory is free again after it, however many steps there are.
+# </details>
+#
+# **3. What does gradient checkpointing pay with for the memory that it saves?**
+#
+# <details><summary>A. With time: what is thrown away is computed again in the backward pass.</summary>
+#
+# Right: a training step then takes about three passes for each picture instead of two.
+# </details>
+#
+# <details><summary>B. With precision: activations are kept in eight bits until they are needed.</summary>
+#
+# No: they are computed again in full, and the result is the same.
+# </details>
+#
+# <details><summary>C. With disk space: activations are written to a file and read back later.</summary>
+#
+# No: nothing is written; checkpoints on disk are another thing with a similar name.
+# </details>
+#
+# **4. Why do real bases get a much lower learning rate than the miniature?**
+#
+# <details><summary>A. Their photographs are larger, and the rate is divided by the number of pixels.</summary>
+#
+# No: the loss is a mean, so that the number of pixels does not enter.
+# </details>
+#
+# <details><summary>B. Their training runs in half precision, where only low rates can be stored.</summary>
+#
+# No: the adapters are in `float32`, whatever the base is kept in.
+# </details>
+#
+# <details><summary>C. A large model needs smaller steps, or what it knows is overwritten.</summary>
+#
+# Right: the presets hold rates that suit each base; your own setting wins.
+# </details>
+#
+# **5. Why does batch 4 on two cards make what batch 8 makes on one?**
+#
+# <details><summary>A. The second card repeats the first one's work, so that errors can be found.</summary>
+#
+# No: each card takes samples of its own out of the sequence.
+# </details>
+#
+# <details><summary>B. A step's samples follow from its number, and the gradients of both are averaged.</summary>
+#
+# Right: two processes on one processor were tested against one; several cards were not.
+# </details>
+#
+# <details><summary>C. The learning rate is doubled on two cards, which makes up for the smaller batch.</summary>
+#
+# No: the rate stays the same, because the whole batch does.
 # </details>
 #
 # ## In short
