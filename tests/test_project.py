@@ -150,6 +150,6 @@ def test_modules_import_only_what_stands_above_them_in_the_architecture():
 def test_the_package_lists_its_modules():
     import dbnb
 
-    modules = {path.stem for path in (ROOT / "dbnb").glob("*.py")} | {"miniature", "toybox"}
+    modules = {path.stem for path in (ROOT / "dbnb").glob("*.py")} | {"exercises", "miniature", "toybox"}
     assert sorted(dbnb.__all__) == sorted(modules - {"__init__", "__main__"})
     assert all(getattr(dbnb, name).__doc__ for name in dbnb.__all__)
