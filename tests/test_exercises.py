@@ -469,3 +469,10 @@ def test_an_error_of_the_learner_is_told_and_not_raised(check, capsys):
         """
     )
     assert "TypeError" in said(check, wrong, capsys)
+
+
+@by_check
+@pytest.mark.parametrize("garbage", ["object()", "'x'", "-1", "()", "[None]", "float('nan')", "{}", "lambda *a: a"])
+def test_a_result_of_another_kind_is_told_and_not_raised(check, garbage, capsys):
+    name = EXERCISES[check][0]
+    assert said(check, f"def {name}(*arguments):\n    return {garbage}\n", capsys).startswith("Not yet: ")

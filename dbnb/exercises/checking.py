@@ -34,6 +34,8 @@ def checked(check: Callable[[Any], str]) -> Callable[[Any], None]:
             print("Not written yet:", empty)
         except Wrong as wrong:
             print("Not yet:", wrong)
+        except Exception as error:  # an answer of a kind that the check did not think of
+            print(f"Not yet: the result has another form than the exercise asks for ({type(error).__name__}: {error}).")
 
     return report
 

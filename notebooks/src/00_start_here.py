@@ -9,14 +9,14 @@
 # %% [markdown]
 # # 00 Start here: five photographs of one toy, and that toy anywhere
 #
-# A text-to-image model knows what *a dog* is. It has never met *your* dog. **DreamBooth** (Ruiz et al., 2023) teaches
+# A text-to-image model knows what *a dog* is. It has never met *your* dog. **[DreamBooth](../docs/glossary.md#dreambooth)** (Ruiz et al., 2023) teaches
 # it: a few photographs, a rare word that will come to mean the subject, a few hundred training steps.
 #
 # **What you will do**: give a model five photographs of one toy dog, train it, and see that very toy in places where it
 # was never photographed; then measure what was learned and what it cost.
 #
 # **What you will learn**: the seven steps of the workflow, and where in this course each is explained. Afterwards you can
-# personalise a model yourself: choose a base and a device, give it photographs, and judge the result.
+# personalise a model yourself: choose a [base](../docs/glossary.md#base) and a device, give it photographs, and judge the result.
 #
 # **What you need**: nothing but this project. No GPU, no download: the course carries its own model. On two CPU cores
 # about two minutes the first time, a quarter of a minute when you come back: trainings are kept.
@@ -72,7 +72,7 @@ workflow.quiet_libraries()
 # training, small pictures, trained by this project on photographs of toys that this project renders, and on captions that
 # say what they show.
 #
-# Such a *diffusion model* has learned to take noise out of pictures, guided by their captions. To draw, it starts from
+# Such a *[diffusion model](../docs/glossary.md#diffusion-model)* has learned to take noise out of pictures, guided by their captions. To draw, it starts from
 # pure noise and takes a little away at each step, guided by your prompt: the same noise and the same prompt give the same
 # picture. It works on pictures made smaller by an *autoencoder*, which in the end paints the result. (Notebook 03 takes
 # all of this apart.)

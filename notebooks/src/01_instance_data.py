@@ -10,7 +10,7 @@
 # # 01 Instance data: what the model really gets to see
 #
 # **What you will do**: check a folder of photographs, look at exactly the pixels that training will use, choose an
-# identifier, and write the two prompts.
+# [identifier](../docs/glossary.md#identifier), and write the two prompts.
 #
 # **What you will learn**: what makes a good set of photographs; what a *rare identifier* is and how to see whether a
 # word is one; why a folder that looks fine in a file browser may not be. Afterwards you can prepare a folder of your own
@@ -215,12 +215,12 @@ plots.show(
 #
 # ## The identifier
 #
-# A *tokenizer* cuts a prompt into *tokens*, words or pieces of words from a fixed list, and gives the model their numbers in
+# A *[tokenizer](../docs/glossary.md#tokenizer)* cuts a prompt into *[tokens](../docs/glossary.md#token)*, words or pieces of words from a fixed list, and gives the model their numbers in
 # that list.
 #
 # The subject needs a name that means nothing yet. A name that means something (`red`, `Bella`) brings its meaning along,
 # and training has to fight it. A long random string falls apart into pieces that occur in other words too. So DreamBooth
-# takes a **rare token**: a short string that the tokenizer keeps whole and that hardly occurred in the model's training.
+# takes a **[rare token](../docs/glossary.md#rare-token)**: a short string that the tokenizer keeps whole and that hardly occurred in the model's training.
 # In Stable Diffusion even `sks` has a meaning: it is the name of a rifle, which is why many people choose another rare
 # token there, such as `ohwx`.
 #
@@ -277,9 +277,9 @@ identifier_explorer(components.tokenizer)
 # %% [markdown]
 # ## A vector of its own
 #
-# Every token has a vector, its row in the text encoder's *embedding table*: this is all that the text encoder knows of a
+# Every token has a vector, its row in the text encoder's *[embedding table](../docs/glossary.md#embedding-table)*: this is all that the text encoder knows of a
 # token before it reads the rest of the prompt. An identifier needs a vector that no other token shares. If `sks` had the
-# vector of `a`, no training could tell `a photo of sks dog` from `a photo of a dog`. The *cosine* between two vectors is 1
+# vector of `a`, no training could tell `a photo of sks dog` from `a photo of a dog`. The *[cosine](../docs/glossary.md#cosine)* between two vectors is 1
 # where they point in the same direction and near 0 where they have nothing in common. **Predict**: which of these tokens
 # are alike?
 
@@ -306,7 +306,7 @@ print(f"largest cosine between an identifier and any other of the {len(vectors)}
 # **What you should see**: strong colour on the diagonal only. The identifiers are as far from each other as they are from the
 # words.
 #
-# Is such a vector also *heard*? The UNet never sees the embedding table. It sees the text encoder's *hidden states*, one
+# Is such a vector also *heard*? The UNet never sees the embedding table. It sees the text encoder's *[hidden states](../docs/glossary.md#hidden-state)*, one
 # vector for each token of the prompt, after three layers in which every token can take up something of the tokens before
 # it. What has reached the state of `dog`, and that of the last position, when one word is put before `dog`? The bars show
 # how far these two states move, as a distance from those of `a photo of a dog`. **Predict**: will an identifier move them
@@ -392,13 +392,13 @@ print("'sks' is empty, 'red' is not")
 #
 # | prompt | is for |
 # |---|---|
-# | `a photo of [identifier] [class]` | the instance images: the subject's name, and what kind of thing it is |
+# | `a photo of [identifier] [class]` | the [instance images](../docs/glossary.md#instance-image): the subject's name, and what kind of thing it is |
 # | `a photo of a [class]` | the class images: the kind of thing alone (notebook 02) |
 #
 # No article stands before the identifier, as in the paper: it is used like a name. (`instance_prompt` takes any other
 # sentence that contains the identifier. Notebook 07 asks for the subject in twelve sentences that training never used.)
 #
-# The class word is no decoration. It lets the subject inherit all that the model knows of dogs: how they stand, how
+# The [class word](../docs/glossary.md#class-word) is no decoration. It lets the subject inherit all that the model knows of dogs: how they stand, how
 # they look from behind, that they go to the beach. In the paper, subject fidelity falls from 0.74 to 0.30 without a class
 # word, and to 0.45 with a wrong one (table 4; DINO is the image encoder that compares).
 
@@ -409,7 +409,7 @@ for identifier, class_word in (("sks", "dog"), ("ohwx", "teapot")):
     print(made.instance_prompt, "|", made.class_prompt)
 
 # %% [markdown]
-# An instance prompt without the identifier would teach the subject to the class word, and every dog would become it. So
+# An [instance prompt](../docs/glossary.md#instance-prompt) without the identifier would teach the subject to the class word, and every dog would become it. So
 # that is an error, before anything is loaded:
 
 # %%
@@ -430,7 +430,7 @@ temporary.cleanup()
 #
 # ### Exercise A: the two prompts (5 minutes)
 #
-# Write the function that makes the instance prompt and the class prompt of an identifier and a class word. The class words of
+# Write the function that makes the instance prompt and the [class prompt](../docs/glossary.md#class-prompt) of an identifier and a class word. The class words of
 # other people may be elephants or umbrellas.
 
 # %%

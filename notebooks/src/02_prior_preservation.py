@@ -9,10 +9,10 @@
 # %% [markdown]
 # # 02 Prior preservation: teaching one dog without forgetting dogs
 #
-# **What you will do**: train the same subject twice, with and without class images, and look at what `a photo of a dog`
+# **What you will do**: train the same subject twice, with and without [class images](../docs/glossary.md#class-image), and look at what `a photo of a dog`
 # has become; then look into the cache that keeps class images.
 #
-# **What you will learn**: what *language drift* is, why pictures drawn by the model itself hold it off, and what a cache
+# **What you will learn**: what *[language drift](../docs/glossary.md#language-drift)* is, why pictures drawn by the model itself hold it off, and what a cache
 # must know before it may say "I have these already". Afterwards you can tell drift when you see it, and measure it.
 #
 # **What you need**: notebook [01](01_instance_data.ipynb). About half a minute on two CPU cores if notebook 00 has run, whose
@@ -99,7 +99,8 @@ plots.show(
 #
 # ## The remedy
 #
-# Draw what the model thinks a dog is **before** training, and mix these pictures in, with the class prompt:
+# Draw what the model thinks a dog is **before** training, and mix these pictures in, with the class prompt. This is
+# **[prior preservation](../docs/glossary.md#prior-preservation)**:
 #
 # $$ L = \underbrace{\|\hat y(x^{sks}_t, \text{a photo of sks dog}) - y\|^2}_{\text{instance}}
 #     + \lambda\, \underbrace{\|\hat y(x^{dog}_t, \text{a photo of a dog}) - y'\|^2}_{\text{prior}} $$
@@ -129,7 +130,7 @@ plots.show(
 
 # %% [markdown]
 # **What you should see**: the subject in the first row; in the second row dogs that are not the toy and that differ from
-# each other. Some of them, and some of the cats, may have moved towards its colours: the prior loss reduces drift, it does
+# each other. Some of them, and some of the cats, may have moved towards its colours: the [prior loss](../docs/glossary.md#prior-loss) reduces drift, it does
 # not forbid it.
 #
 # ## The class images
@@ -200,7 +201,7 @@ print("without class images: nearer to the toy, and less varied")
 #
 # Drawing class images takes time, on a real base many minutes. So they are drawn once. But a folder with a hundred
 # pictures of dogs says nothing about which model drew them, with which prompt, at which size. Most scripts only count
-# the files. Here a **manifest** says what made them, and decides.
+# the files. Here a **[manifest](../docs/glossary.md#manifest)** says what made them, and decides.
 #
 # To see every decision, this part uses a cache of its own, empty at first.
 
@@ -240,7 +241,7 @@ cats = ask("a photo of a cat", 2)
 print("the first five unchanged:", [path.read_bytes() for path in eight.paths[:5]] == drawn)
 
 # %% [markdown]
-# This is the recipe that the manifest holds; beside it stand each picture's seed and hash. The *fingerprint* of the base is a hash over its files: train the base further, and
+# This is the recipe that the manifest holds; beside it stand each picture's seed and hash. The *[fingerprint](../docs/glossary.md#fingerprint)* of the base is a hash over its files: train the base further, and
 # the class images no longer fit it.
 
 # %%

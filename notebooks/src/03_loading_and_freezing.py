@@ -10,7 +10,7 @@
 # # 03 Loading and freezing: a picture through every part
 #
 # **What you will do**: load a Stable Diffusion, send a picture through its autoencoder, a prompt through its text
-# encoder, and noise through its UNet, step by step, until it is a picture.
+# encoder, and noise through its [UNet](../docs/glossary.md#unet), step by step, until it is a picture.
 #
 # **What you will learn**: what the parts are and what each expects; which of them DreamBooth trains (none, at first);
 # how a base says of itself what it is; what a smaller number format saves. Afterwards you can write the sampling loop of a
@@ -67,7 +67,7 @@ components = load_components("miniature")
 components
 
 # %% [markdown]
-# Three networks, loaded and **frozen**: look at the column `trainable`.
+# Three networks, loaded and **[frozen](../docs/glossary.md#frozen)**: look at the column `trainable`.
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -75,7 +75,7 @@ trainable = [p for module in components.modules().values() for p in module.param
 print("parts:", ", ".join(components.modules()), "| trainable parameters:", len(trainable))
 
 # %% [markdown]
-# Stable Diffusion 1.5 has the same three, only larger. The sizes of its text encoder and its VAE are published; its UNet is
+# Stable Diffusion 1.5 has the same three, only larger. The sizes of its [text encoder](../docs/glossary.md#text-encoder) and its [VAE](../docs/glossary.md#autoencoder) are published; its UNet is
 # built here from its published shapes, without storage (on torch's device `meta`), so that nothing has to be downloaded.
 
 # %%
@@ -120,7 +120,7 @@ Table({"architecture": name, "adapters go to": ", ".join(row.lora_targets)} for 
 # %% [markdown]
 # ## The autoencoder (VAE): pictures to latents and back
 #
-# Diffusion on pixels is expensive. The VAE squeezes a picture into **latents**, of a quarter of the width and height here,
+# Diffusion on pixels is expensive. The VAE squeezes a picture into **[latents](../docs/glossary.md#latents)**, of a quarter of the width and height here,
 # with a few more channels, and paints pictures from them. All training happens on latents.
 
 # %%
@@ -233,7 +233,7 @@ print({word: words[int(other)] for word, other in zip(words, nearest, strict=Tru
 #
 # The UNet gets noisy latents, a number that says how noisy they are, and the prompt's vectors; its answer tells the noise
 # that it believes to be in there, and so what the clean picture would be. (It may answer with the noise itself, or, as
-# this base does, with a mix of noise and picture called $v$; the *scheduler*, the table of how much noise belongs to which
+# this base does, with a mix of noise and picture called $v$; the *[scheduler](../docs/glossary.md#scheduler)*, the table of how much noise belongs to which
 # step, knows which. Notebook 06 says why.) Take a
 # little of that noise away, ask again, and after some tens of steps there is a picture.
 #
@@ -272,7 +272,7 @@ print("'sks' reaches the text encoder's states and hardly changes the UNet's ans
 # plain dog for `sks dog`, and an adapter on the UNet can learn to respond to exactly these directions (notebook 04).
 #
 # To steer towards the prompt, the UNet is asked twice, with the prompt and with an empty one, and the difference is
-# exaggerated: **classifier-free guidance** (Ho and Salimans, 2022).
+# exaggerated: **[classifier-free guidance](../docs/glossary.md#classifier-free-guidance)** (Ho and Salimans, 2022).
 #
 # $$ \hat v = \hat v_{\text{empty}} + g \, (\hat v_{\text{prompt}} - \hat v_{\text{empty}}) $$
 #
@@ -480,7 +480,7 @@ check_03a(text_encoder_class)
 # $$ x = \sqrt{a}\; x_0 + \sqrt{1 - a}\; \epsilon, \qquad v = \sqrt{a}\; \epsilon - \sqrt{1 - a}\; x_0 $$
 #
 # ($a$, the scheduler's `alphas_cumprod` at this step, says how much of the picture is left.) Solve for $x_0$ and $\epsilon$, then mix
-# them again for the next step, which is less noisy: that is DDIM (Song et al., 2021).
+# them again for the next step, which is less noisy: that is [DDIM](../docs/glossary.md#ddim) (Song et al., 2021).
 
 # %%
 from dbnb.exercises import check_03b
@@ -546,7 +546,7 @@ check_03b(less_noise)
 # plots.show(plots.show_images(both), alt="six dogs, asked to be red and blue")
 # ```
 #
-# 3. A **negative prompt**: the picture is steered away from it. None of these cats should be red.
+# 3. A **[negative prompt](../docs/glossary.md#negative-prompt)**: the picture is steered away from it. None of these cats should be red.
 #
 # ```python
 # away = [decode(paint("a photo of a cat", empty_prompt="a photo of a red cat", seed=s)[0][-1]) for s in range(6)]

@@ -9,10 +9,10 @@
 # %% [markdown]
 # # 04 Dual LoRA: what is trained, and why it fits in a small file
 #
-# **What you will do**: write a low-rank adapter in ten lines, let peft put the same thing on a UNet and a text encoder,
+# **What you will do**: write a low-rank [adapter](../docs/glossary.md#adapter) in ten lines, let peft put the same thing on a UNet and a text encoder,
 # and look at what training makes of it.
 #
-# **What you will learn**: rank, alpha, target layers, and what adapters on attention alone cannot paint; why nothing changes
+# **What you will learn**: [rank](../docs/glossary.md#rank), [alpha](../docs/glossary.md#alpha), target layers, and what adapters on [attention](../docs/glossary.md#attention) alone cannot paint; why nothing changes
 # at first; why the trainable weights are `float32` whatever the base is; what "dual" means. Afterwards you can say of any
 # adapter how large it is, where it sits, and how much it changes.
 #
@@ -67,7 +67,7 @@ config = DreamBoothConfig()
 # %% [markdown]
 # ## The idea, in ten lines
 #
-# A layer multiplies by a matrix $W$. Fine-tuning would change all of $W$. **LoRA** (Hu et al., 2021) leaves $W$ alone
+# A layer multiplies by a matrix $W$. Fine-tuning would change all of $W$. **[LoRA](../docs/glossary.md#lora)** (Hu et al., 2021) leaves $W$ alone
 # and adds a product of two thin matrices:
 #
 # $$ y = W x + \frac{\alpha}{r} \, B A x, \qquad A \in \mathbb{R}^{r \times n},\; B \in \mathbb{R}^{m \times r} $$
@@ -176,7 +176,7 @@ print("B after A is one kernel:", torch.allclose(two_steps, one_kernel, atol=1e-
 #
 # In diffusion models, LoRA usually goes to the **attention** layers, where each place of the picture asks all others: its
 # *query* is compared with their *keys*, and it takes up a mixture of their *values*. The matrices that make these three and
-# the output get the adapters. In cross-attention, keys and values come from the prompt: here the adapters can respond to
+# the output get the adapters. In [cross-attention](../docs/glossary.md#cross-attention), keys and values come from the prompt: here the adapters can respond to
 # the rare word, which the base's own layers ignore (notebook 03).
 #
 # `lora_layers` says which layers of the UNet get an adapter: `attention`, or `all` (every linear layer and every convolution
@@ -540,7 +540,7 @@ check_04a(LoRA)
 #
 # ### Exercise B: merged into the weight (8 minutes)
 #
-# An adapter costs a little time at every call. Once it is trained, it can be *merged*: one plain layer with the weight
+# An adapter costs a little time at every call. Once it is trained, it can be *[merged](../docs/glossary.md#merged)*: one plain layer with the weight
 # $W + \frac{\alpha}{r} B A$ gives the same answers. Write this for linear layers and for convolutions, without changing the
 # weight that you are given.
 

@@ -9,7 +9,7 @@
 # %% [markdown]
 # # 05 The dataset: half the toy, half the class
 #
-# **What you will do**: take apart one batch, see how it follows from the number of the step alone, and measure what is
+# **What you will do**: take apart one [batch](../docs/glossary.md#batch), see how it follows from the number of the step alone, and measure what is
 # gained by computing things once.
 #
 # **What you will learn**: how instance and class images are paired; crops and flips; which results can be kept between
@@ -172,7 +172,7 @@ print("made smaller:", photograph.size)
 
 # %% [markdown]
 # Where a crop begins and whether it is mirrored are two draws, each from a generator of its own that starts from the run's
-# seed, the draw's role, and the number of the sample:
+# [seed](../docs/glossary.md#seed), the draw's role, and the number of the sample:
 
 
 # %%
@@ -245,7 +245,7 @@ encoding = time.perf_counter() - started
 print(f"{count} pictures encoded in {encoding:.1f} s; each now is {tuple(cached.latents['instance', 0, False].shape)}")
 
 # %% [markdown]
-# Twice as many channels as latents have: what is kept is the *posterior*, a mean and a (logarithm of the) variance of each
+# Twice as many channels as latents have: what is kept is the *[posterior](../docs/glossary.md#posterior)*, a mean and a (logarithm of the) variance of each
 # number, not one sample of it. Each step still draws its own. **Predict**: the mean of one photograph decoded, and
 # three samples. Will you see a difference?
 
@@ -404,7 +404,7 @@ check_05a(collate)
 #
 # ### Exercise B: an order without a memory (10 minutes)
 #
-# Which image does sample n show? Every image comes once before any comes again; each round (an *epoch*) has a random order of its
+# Which image does sample n show? Every image comes once before any comes again; each round (an *[epoch](../docs/glossary.md#epoch)*) has a random order of its
 # own; and the answer follows from n and the seed alone, so that sample 1,000 can be had without the 999 before it.
 
 # %%

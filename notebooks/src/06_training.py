@@ -12,7 +12,7 @@
 # **What you will do**: add noise to a picture and look at every level of it; take one training step by hand and draw
 # every tensor of it; write the loop in a cell and watch its curves while the subject arrives.
 #
-# **What you will learn**: the forward process, what the UNet is asked, the two losses. Afterwards you can write a training
+# **What you will learn**: the [forward process](../docs/glossary.md#forward-process), what the UNet is asked, the two losses. Afterwards you can write a training
 # loop for adapters yourself, and tell from its curves whether it learns, memorises or forgets.
 #
 # **What you need**: notebooks [02](02_prior_preservation.ipynb) to [05](05_dataset.ipynb). No GPU. On two CPU cores about a
@@ -68,7 +68,7 @@ workflow.quiet_libraries()
 
 # %% [markdown]
 # Steps 1 to 5, as the notebooks before this one did them, with fewer steps than the default, so that you need not wait, and
-# at one learning rate from beginning to end, so that the loop stays short (the default lets it decrease along a cosine). The
+# at one [learning rate](../docs/glossary.md#learning-rate) from beginning to end, so that the loop stays short (the default lets it decrease along a cosine). The
 # text encoder gets adapters too. The miniature does not need them, and its default leaves the text encoder frozen; here they
 # are trained so that the loop shows both parts, each with its own learning rate. Eight class images more than usual are
 # drawn: they will not be trained on, but are kept for a test.
@@ -171,7 +171,7 @@ print(f"at t = 999 the picture still counts {alphas[999].sqrt():.3f}, the noise 
 #
 # $$ v = \sqrt{\bar\alpha_t}\, \epsilon - \sqrt{1 - \bar\alpha_t}\; x_0 $$
 #
-# (Salimans and Ho, 2022). Why? At $t = 999$ nearly all of $x_t$ is noise. "The noise is what you see" is then an answer
+# which is called *[v-prediction](../docs/glossary.md#v-prediction)* (Salimans and Ho, 2022). Why? At $t = 999$ nearly all of $x_t$ is noise. "The noise is what you see" is then an answer
 # that is nearly right and says nothing about the picture. There $v$ is nearly minus the picture: the model has to commit
 # itself to a place and a colour. At $t = 0$ it is nearly the noise. A scheduler says which it is.
 
@@ -301,7 +301,7 @@ for module in components.modules().values():
 #
 # A step's loss depends mostly on the levels that were drawn: look at the errors above, column by column. So the curve of
 # single values is a cloud. A fair comparison asks the **same pictures at the same levels with the same noise** each time:
-# a *held-out* loss. Three of them answer three questions.
+# a *[held-out](../docs/glossary.md#held-out-loss)* loss. Three of them answer three questions.
 #
 # | held-out loss on | at noise never drawn in training | asks |
 # |---|---|---|
@@ -442,7 +442,7 @@ print("nearer to the photographs than at first:", last > first)
 # %% [markdown]
 # ## The loop, and `train`
 #
-# `train` in `dbnb.training` is this loop with what a long run needs besides: checkpoints, resuming, schedules, mixed
+# `train` in `dbnb.training` is this loop with what a long run needs besides: [checkpoints](../docs/glossary.md#checkpoint), resuming, schedules, mixed
 # precision, accumulation. A test of this project runs the cell under *The loop* and `train`, and compares the adapters bit for bit.
 # Here are its first five steps, on a fresh copy of the base:
 

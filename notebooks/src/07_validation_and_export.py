@@ -10,7 +10,7 @@
 # # 07 Validation and export: did it learn, and how do I hand it on?
 #
 # **What you will do**: look at the subject by place, before and after; ask for it in twelve sentences that training never
-# used; turn the adapters up and down, and switch off one half of them; save them, look into the file, load it with plain diffusers and nothing else, write its card, and rehearse
+# used; turn the adapters up and down, and switch off one half of them; save them, look into the file, load it with plain diffusers and nothing else, write its [card](../docs/glossary.md#card), and rehearse
 # the upload.
 #
 # **What you will learn**: how to look at a result fairly; what the UNet's and the text encoder's adapters each
@@ -246,7 +246,7 @@ plots.show(
 #
 # ## From a picture instead of from noise
 #
-# A picture can be *redrawn*: it is noised to some level and then denoised under the prompt (img2img). At a low strength
+# A picture can be *redrawn*: it is noised to some level and then denoised under the prompt ([img2img](../docs/glossary.md#img2img)). At a low strength
 # only details change, at a high one only the rough layout is kept. **Predict**: other dogs, redrawn as
 # `a photo of sks dog`: at which strength do they become the toy?
 
@@ -314,7 +314,7 @@ print("ranks and alphas:", {key: stored[key] for key in sorted(stored) if key.en
 #
 # Nothing of `dbnb` is needed to use the adapter. This is what anyone who downloads it writes; only the base's folder would
 # be another one. Loading is two lines. The two with `solver` exchange the base's scheduler for the fast one that `draw` uses
-# (DPM-Solver++, Lu et al., 2022): only the same solver draws the same pictures.
+# (DPM-Solver++, Lu et al., 2022): only the same [solver](../docs/glossary.md#solver) draws the same pictures.
 
 # %%
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline

@@ -9,10 +9,10 @@
 # %% [markdown]
 # # 08 Measuring: which setting does what
 #
-# **What you will do**: measure a training on four counts, with a floor, a ceiling and an error bar; then compare trainings
+# **What you will do**: measure a training on four counts, with a [floor](../docs/glossary.md#floor), a [ceiling](../docs/glossary.md#ceiling) and an error bar; then compare trainings
 # that differ in one setting each, some of them with several seeds.
 #
-# **What you will learn**: subject fidelity, prompt fidelity, prior preservation and diversity, after the DreamBooth paper;
+# **What you will learn**: [subject fidelity](../docs/glossary.md#subject-fidelity), prompt fidelity, prior preservation and [diversity](../docs/glossary.md#diversity), after the DreamBooth paper;
 # what prior preservation, the adapted layers, the identifier's vector, the text encoder, the rank and the steps are worth on
 # this base. Afterwards you
 # can say of two of your own results which is better, at what, and how sure you are.
@@ -90,8 +90,8 @@ before, after = (
 # ## Is it the same toy?
 #
 # Comparing pixels does not help: the same toy in another place shares hardly a pixel. An **image encoder** turns a
-# picture into a vector; its training decides what makes vectors alike. The paper found that CLIP's image half is a weak
-# judge of identity (it likes any two dogs) and took **DINO**, which learned to tell pictures apart without labels. Here
+# picture into a vector; its training decides what makes vectors alike. The paper found that [CLIP](../docs/glossary.md#clip)'s image half is a weak
+# judge of identity (it likes any two dogs) and took **[DINO](../docs/glossary.md#dino)**, which learned to tell pictures apart without labels. Here
 # DINO's part is played by a small encoder that was trained for this alone: photographs of one toy get similar vectors, those of
 # another toy of the same kind do not, and the less two toys look alike, the further apart they are. Beside it stands **CLIP**: two encoders, one for pictures and one for texts,
 # trained so that a picture and its caption get similar vectors (the miniature brings a small one of its own).
@@ -257,12 +257,12 @@ Table(
 # The paper's names: *DINO* is `subject_fidelity` with another encoder, *CLIP-I* and *CLIP-T* are `clip_i` and `clip_t`, *PRES* is
 # `class_subject_similarity`. Its *DIV* is not in the table: it is the mean distance, by LPIPS (a network trained to judge pictures as people do), between pictures of the
 # **subject** under one prompt, and asks whether the subject is always drawn in the same pose. `class_diversity` asks it of
-# the **class**, in the space of the identity encoder, since a class that has lost its variety is what we fear here.
+# the **class**, in the space of the [identity encoder](../docs/glossary.md#identity-encoder), since a class that has lost its variety is what we fear here.
 #
 # ## How sure is a number?
 #
 # The pictures are a sample. Draw as many of them again and again, with repetition, and see how the mean moves: the
-# *bootstrap* (Efron, 1979) gives an error bar without any formula. **Predict**: how wide?
+# *[bootstrap](../docs/glossary.md#bootstrap)* (Efron, 1979) gives an error bar without any formula. **Predict**: how wide?
 
 # %%
 subject_pictures = [*after.subject, *after.scenes]
@@ -297,7 +297,7 @@ print("the base's similarity lies below the error bar")
 # %% [markdown]
 # ## One difference each
 #
-# An **ablation**: take the default, change one thing, measure. **Predict** before you look: which change costs most
+# An **[ablation](../docs/glossary.md#ablation)**: take the default, change one thing, measure. **Predict** before you look: which change costs most
 # fidelity? Which costs the class?
 #
 # Two of the rows need a word. *Identifier 'red'* is an identifier that has a meaning. *Identifier unheard* is the opposite:

@@ -241,7 +241,7 @@ compare(
 )
 
 # %% [markdown]
-# **Seen**: nearly the same picture, again and again; the place in the prompt is mostly ignored. Five photographs trained for too long end
+# **Seen**: nearly the same picture, again and again; the place in the prompt is mostly ignored. This is [overfitting](../docs/glossary.md#overfitting). Five photographs trained for too long end
 # there as well, later. **The check**: two held-out losses, on what is trained on and on further photographs of the same
 # toy.
 

@@ -71,7 +71,7 @@ print("this machine:", "a CUDA device" if torch.cuda.is_available() else "no CUD
 # ## What fills the memory?
 #
 # Four things: the frozen **weights**; the **adapters** with their gradients and two moments of AdamW each, in `float32`;
-# the **activations** that the backward pass will need; and what the libraries take. The first three follow from shapes.
+# the **[activations](../docs/glossary.md#activations)** that the backward pass will need; and what the libraries take. The first three follow from shapes.
 # `training_memory` builds the UNet without storage from its published config, runs one forward pass of it, and counts
 # what would be kept. Each base is asked once; the answer is kept.
 
@@ -133,7 +133,7 @@ print("for every base adapters take less than a tenth of what the weights take")
 # ## Which switch empties it?
 #
 # - Fewer pictures a step: activations are in proportion to them.
-# - **Gradient checkpointing** keeps only a few activations and computes the others again in the backward pass: it trades time
+# - **[Gradient checkpointing](../docs/glossary.md#gradient-checkpointing)** keeps only a few activations and computes the others again in the backward pass: it trades time
 #   for memory.
 # - A lower rank, or an optimizer with 8-bit moments: they touch the adapters, and so next to nothing.
 #
@@ -414,7 +414,7 @@ for purpose, thousands in passes(config).items():
 # |---|---|---|
 # | T4, RTX 20xx | `fp16` | fast; gradients are scaled so that they do not vanish |
 # | RTX 30xx and later, A100 | `bf16` | as fast, and it does not overflow |
-# | none | `no` | half precision is slow on most processors |
+# | none | `no` | [half precision](../docs/glossary.md#half-precision) is slow on most processors |
 #
 # In all cases the adapters stay in `float32` (notebook 09, number 7).
 #
