@@ -23,6 +23,7 @@ html_theme_options = {
 html_show_sphinx = False
 html_show_copyright = False
 html_copy_source = False
+html_use_index = False
 html_static_path = [book["static"]]
 html_css_files = ["book.css"]
 myst_enable_extensions = ["attrs_block", "dollarmath"]

@@ -28,10 +28,9 @@ const escaped = (text) => text.replace(/[\\^$.*+?()[\]{}|]/g, "\\$&");
 
 /** The prompt with the identifier before the class word, or with an article instead. */
 function withIdentifier(prompt, { identifier, class_word: noun }, wanted) {
-  const name = escaped(identifier);
-  if (wanted)
-    return prompt.replace(new RegExp(`(?:\\b(?:an?|the) )?\\b(${escaped(noun)})\\b`, "i"), `${identifier} $1`);
-  return prompt.replace(new RegExp(`\\b${name} `, "gi"), "a ");
+  const bare = new RegExp(`(?:\\b(?:an?|the) )?\\b(${escaped(noun)})\\b`, "i");
+  const named = new RegExp(`(\\b(?:an?|the) (?:(?!of\\b)\\w+ )*)?\\b${escaped(identifier)} `, "gi");
+  return wanted ? prompt.replace(bare, `${identifier} $1`) : prompt.replace(named, (_, article) => article ?? "a ");
 }
 
 /** The prompt with its place, if it has one, replaced by another. */

@@ -35,6 +35,13 @@ const gunzip = (buffer) =>
 
 const product = (dims) => dims.reduce((a, b) => a * b, 1);
 
+function joined(first, second) {
+  const both = new Float32Array(first.length + second.length);
+  both.set(first);
+  both.set(second, first.length);
+  return both;
+}
+
 const float = (data, dims) => new ort.Tensor("float32", data, dims);
 
 export class Model {
@@ -111,12 +118,12 @@ export class Model {
       generator?.normal(size) ?? Float32Array.from(noise.slice(index * size, (index + 1) * size));
 
     const [empty, wanted] = [await this.encode(""), await this.encode(prompt)];
-    const states = float(Float32Array.of(...empty.data, ...wanted.data), [2, ...wanted.dims.slice(1)]);
+    const states = float(joined(empty.data, wanted.data), [2, ...wanted.dims.slice(1)]);
     const fixed = { ...this.adapter, states, strength: float([strength], []) };
     let latents = normal(0);
     let picture;
     for (const [index, timestep] of solver.timesteps.entries()) {
-      const sample = float(Float32Array.of(...latents, ...latents), [2, ...dims]);
+      const sample = float(joined(latents, latents), [2, ...dims]);
       const { output } = await this.unet.run({ ...fixed, sample, timestep: float([timestep], []) });
       const [without, withPrompt] = [output.data.subarray(0, size), output.data.subarray(size)];
       // Classifier-free guidance (Ho and Salimans, 2022); at 1 and below there is none.
