@@ -22,6 +22,7 @@ __all__ = [
     "concept",  # step 1: photographs, identifier and class word
     "config",  # every option of a run, and the records made of them
     "dataset",  # step 5: instance and class images in batches
+    "denoisers",  # the networks that denoise, a row each
     "doctor",  # what is the matter with a LoRA file
     "drawing",  # a base's pipeline, a fast solver, pictures from seeds
     "exercises",  # checks of what a learner writes, and quizzes
@@ -33,6 +34,7 @@ __all__ = [
     "miniature",  # the base that comes with the course, and its training
     "models",  # step 3: the parts of a base, frozen and cast
     "outputs",  # a run's folder
+    "paths",  # diffusion and flow matching
     "pictures",  # pictures from disk, looked through
     "planner",  # memory and time on a GPU
     "plots",  # the figures of the course

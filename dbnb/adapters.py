@@ -1,4 +1,4 @@
-"""Step 4: low-rank adapters on the UNet and the text encoder. Built in notebook 04.
+"""Step 4: low-rank adapters on the UNet or transformer and the text encoders. Built in notebook 04.
 
 LoRA (Hu et al., 2021): W x becomes W x + (alpha / rank) B A x, with A random and B zero, so that at first nothing
 changes.
@@ -6,43 +6,47 @@ changes.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from types import MethodType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import UNet2DConditionModel
+from diffusers import ModelMixin
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
 from peft.tuners import lora
 from torch.nn.grad import conv2d_input, conv2d_weight
 
 from dbnb.config import AdapterSettings, adapters_of
+from dbnb.denoisers import NETWORKS
 from dbnb.models import Components
 from dbnb.tables import Table
 
-ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_k_proj", "add_v_proj")
+ATTENTION = NETWORKS["UNet2DConditionModel"].attention  # of a UNet
 _NARROW = 384  # features: the miniature's layers have at most 384, nearly all of Stable Diffusion's more
-_IN_BLOCKS = re.compile(r"(?:down_blocks|mid_block|up_blocks)\.(?:.*\.\d+\.)?(.+)")
 
 
-def lora_targets(unet: UNet2DConditionModel, lora_layers: str = "attention") -> list[str]:
-    """The names of the UNet's layers that get an adapter, as peft's `target_modules`.
+def lora_targets(denoiser: ModelMixin, lora_layers: str = "attention") -> list[str]:
+    """The names of the UNet's or transformer's layers that get an adapter, as peft's `target_modules`.
 
     "attention": the projections of the attention layers, which is what LoRA usually adapts. "all": every Linear and
-    Conv2d inside the UNet's blocks as well (feed-forward layers, the resnets' convolutions and time projections,
-    down- and upsamplers). Otherwise names, separated by commas, such as "to_q,to_v,conv1". Raises ValueError for a name
-    that no layer has.
+    Conv2d inside the blocks as well (feed-forward layers and modulations; of a UNet the resnets' convolutions and time
+    projections, down- and upsamplers). Otherwise names, separated by commas, such as "to_q,to_v,conv1". Raises
+    ValueError for a name that no layer has.
     """
+    network = NETWORKS[type(denoiser).__name__]
     if lora_layers == "attention":
-        return list(ATTENTION)
-    layers = [name for name, layer in unet.named_modules() if isinstance(layer, torch.nn.Linear | torch.nn.Conv2d)]
+        return list(network.attention)
+    layers = [name for name, layer in denoiser.named_modules() if isinstance(layer, torch.nn.Linear | torch.nn.Conv2d)]
     # What a layer is called within its block, such as "conv1" or "attn1.to_q", whatever the block's number.
-    names = sorted({match[1] for name in layers if (match := _IN_BLOCKS.fullmatch(name))})
+    inside = {name: match[1] for name in layers if (match := network.blocks.fullmatch(name))}
+    names = sorted(set(inside.values()))
     if lora_layers == "all":
-        return names
+        # FLUX.1's last layer is called like one of its blocks': then each is named in full.
+        outside = {layer for layer in layers if layer not in inside}
+        unsure = {name for name in names if any(f".{layer}".endswith(f".{name}") for layer in outside)}
+        return [name for name in names if name not in unsure] + [n for n, name in inside.items() if name in unsure]
     asked = [name.strip() for name in lora_layers.split(",")]
     for name in asked:
         if not any(layer == name or layer.endswith(f".{name}") for layer in layers):
@@ -54,24 +58,27 @@ def lora_targets(unet: UNet2DConditionModel, lora_layers: str = "attention") -> 
 
 
 def add_adapters(components: Components, settings: AdapterSettings | None = None, **changed: Any) -> None:
-    """Put adapters on the UNet and, if asked, on the text encoder; trainable weights are float32 whatever the base's.
+    """Put adapters on the denoiser and, if asked, on the text encoders; trainable weights are float32 in any case.
 
-    `lora_layers` says which layers of the UNet, as `lora_targets` reads it; on the text encoder it is always the
-    attention projections. A is drawn from a normal of deviation 1/rank and B is zero (peft's "gaussian"). The same seed
-    gives the same A. A convolution's A is a convolution of the same kernel, its B one of 1 x 1.
+    `lora_layers` says which layers of the denoiser, as `lora_targets` reads it; on a text encoder it is always the
+    attention projections, and a T5 beside CLIPs gets none, since pipelines would not load them. A is drawn from a
+    normal of deviation 1/rank and B is zero (peft's "gaussian"). The same seed gives the same A. A convolution's A is a
+    convolution of the same kernel, its B one of 1 x 1.
     `use_dora` is Liu et al., 2024; `use_rslora` Kalajdzievski, 2023. Raises ValueError for a layer that is not there.
     The fields of `settings` can be given by name instead: `add_adapters(components, rank=4)`.
     """
     settings = adapters_of(settings, **changed)
-    targets = lora_targets(components.unet, settings.lora_layers)
+    targets = lora_targets(components.denoiser, settings.lora_layers)
     kind = {"use_dora": settings.use_dora, "use_rslora": settings.use_rslora}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         config = _lora_config(settings.rank, settings.lora_alpha, settings.lora_dropout, targets, **kind)
-        components.unet.add_adapter(config)
+        components.denoiser.add_adapter(config)
         if settings.train_text_encoder:
             rank, alpha = settings.text_encoder_rank or settings.rank, settings.text_encoder_lora_alpha
-            for _, encoder, architecture in components.text_encoders().values():
+            for name, (_, encoder, architecture) in components.text_encoders().items():
+                if name not in components.network.adapted:
+                    continue
                 dropout = settings.text_encoder_lora_dropout
                 encoder.add_adapter(_lora_config(rank, alpha, dropout, architecture.lora_targets, **kind))
     # peft creates adapters in the base layer's dtype: half-precision updates would be rounded away.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -21,7 +22,7 @@ from safetensors.torch import load
 from safetensors.torch import save as serialized
 
 from dbnb.adapters import adapted_modules, trainable_parameters
-from dbnb.config import DreamBoothConfig
+from dbnb.config import DreamBoothConfig, Objective
 from dbnb.dataset import DreamBoothDataset
 from dbnb.models import Components, fingerprint
 from dbnb.processes import processes
@@ -59,7 +60,11 @@ def _settings(config: DreamBoothConfig) -> dict[str, Any]:
     if config.lr_scheduler not in ("constant", "constant_with_warmup"):
         names.append("max_train_steps")  # the other schedules end there
     share = config.train_batch_size * processes().num_processes  # of all: that decides the result
-    return {"train_batch_size": share, **{name: getattr(config, name) for name in names}}
+    settings = {"train_batch_size": share, **{name: getattr(config, name) for name in names}}
+    # None where nothing of the kind is asked, as in checkpoints from before it could be.
+    flow = {name: value for name, value in dataclasses.asdict(config.objective).items() if name not in names}
+    asked = {name: value for name, value in flow.items() if value != getattr(Objective, name)}
+    return settings | {"objective": asked or None}
 
 
 def versions() -> dict[str, str]:

@@ -47,7 +47,8 @@ class Sampling:
     """How pictures are drawn: all that decides them besides the model and the prompt.
 
     `num_inference_steps` of the solver, the scale of classifier-free guidance, the side in pixels, how many pictures
-    are drawn at once (which changes none of them), and the seed of the series.
+    are drawn at once (which changes none of them), the seed of the series, and the tokens that a long prompt is padded
+    to (None: the pipeline's own number; families of short prompts have no choice).
     """
 
     num_inference_steps: int = 10
@@ -55,6 +56,7 @@ class Sampling:
     resolution: int = 64
     batch_size: int = 25
     seed: int = 0
+    max_sequence_length: int | None = None
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,22 @@ class AdapterSettings:
     seed: int = 0
 
 
+@dataclass(frozen=True)
+class Objective:
+    """What a network is asked in training, and how its errors count; the fields are the options of the same names.
+
+    The first two are for diffusion models, the others for flow matching: `dbnb.paths` says what each does.
+    """
+
+    snr_gamma: float | None = None
+    noise_offset: float = 0.0
+    weighting_scheme: str | None = None
+    logit_mean: float | None = None
+    logit_std: float | None = None
+    mode_scale: float | None = None
+    precondition_outputs: bool = False
+
+
 def _option(default: Any, text: str, *, choices: tuple[str, ...] = (), **bounds: float) -> Any:
     """A field with its help, the words or the range of numbers it takes: `--help` and the check read them here."""
     within = Range(**bounds) if bounds else None
@@ -92,7 +110,8 @@ class DreamBoothConfig:
 
     base: str = _option(
         "miniature",
-        "what is personalised: a preset (miniature, sd15, sd21, sdxl, if), hub id, folder or .safetensors file",
+        "what is personalised: a preset (miniature, sd15, sd21, sdxl, if, sd35, flux; the last three are gated), hub "
+        "id, folder or .safetensors file",
     )
     revision: str | None = _option(None, "of a base on the hub: a branch, tag or commit")
     variant: str | None = _option(None, "which files of the base to read, such as fp16")
@@ -122,7 +141,7 @@ class DreamBoothConfig:
     tokenizer_max_length: int | None = _option(None, "tokens a prompt is padded to", at_least=1)
 
     lora_layers: str | None = _option(
-        None, "which layers of the UNet get adapters: attention, all, or names such as to_q,to_v,conv1"
+        None, "which layers of the UNet or transformer get adapters: attention, all, or names such as to_q,to_v"
     )
     rank: int | None = _option(None, "rank of the UNet's adapters", at_least=1)
     lora_alpha: float | None = _option(None, "scale of the UNet's adapters (default: the rank)", above=0)
@@ -150,6 +169,19 @@ class DreamBoothConfig:
     snr_gamma: float | None = _option(None, "min-SNR weighting of the loss, both halves; 5.0 is usual", above=0)
     noise_offset: float = _option(
         0.0, "share of a constant shift in the noise, for darker and lighter pictures; 0.1", at_least=0
+    )
+    weighting_scheme: str | None = _option(
+        None,
+        "flow matching: which times are drawn (logit_normal, mode) or weigh more (sigma_sqrt, cosmap)",
+        choices=("none", "logit_normal", "mode", "sigma_sqrt", "cosmap"),
+    )
+    logit_mean: float | None = _option(
+        None, "of logit_normal; above 0 draws less noise (0 where left out)", at_least=-10, at_most=10
+    )
+    logit_std: float | None = _option(None, "of logit_normal (1 where left out)", above=0, at_most=10)
+    mode_scale: float | None = _option(None, "of mode (1.29 where left out)", at_least=-1, at_most=1.75)
+    precondition_outputs: bool = _option(
+        False, "flow matching: the error is that of the picture, not of the direction to it"
     )
     gradient_checkpointing: bool | None = _option(None, "recompute activations: less memory, half as much time again")
     mixed_precision: str | None = _option(
@@ -243,13 +275,23 @@ class DreamBoothConfig:
     def sampling(self) -> Sampling:
         """How this run draws every picture: class images, before and after."""
         return Sampling(
-            self.num_inference_steps, self.guidance_scale, self.resolution, self.sample_batch_size, self.seed
+            num_inference_steps=self.num_inference_steps,
+            guidance_scale=self.guidance_scale,
+            resolution=self.resolution,
+            batch_size=self.sample_batch_size,
+            seed=self.seed,
+            max_sequence_length=self.tokenizer_max_length,
         )
 
     @property
     def adapters(self) -> AdapterSettings:
         """The adapters that this run trains."""
         return AdapterSettings(**{item.name: getattr(self, item.name) for item in dataclasses.fields(AdapterSettings)})
+
+    @property
+    def objective(self) -> Objective:
+        """What this run asks of the network, and how errors count."""
+        return Objective(**{item.name: getattr(self, item.name) for item in dataclasses.fields(Objective)})
 
     def save(self, path: Path) -> None:
         """Write the settings as JSON."""
@@ -263,6 +305,12 @@ def sampling_of(given: Sampling | DreamBoothConfig | None = None, **changed: Any
     Raises TypeError for a name that `Sampling` does not have.
     """
     record = given.sampling if isinstance(given, DreamBoothConfig) else given or Sampling()
+    return dataclasses.replace(record, **changed)
+
+
+def objective_of(given: Objective | DreamBoothConfig | None = None, **changed: Any) -> Objective:
+    """What the network is asked, however it was said; see `sampling_of`."""
+    record = given.objective if isinstance(given, DreamBoothConfig) else given or Objective()
     return dataclasses.replace(record, **changed)
 
 
@@ -355,8 +403,8 @@ def build_parser() -> argparse.ArgumentParser:
             remarks.append(str(item.metadata["range"]))
         if item.default is not None:
             remarks.append(f"default: {item.default}")
-        elif item.name in PRESETS["miniature"]:
-            values = ", ".join(f"{base} {preset[item.name]}" for base, preset in PRESETS.items())
+        elif any(item.name in preset for preset in PRESETS.values()):
+            values = ", ".join(f"{base} {preset[item.name]}" for base, preset in PRESETS.items() if item.name in preset)
             remarks.append(f"default by base: {values}")
         if remarks:
             text += f" ({'; '.join(remarks)})"

@@ -11,7 +11,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, SchedulerMixin
+from diffusers import (
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SchedulerMixin,
+)
 from PIL import Image
 
 from dbnb.config import Sampling, sampling_of
@@ -20,17 +25,26 @@ from dbnb.models import Components
 SOLVER = "sde-dpmsolver++"
 
 
-def fast_solver(noise_scheduler: SchedulerMixin) -> DPMSolverMultistepScheduler:
-    """DPM-Solver++ (Lu et al., 2022) in its stochastic form, for a base's noise schedule.
+def fast_solver(noise_scheduler: SchedulerMixin) -> DPMSolverMultistepScheduler | FlowMatchEulerDiscreteScheduler:
+    """DPM-Solver++ (Lu et al., 2022) in its stochastic form, for a base's noise schedule; Euler's for a flow.
 
     Each step adds some fresh noise, which mends what earlier steps got wrong: drawn without, a toy of the miniature
     falls apart into patches of colour. The noise comes from the pipeline's generators: a seed still decides a picture.
+    A flow's path is nearly straight, and its bases ship Euler's method.
     """
+    if isinstance(noise_scheduler, FlowMatchEulerDiscreteScheduler):
+        return FlowMatchEulerDiscreteScheduler.from_config(noise_scheduler.config)
     # A learned variance is split off by the pipeline only if the scheduler does not expect it.
     learned = str(noise_scheduler.config.get("variance_type", "")).startswith("learned")
     return DPMSolverMultistepScheduler.from_config(
         noise_scheduler.config, algorithm_type=SOLVER, **({"variance_type": "fixed_small"} if learned else {})
     )
+
+
+def solver_name(noise_scheduler: SchedulerMixin) -> str:
+    """The solver's class, and its form where there are several."""
+    solver = fast_solver(noise_scheduler)
+    return ", ".join(filter(None, (type(solver).__name__, solver.config.get("algorithm_type"))))
 
 
 def build_pipeline(components: Components) -> DiffusionPipeline:
@@ -53,9 +67,16 @@ def image_seed(seed: int, index: int) -> int:
     return int(np.random.SeedSequence((seed, index)).generate_state(1, np.uint32)[0])
 
 
-def call_options(pipeline: DiffusionPipeline) -> dict[str, Any]:
-    """What a family's call needs besides: IF would want two more packages to tidy captions scraped from the web."""
-    return {"clean_caption": False} if "clean_caption" in inspect.signature(pipeline.__call__).parameters else {}
+def call_options(pipeline: DiffusionPipeline, sampling: Sampling) -> dict[str, Any]:
+    """What a family's call needs besides, where it can be told.
+
+    IF would want two more packages to tidy captions scraped from the web; a family of long prompts is told how long.
+    """
+    options = {"clean_caption": False}
+    if sampling.max_sequence_length is not None:
+        options["max_sequence_length"] = sampling.max_sequence_length
+    known = inspect.signature(pipeline.__call__).parameters
+    return {name: value for name, value in options.items() if name in known}
 
 
 @torch.no_grad()
@@ -75,7 +96,7 @@ def draw_images(
     """
     sampling = sampling_of(sampling, **changed)
     images: list[Image.Image] = []
-    further = call_options(pipeline)
+    further = call_options(pipeline, sampling)
     for start in range(0, len(prompts), sampling.batch_size):
         stop = start + sampling.batch_size
         if small is not None:

@@ -51,7 +51,7 @@ def adapter_state_dicts(components: Components) -> dict[str, dict[str, torch.Ten
     states = {}
     for part, module in adapted_modules(components).items():
         peft_state = get_peft_model_state_dict(module)
-        state = convert_state_dict_to_diffusers(peft_state)
+        state = peft_state if part == "transformer" else convert_state_dict_to_diffusers(peft_state)
         if part == "unet" and any(".lora_A." in key for key in state):
             # diffusers renames all but added projections, and its loader then drops a half: keep peft's names for all.
             state = peft_state
@@ -72,7 +72,7 @@ def adapter_state_dicts(components: Components) -> dict[str, dict[str, torch.Ten
 
 
 def save_adapters(components: Components, output_dir: Path) -> Path:
-    """Write the adapters of UNet and text encoder to one file with their ranks and alphas; returns its path.
+    """Write the adapters of denoiser and text encoders to one file with their ranks and alphas; returns its path.
 
     Raises ValueError where there is no adapter.
     """
@@ -115,7 +115,7 @@ def save_kohya(components: Components, output_dir: Path) -> Path:
 
 
 _LAYER = re.compile(
-    r"(unet|text_encoder|text_encoder_2)\.(?:text_model\.)?(.+?)\.lora(?:_linear_layer)?[._](A|B|down|up)\."
+    r"(unet|transformer|text_encoder|text_encoder_2)\.(?:text_model\.)?(.+?)\.lora(?:_linear_layer)?[._](A|B|down|up)\."
 )
 
 
@@ -196,9 +196,9 @@ def _other_layers(trained: torch.nn.Module, reloaded: torch.nn.Module) -> str:
 def verify_reload(components: Components, adapter: Path, concept: Concept, sampling: Sampling | None = None) -> int:
     """Largest difference, in 1/255, between what the trained model and the reloaded adapter draw.
 
-    Raises ValueError where the file is not what was trained: where its tensors or scales are others, the UNet predicts
-    something else from the same noise and prompt, or the pictures are others as a whole. A single pixel proves nothing:
-    in half precision the reloaded adapter is rounded, and a sampler makes much of a little.
+    Raises ValueError where the file is not what was trained: where its tensors or scales are others, the denoiser
+    predicts something else from the same noise and prompt, or the pictures are others as a whole. A single pixel proves
+    nothing: in half precision the reloaded adapter is rounded, and a sampler makes much of a little.
     """
     sampling = sampling_of(sampling)
     steps = min(8, sampling.num_inference_steps)
@@ -210,7 +210,8 @@ def verify_reload(components: Components, adapter: Path, concept: Concept, sampl
     predictions, pictures = [], []
     for pipeline in (build_pipeline(components), reloaded):
         seen: list[torch.Tensor] = []
-        hook = pipeline.unet.register_forward_hook(lambda module, inputs, output, seen=seen: seen.append(output[0]))
+        denoiser = getattr(pipeline, components.network.part)
+        hook = denoiser.register_forward_hook(lambda module, inputs, output, seen=seen: seen.append(output[0]))
         images = draw(components, prompts, quick, seeds=[1, 2], references=photographs, pipeline=pipeline)
         hook.remove()
         predictions.append(seen[0].float())  # the first: later ones start from what earlier ones made
@@ -218,7 +219,7 @@ def verify_reload(components: Components, adapter: Path, concept: Concept, sampl
     error = ((predictions[0] - predictions[1]).norm() / predictions[0].norm()).item()
     differences = np.abs(pictures[0] - pictures[1])
     if not why and error > (1e-3 if components.dtype == torch.float32 else 0.05):
-        why = f"the UNet's prediction differs by {error:.1%}"
+        why = f"the {components.network.word}'s prediction differs by {error:.1%}"
     if not why and differences.mean() > 16:
         why = f"pixels differ by {differences.mean():.0f}/255 on average"
     if why:
@@ -239,7 +240,12 @@ def _prose(text: str) -> str:
 
 
 def model_card(
-    concept: Concept, config: DreamBoothConfig, metrics: dict[str, dict[str, float]] | None, *, has_text_encoder: bool
+    concept: Concept,
+    config: DreamBoothConfig,
+    metrics: dict[str, dict[str, float]] | None,
+    *,
+    has_text_encoder: bool,
+    denoiser: str = "UNet",
 ) -> ModelCard:
     """The card: what it is, how to load it, every hyper-parameter, the metrics, the pictures, a word on consent."""
     hub_id = PRESETS.get(config.base, {}).get("base", config.base)
@@ -251,7 +257,7 @@ def model_card(
         pipeline_tag="text-to-image",
         tags=["text-to-image", "diffusers", "lora", "dreambooth", "dbnb"],
     )
-    parts = "UNet and text encoder" if has_text_encoder else "UNet"
+    parts = f"{denoiser} and text encoder" if has_text_encoder else denoiser
     private = {"output_dir", "instance_data_dir", "class_data_dir", "reference_data_dir", "resume_from_checkpoint"}
     private |= {"push_to_hub", "hub_model_id", "base"}
     settings = Table(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin, SchedulerMixin, UNet2DConditionModel
 from huggingface_hub.errors import (
     GatedRepoError,
     RemoteEntryNotFoundError,
@@ -22,7 +23,10 @@ from huggingface_hub.errors import (
 )
 from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel
 
+from dbnb.config import Objective
+from dbnb.denoisers import NETWORKS, Network
 from dbnb.files import ends
+from dbnb.paths import Diffusion, Flow
 from dbnb.presets import PRESETS, read_config
 from dbnb.single_file import converted
 from dbnb.tables import Table
@@ -47,6 +51,7 @@ class Architecture:
     max_length: int | None = None  # tokens, where the tokenizer itself would allow more than the base was trained with
     positions: Callable[[Any], int | None] = lambda config: config.max_position_embeddings  # tokens it can take at all
     lowercase: bool = False
+    fixed_length: bool = False  # always the tokenizer's own, whatever is asked: another encoder reads long prompts
 
 
 _CLIP_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
@@ -78,13 +83,17 @@ class Components:
     tokenizer: Any
     text_encoder: torch.nn.Module
     vae: AutoencoderKL | None
-    unet: UNet2DConditionModel
-    noise_scheduler: DDPMScheduler
+    denoiser: ModelMixin  # the UNet or transformer
+    network: Network  # what there is to know of its kind
+    noise_scheduler: SchedulerMixin
     architecture: Architecture
-    # Stable Diffusion XL has a second text encoder.
+    # Stable Diffusion XL and FLUX.1 have a second text encoder, and Stable Diffusion 3 a third.
     tokenizer_2: Any = None
     text_encoder_2: torch.nn.Module | None = None
     architecture_2: Architecture | None = None
+    tokenizer_3: Any = None
+    text_encoder_3: torch.nn.Module | None = None
+    architecture_3: Architecture | None = None
     variant: str | None = None  # of the base's files, such as "fp16"
     # What only the base's pipeline needs (a safety checker): read once, by `build_pipeline`.
     further: dict[str, Any] = field(default_factory=dict)
@@ -94,8 +103,9 @@ class Components:
         parts = {
             "text_encoder": self.text_encoder,
             "text_encoder_2": self.text_encoder_2,
+            "text_encoder_3": self.text_encoder_3,
             "vae": self.vae,
-            "unet": self.unet,
+            self.network.part: self.denoiser,
         }
         return {name: module for name, module in parts.items() if module is not None}
 
@@ -107,34 +117,56 @@ class Components:
 
     def tokenizers(self) -> dict[str, Any]:
         """The tokenizers, by the names that a pipeline gives them."""
-        return {"tokenizer": self.tokenizer} | ({"tokenizer_2": self.tokenizer_2} if self.tokenizer_2 else {})
+        found = {"tokenizer": self.tokenizer, "tokenizer_2": self.tokenizer_2, "tokenizer_3": self.tokenizer_3}
+        return {name: tokenizer for name, tokenizer in found.items() if tokenizer is not None}
+
+    def absent(self) -> list[str]:
+        """The text encoders that this base could have and does without."""
+        return [name for name in self.network.optional if getattr(self, name) is None]
 
     def parts(self) -> dict[str, Any]:
         """All that a pipeline of this base shares with training."""
-        return self.modules() | self.tokenizers()
+        found = self.modules() | self.tokenizers()
+        for name in self.absent():  # a pipeline would look for it
+            found |= {name: None, name.replace("text_encoder", "tokenizer"): None}
+        return found
 
     def text_encoders(self) -> dict[str, tuple[Any, torch.nn.Module, Architecture]]:
         """Name -> tokenizer, text encoder, architecture."""
         found = {"text_encoder": (self.tokenizer, self.text_encoder, self.architecture)}
         if self.text_encoder_2 is not None:
             found["text_encoder_2"] = (self.tokenizer_2, self.text_encoder_2, self.architecture_2)
+        if self.text_encoder_3 is not None:
+            found["text_encoder_3"] = (self.tokenizer_3, self.text_encoder_3, self.architecture_3)
         return found
+
+    @property
+    def unet(self) -> UNet2DConditionModel:
+        """The denoiser of a base that has a UNet. Raises AttributeError where it is a transformer."""
+        if self.network.part != "unet":
+            raise AttributeError(f"This base denoises with a {self.network.part}: take `denoiser`.")
+        return self.denoiser
+
+    @property
+    def path(self) -> Diffusion | Flow:
+        """The way from a picture to noise that this base was trained on."""
+        return self.network.path(self.noise_scheduler)
 
     @property
     def upscales(self) -> bool:
         """Whether the UNet enlarges a small picture (DeepFloyd IF's second stage): it sees two pictures at once."""
-        return self.vae is None and self.unet.config.in_channels == 6
+        return self.vae is None and self.denoiser.config.in_channels == 6
 
-    # Read off one weight: the UNet's own properties walk through all of its modules, milliseconds at each step.
+    # Read off one weight: the network's own properties walk through all of its modules, milliseconds at each step.
     @property
     def device(self) -> torch.device:
         """Where the base is."""
-        return self.unet.conv_in.weight.device
+        return self.network.first(self.denoiser).weight.device
 
     @property
     def dtype(self) -> torch.dtype:
         """Of the base's weights; adapters are float32."""
-        return self.unet.conv_in.weight.dtype
+        return self.network.first(self.denoiser).weight.dtype
 
     @property
     def downsampling(self) -> int:
@@ -156,6 +188,9 @@ class Components:
                     "memory": f"{sum(p.numel() * p.element_size() for p in params) / 2**20:.1f} MiB",
                 }
             )
+        for name in self.absent():
+            absent = {"class": "absent: its tokens are zeros", "parameters": "0", "dtype": "", "trainable": "0"}
+            rows.append({"part": name, **absent, "memory": "0.0 MiB"})
         return rows
 
     def __str__(self) -> str:
@@ -231,7 +266,8 @@ def text_architecture(base: Path, part: str = "text_encoder") -> tuple[str, Arch
     names = read_config(base / part).get("architectures") or ["(none)"]
     if names[0] not in ARCHITECTURES:
         raise ValueError(f"Text encoder {names[0]} of {base} is not known here; known are {', '.join(ARCHITECTURES)}.")
-    return names[0], ARCHITECTURES[names[0]]
+    different = network_of(base).text.get(names[0], {})
+    return names[0], dataclasses.replace(ARCHITECTURES[names[0]], **different)
 
 
 def read_tokenizer(base: Path, part: str = "tokenizer") -> Any:
@@ -255,9 +291,24 @@ def _index(base: Path) -> dict[str, Any]:
         raise ValueError(
             f"{base / 'model_index.json'} is no pipeline's: give the folder of a whole diffusers pipeline."
         )
-    if not _has(index, "unet") or not _has(index, "text_encoder"):
-        raise ValueError(f"{base} is a {index.get('_class_name')}: known are bases of one UNet and a text encoder.")
+    network, pipeline = _network(index), index.get("_class_name")
+    if network is None or not _has(index, "text_encoder") or pipeline not in (network.pipelines or (pipeline,)):
+        raise ValueError(
+            f"{base} is a {pipeline}: known are text-to-image bases of a text encoder and one of {', '.join(NETWORKS)}."
+        )
     return index
+
+
+def _network(index: Mapping[str, Any]) -> Network | None:
+    """The row of the network that a pipeline denoises with, if it is known."""
+    if _has(index, "unet"):
+        return NETWORKS["UNet2DConditionModel"]
+    return NETWORKS.get(index["transformer"][1]) if _has(index, "transformer") else None
+
+
+def network_of(base: Path) -> Network:
+    """The row of the network that a base denoises with. Raises ValueError where none is known."""
+    return _network(_index(base))
 
 
 def _has(index: Mapping[str, Any], part: str) -> bool:
@@ -265,25 +316,40 @@ def _has(index: Mapping[str, Any], part: str) -> bool:
     return isinstance(entry, list) and len(entry) == 2 and entry[1] is not None
 
 
-def check_base(base: Path, *, resolution: int, tokenizer_max_length: int | None = None) -> None:
-    """Raise the ValueError that names a setting which this base cannot take: read off its configs, not its weights."""
+def check_base(
+    base: Path,
+    *,
+    resolution: int,
+    tokenizer_max_length: int | None = None,
+    objective: Objective | None = None,
+    train_text_encoder: bool = False,
+    export: str = "diffusers",
+) -> None:
+    """Raise the ValueError that names a setting which this base cannot take: read off its configs, not its weights.
+
+    The arguments are the options of the same names; `objective` holds those that say what training asks.
+    """
     index = _index(base)
-    if _has(index, "vae"):  # pipelines ask for a multiple of 8, whatever the VAE
-        step = math.lcm(8, 2 ** (len(read_config(base / "vae").get("block_out_channels", [0] * 4)) - 1))
-    else:
-        unet = read_config(base / "unet")
-        levels = len(unet.get("block_out_channels", [0] * 4))
-        step = math.lcm(4 if unet.get("in_channels") == 6 else 1, 2 ** (levels - 1))
-    if resolution % step:
-        lower = resolution // step * step
-        nearest = f"{lower} or {lower + step}" if lower else str(step)
-        raise ValueError(f"resolution={resolution} must be a multiple of {step} for this base: take {nearest}.")
+    network = _network(index)
+    _check_resolution(base, index, resolution)
+    if objective is not None:
+        network.path.check(objective)
+    if train_text_encoder and not any(_has(index, part) for part in network.adapted):
+        raise ValueError(
+            "train_text_encoder: this base's pipeline loads no adapters of its text encoder: leave it out."
+        )
+    if export == "kohya" and network.part != "unet":
+        raise ValueError(
+            "export='kohya' is for bases with a UNet: of this family ComfyUI reads the diffusers file as it is."
+        )
     if tokenizer_max_length is None:
         return
-    for part in ("", "_2"):
-        if not _has(index, f"text_encoder{part}"):
+    for part in ("", "_2", "_3"):
+        if not _has(index, f"text_encoder{part}") or not (base / f"text_encoder{part}").is_dir():
             continue
         name, architecture = text_architecture(base, f"text_encoder{part}")
+        if architecture.fixed_length:
+            continue
         most = architecture.positions(
             architecture.text_encoder_class().config_class.from_pretrained(base / f"text_encoder{part}")
         )
@@ -293,6 +359,26 @@ def check_base(base: Path, *, resolution: int, tokenizer_max_length: int | None 
             raise ValueError(
                 f"tokenizer_max_length={tokenizer_max_length} must be {bounds} for this base's text encoder ({name})."
             )
+
+
+def _check_resolution(base: Path, index: Mapping[str, Any], resolution: int) -> None:
+    """Raise the ValueError that names the resolutions nearest to one which a base cannot draw."""
+    network = _network(index)
+    config, most = read_config(base / network.part), None
+    if _has(index, "vae"):  # pipelines ask for a multiple of 8, whatever the VAE
+        pixels = 2 ** (len(read_config(base / "vae").get("block_out_channels", [0] * 4)) - 1) * network.patch
+        step = math.lcm(8, pixels)
+        if "pos_embed_max_size" in config:
+            most = config["pos_embed_max_size"] * pixels // step * step
+    else:
+        levels = len(config.get("block_out_channels", [0] * 4))
+        step = math.lcm(4 if config.get("in_channels") == 6 else 1, 2 ** (levels - 1))
+    if resolution % step:
+        lower = resolution // step * step
+        nearest = f"{lower} or {lower + step}" if lower else str(step)
+        raise ValueError(f"resolution={resolution} must be a multiple of {step} for this base: take {nearest}.")
+    if most is not None and resolution > most:
+        raise ValueError(f"resolution={resolution} must be at most {most} for this base: it knows no further places.")
 
 
 def dtype_of(mixed_precision: str) -> torch.dtype:
@@ -307,17 +393,19 @@ def load_components(
     revision: str | None = None,
     variant: str | None = None,
 ) -> Components:
-    """Load tokenizer, text encoder, VAE (if `model_index.json` names one), UNet and noise schedule; freeze; cast.
+    """Load tokenizers, text encoders, VAE (if `model_index.json` names one), denoiser and schedule; freeze; cast.
 
     `weight_dtype` is one dtype for all, or one for each of "text_encoder", "vae", "unet" (float32 if not named). The
-    scheduler is the base's own schedule as DDPM, whatever solver it ships. Weights are read from safetensors only, of
-    the `variant` that is asked for.
+    scheduler is the base's own schedule as its path has it (DDPM, or flow matching), whatever solver it ships. Weights
+    are read from safetensors only, of the `variant` that is asked for. Stable Diffusion 3 works without its T5: where
+    that is named nowhere, or its folder left out, it is absent, which the table says.
 
-    Raises ValueError that names a pipeline without a UNet, or a UNet of another task, and FileNotFoundError where the
-    weights are missing.
+    Raises ValueError that names a pipeline of a network that is not known, or one of another task, and
+    FileNotFoundError where the weights are missing.
     """
     folder = resolve_base(str(base), revision=revision, variant=variant)
     index = _index(folder)
+    network = _network(index)
 
     def load(part: str, model_class: Any) -> Any:
         dtype = weight_dtype if isinstance(weight_dtype, torch.dtype) else weight_dtype.get(part, torch.float32)
@@ -330,29 +418,35 @@ def load_components(
             raise FileNotFoundError(f"{folder / part} has no weights{of} as safetensors: {error}") from error
         return module.requires_grad_(False).eval()
 
-    architecture, second = text_architecture(folder)[1], {}
-    if _has(index, "text_encoder_2"):
-        architecture_2 = text_architecture(folder, "text_encoder_2")[1]
-        second = dict(
-            tokenizer_2=read_tokenizer(folder, "tokenizer_2"),
-            architecture_2=architecture_2,
-            text_encoder_2=load("text_encoder_2", architecture_2.text_encoder_class()),
-        )
+    further: dict[str, Any] = {}
+    for number in ("_2", "_3"):
+        part = f"text_encoder{number}"
+        if not _has(index, part) or (part in network.optional and not (folder / part).is_dir()):
+            continue
+        row = text_architecture(folder, part)[1]
+        further |= {
+            f"tokenizer{number}": read_tokenizer(folder, f"tokenizer{number}"),
+            f"architecture{number}": row,
+            part: load(part, row.text_encoder_class()),
+        }
+    architecture = text_architecture(folder)[1]
     components = Components(
         base=folder,
         tokenizer=read_tokenizer(folder),
         text_encoder=load("text_encoder", architecture.text_encoder_class()),
         vae=load("vae", AutoencoderKL) if _has(index, "vae") else None,
-        unet=load("unet", UNet2DConditionModel),
-        noise_scheduler=DDPMScheduler.from_pretrained(folder, subfolder="scheduler"),
+        denoiser=load(network.part, network.network_class),
+        network=network,
+        noise_scheduler=network.path.schedule_class.from_pretrained(folder, subfolder="scheduler"),
         architecture=architecture,
         variant=variant,
-        **second,
+        **further,
     )
-    channels = components.unet.config.in_channels
-    if channels != (components.vae.config.latent_channels if components.vae else 3) and not components.upscales:
+    channels = components.denoiser.config.in_channels
+    seen = (components.vae.config.latent_channels if components.vae else 3) * network.packed
+    if channels != seen and not components.upscales:
         raise ValueError(
-            f"The UNet of {folder} takes {channels} channels (inpainting?): known are text-to-image bases."
+            f"The {network.word} of {folder} takes {channels} channels (inpainting?): known are text-to-image bases."
         )
     return components
 
@@ -372,14 +466,17 @@ def upcast(vae: AutoencoderKL) -> Iterator[None]:
 
 def _token_length(tokenizer: Any, architecture: Architecture, max_length: int | None) -> int:
     """Tokens a prompt is padded or cut to: what was asked, what the base was trained with, or the tokenizer's own."""
-    return max_length or architecture.max_length or tokenizer.model_max_length
+    asked = None if architecture.fixed_length else max_length
+    return asked or architecture.max_length or tokenizer.model_max_length
 
 
 def cut_off(components: Components, prompt: str, max_length: int | None = None) -> str:
-    """What of a prompt is too long for the first text encoder, and so will not be read; "" where all fits."""
-    tokenizer = components.tokenizer
-    room = _token_length(tokenizer, components.architecture, max_length) - tokenizer.num_special_tokens_to_add()
-    return tokenizer.decode(tokenizer(prompt, add_special_tokens=False).input_ids[room:])
+    """What of a prompt is too long for every text encoder, and so will not be read; "" where all fits."""
+    unread = []
+    for tokenizer, _, architecture in components.text_encoders().values():
+        room = _token_length(tokenizer, architecture, max_length) - tokenizer.num_special_tokens_to_add()
+        unread.append(tokenizer.decode(tokenizer(prompt, add_special_tokens=False).input_ids[room:]))
+    return min(unread, key=len)
 
 
 def embed_prompts(
@@ -391,20 +488,19 @@ def embed_prompts(
     text encoder has trainable weights.
     """
     distinct = list(dict.fromkeys(prompts))
-    hidden, pooled, two = [], None, components.text_encoder_2 is not None
-    for tokenizer, encoder, architecture in components.text_encoders().values():
+    encoders, outputs = components.text_encoders(), {}
+    for name, (tokenizer, encoder, architecture) in encoders.items():
         texts = [prompt.lower().strip() for prompt in distinct] if architecture.lowercase else distinct
         length = _token_length(tokenizer, architecture, max_length)
         tokens = tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
         masked = architecture.always_masked or getattr(encoder.config, "use_attention_mask", False)
         tokens = tokens.to(components.device)
         mask = {"attention_mask": tokens.attention_mask} if masked else {}
-        output = encoder(tokens.input_ids, **mask, **({"output_hidden_states": True} if two else {}))
-        # SDXL takes the last layer but one of both encoders, and the second one's pooled output.
-        hidden.append(output.hidden_states[-2] if two else output[0])
-        pooled = output[0] if two else None
+        layers = {"output_hidden_states": True} if len(encoders) > 1 else {}
+        outputs[name] = encoder(tokens.input_ids, **mask, **layers)
+    hidden, pooled = components.network.prompts(outputs, components.denoiser.config, max_length)
     order = [distinct.index(prompt) for prompt in prompts]
-    return torch.cat(hidden, dim=-1)[order], None if pooled is None else pooled[order]
+    return hidden[order], None if pooled is None else pooled[order]
 
 
 def encode_prompts(components: Components, prompts: list[str], *, max_length: int | None = None) -> torch.Tensor:

@@ -65,7 +65,7 @@ def html(figure: Figure, alt: str) -> Shown:
     `view = display(html(figure, alt), display_id=True)` shows it, `view.update(html(another, alt))` puts another there.
     """
     file = io.BytesIO()
-    figure.savefig(file, format="jpeg", pil_kwargs={"quality": 85})
+    figure.savefig(file, format="jpeg", pil_kwargs={"quality": 80})
     data = base64.b64encode(file.getvalue()).decode()
     return Shown(f'<img alt="{escape(alt)}" src="data:image/jpeg;base64,{data}">', alt)
 

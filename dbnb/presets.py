@@ -63,26 +63,63 @@ PRESETS: dict[str, dict[str, Any]] = {
         num_inference_steps=50,
         guidance_scale=7.0,
     ),
+    # Both gated too. Times are drawn as their papers and diffusers' scripts do; guidance and steps are their cards'.
+    "sd35": _LARGE
+    | dict(
+        base="stabilityai/stable-diffusion-3.5-medium",
+        resolution=1024,
+        num_inference_steps=40,
+        guidance_scale=4.5,
+        sample_batch_size=1,
+        gradient_checkpointing=True,
+        weighting_scheme="logit_normal",
+    ),
+    # Its single blocks have few projections to adapt: feed-forward layers are adapted too, as is usual for it.
+    "flux": _LARGE
+    | dict(
+        base="black-forest-labs/FLUX.1-dev",
+        resolution=512,
+        max_train_steps=500,
+        num_inference_steps=28,
+        guidance_scale=3.5,
+        sample_batch_size=1,
+        lora_layers=(
+            "attn.to_q,attn.to_k,attn.to_v,attn.to_out.0,attn.add_q_proj,attn.add_k_proj,attn.add_v_proj,"
+            "attn.to_add_out,ff.net.0.proj,ff.net.2,ff_context.net.0.proj,ff_context.net.2"
+        ),
+        gradient_checkpointing=True,
+        weighting_scheme="none",
+    ),
 }
+_FLOWS = {"SD3Transformer2DModel": "sd35", "FluxTransformer2DModel": "flux"}
 
 
 def suggested(base: str) -> dict[str, Any]:
     """The settings that a base suggests: its preset, or for a pipeline's folder what its own configs tell.
 
-    Without a VAE it is an IF, with a second text encoder an SDXL, and one that draws at most 64 pixels a miniature. A
-    hub id without a preset is taken for a Stable Diffusion, and one file for what the names of its tensors tell. Raises
+    Without a VAE it is an IF, with a second text encoder an SDXL, and one that draws at most 64 pixels a miniature; a
+    transformer is told by its class, and a FLUX.1 without a guidance input draws in four steps (its [schnell]). A hub
+    id without a preset is taken for a Stable Diffusion, and one file for what the names of its tensors tell. Raises
     ValueError where a config or that file cannot be read.
     """
     base = next((name for name, preset in PRESETS.items() if preset["base"] == base), base)
     folder = Path(os.path.expanduser(base))
     if base not in PRESETS and os.path.isfile(folder):
         return PRESETS[one_file_family(folder)]
-    if base in PRESETS or not os.path.isfile(folder / "unet" / "config.json"):
+    part = next((part for part in ("unet", "transformer") if os.path.isfile(folder / part / "config.json")), None)
+    if base in PRESETS or part is None:
         return PRESETS.get(base, PRESETS["sd15"])
-    resolution = read_config(folder / "unet").get("sample_size")
+    config = read_config(folder / part)
+    resolution = config.get("sample_size")
     if isinstance(resolution, list):
         resolution = max(resolution)
     family = "sdxl" if (folder / "text_encoder_2").is_dir() else "sd15"
+    further = {}
+    if part == "transformer":
+        family = _FLOWS.get(config.get("_class_name"), "sd35")
+        further = {"weighting_scheme": PRESETS[family]["weighting_scheme"]}
+        if family == "flux" and not config.get("guidance_embeds"):
+            further["num_inference_steps"] = 4
     if not (folder / "vae" / "config.json").is_file():
         family = "if"
     elif resolution is not None:
@@ -90,7 +127,7 @@ def suggested(base: str) -> dict[str, Any]:
         resolution *= 2 ** (len(levels) - 1)
         if resolution <= PRESETS["miniature"]["resolution"]:
             family = "miniature"
-    return PRESETS[family] | ({} if resolution is None else {"resolution": resolution})
+    return PRESETS[family] | further | ({} if resolution is None else {"resolution": resolution})
 
 
 def one_file_family(path: Path) -> str:

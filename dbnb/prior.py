@@ -14,12 +14,11 @@ from typing import Any
 
 import diffusers
 from accelerate.utils import gather_object
-from diffusers import DPMSolverMultistepScheduler
 from filelock import FileLock
 
 from dbnb.adapters import adapted_modules
 from dbnb.config import Sampling, sampling_of
-from dbnb.drawing import SOLVER, build_pipeline, draw_images, image_seed
+from dbnb.drawing import build_pipeline, draw_images, image_seed, solver_name
 from dbnb.files import cache_dir, whole
 from dbnb.models import Components, fingerprint
 from dbnb.pictures import inspect_images
@@ -41,11 +40,13 @@ class ClassImageRecipe:
     dtype: str
     seed: int
     diffusers: str
+    max_sequence_length: int | None = None  # where the pipeline can be told
 
     @property
     def folder(self) -> Path:
         """Where the pictures of this recipe are cached."""
-        key = hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+        decides = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+        key = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
         return cache_dir() / "class_images" / key
 
 
@@ -141,10 +142,11 @@ def class_images(
         resolution=sampling.resolution,
         num_inference_steps=sampling.num_inference_steps,
         guidance_scale=sampling.guidance_scale,
-        scheduler=f"{DPMSolverMultistepScheduler.__name__}, {SOLVER}",
+        scheduler=solver_name(components.noise_scheduler),
         dtype=str(components.dtype).removeprefix("torch."),
         seed=sampling.seed,
         diffusers=diffusers.__version__,
+        max_sequence_length=sampling.max_sequence_length if components.network.part == "transformer" else None,
     )
     folder = recipe.folder
     wanted = [f"{index:04d}.png" for index in range(count)]

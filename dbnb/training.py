@@ -18,14 +18,13 @@ from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import GradientAccumulationPlugin
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.optimization import get_scheduler
-from diffusers.training_utils import compute_snr
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.optim.lr_scheduler import LRScheduler
 from tqdm.auto import tqdm
 
 from dbnb.adapters import adapted_modules, train_mode, trainable_parameters
 from dbnb.checkpoints import check_resume, prune_checkpoints, resume, run_identity, save_checkpoint
-from dbnb.config import DreamBoothConfig, check_libraries
+from dbnb.config import DreamBoothConfig, Objective, check_libraries, objective_of
 from dbnb.dataset import (
     NOISE,
     OFFSET,
@@ -38,6 +37,7 @@ from dbnb.dataset import (
     posterior_parameters,
     seeded,
 )
+from dbnb.denoisers import Told
 from dbnb.files import whole
 from dbnb.models import Components, embed_prompts
 from dbnb.outputs import alone, check_writable, keep_apart, read_log, set_aside
@@ -51,7 +51,7 @@ class StepRecord:
     loss: torch.Tensor  # instance_loss + prior_loss_weight * prior_loss
     instance_loss: torch.Tensor
     prior_loss: torch.Tensor | None
-    timesteps: torch.Tensor  # (2B,)
+    timesteps: torch.Tensor  # (2B,), from 0 to 1000 as the network is told them
     latents: torch.Tensor  # (2B, C, h, w), clean
     noise: torch.Tensor
     noisy_latents: torch.Tensor
@@ -78,7 +78,10 @@ def clean_latents(components: Components, batch: dict[str, Any], seed: int) -> t
     posterior = DiagonalGaussianDistribution(parameters.float())
     shape = posterior.mean.shape[1:]
     noise = _per_sample(batch, seed, POSTERIOR, lambda g: torch.randn(shape, generator=g)).to(device)
-    return (posterior.mean + posterior.std * noise) * components.vae.config.scaling_factor
+    latents = posterior.mean + posterior.std * noise
+    if shift := components.vae.config.get("shift_factor"):
+        latents = latents - shift
+    return latents * components.vae.config.scaling_factor
 
 
 @torch.no_grad()
@@ -98,23 +101,6 @@ def stack_embeds(
     return torch.stack([row[0] for row in rows]), None if pooled[0] is None else torch.stack(pooled)
 
 
-def unet_conditions(
-    components: Components, pooled: torch.Tensor | None, timesteps: torch.Tensor, side: int
-) -> dict[str, Any]:
-    """What a UNet is told besides the prompt, as its own config asks for it.
-
-    SDXL: the pooled prompt, and six numbers, the original height and width, the crop's top and left, the target height
-    and width; here a whole square of `side` pixels, as its pipeline assumes. IF's second stage: how noisy the small
-    picture is, which in training is as noisy as the large one.
-    """
-    if components.unet.config.addition_embed_type == "text_time":
-        numbers = torch.tensor([side, side, 0, 0, side, side], device=pooled.device, dtype=pooled.dtype)
-        return {"added_cond_kwargs": {"text_embeds": pooled, "time_ids": numbers.repeat(len(pooled), 1)}}
-    if components.unet.config.class_embed_type is not None:
-        return {"class_labels": timesteps}
-    return {}
-
-
 def _enlarged(components: Components, batch, pixels: torch.Tensor, timesteps: torch.Tensor, seed: int) -> torch.Tensor:
     """The second picture that an upscaling UNet sees: a quarter of the size, enlarged as its pipeline does, noised."""
     small = F.interpolate(pixels, scale_factor=0.25, mode="area")
@@ -129,29 +115,32 @@ def training_step(
     *,
     seed: int,
     prior_loss_weight: float = 1.0,
-    snr_gamma: float | None = None,
-    noise_offset: float = 0.0,
+    objective: Objective | None = None,
     prompt_embeds: dict[str, tuple[torch.Tensor, torch.Tensor | None]] | None = None,
     tokenizer_max_length: int | None = None,
+    **changed: Any,
 ) -> StepRecord:
     """The forward process, the prediction and the loss for one batch: a pure function of its arguments.
 
-    x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise (Ho et al., 2020, eq. 4); the UNet predicts the noise, or v (Salimans and
-    Ho, 2022); loss = instance + `prior_loss_weight` * prior, each a mean of squares (Ruiz et al., 2023, eq. 2).
-    With `snr_gamma` a sample's error counts min(SNR, gamma) / SNR, for v / (SNR + 1) (Hang et al., 2023);
-    `noise_offset` adds so much of one number a channel to the noise. `prompt_embeds` holds embeddings by prompt, as
-    `precompute_embeds` makes them, where text encoders are frozen.
+    The base's path (`dbnb.paths`) says what noise makes of a picture at a drawn time, and what the network should
+    answer; loss = instance + `prior_loss_weight` * prior, each a mean of squares (Ruiz et al., 2023, eq. 2).
+    `objective` is what else is asked: which times are drawn, how much an error counts then; its `noise_offset` adds so
+    much of one number a channel to the noise. `prompt_embeds` holds embeddings by prompt, as `precompute_embeds` makes
+    them, where text encoders are frozen. The fields of `objective` can be given by name instead, such as `snr_gamma=5`.
+    Raises ValueError for a setting of the other path.
     """
-    device, scheduler = components.device, components.noise_scheduler
+    objective = objective_of(objective, **changed)
+    device, path = components.device, components.path
+    path.check(objective)
     latents = clean_latents(components, batch, seed)
     shape = latents.shape[1:]
     noise = _per_sample(batch, seed, NOISE, lambda g: torch.randn(shape, generator=g)).to(device)
-    if noise_offset:
+    if objective.noise_offset:
         shift = _per_sample(batch, seed, OFFSET, lambda g: torch.randn((shape[0], 1, 1), generator=g)).to(device)
-        noise = noise + noise_offset * shift
-    top = scheduler.config.num_train_timesteps
-    timesteps = _per_sample(batch, seed, TIMESTEP, lambda g: torch.randint(top, (), generator=g)).to(device)
-    noisy = scheduler.add_noise(latents, noise, timesteps)
+        noise = noise + objective.noise_offset * shift
+    tokens = shape[1] * shape[2] // components.network.patch**2
+    timesteps = _per_sample(batch, seed, TIMESTEP, lambda g: path.draw(g, objective, tokens)).to(device)
+    noisy = path.noisy(latents, noise, timesteps)
 
     if prompt_embeds is None:
         hidden, pooled = embed_prompts(components, batch["prompts"], max_length=tokenizer_max_length)
@@ -161,23 +150,15 @@ def training_step(
     if components.upscales:
         seen = torch.cat([noisy, _enlarged(components, batch, latents, timesteps, seed)], dim=1)
     pooled = None if pooled is None else pooled.to(dtype)
-    conditions = unet_conditions(components, pooled, timesteps, components.downsampling * shape[-1])
-    prediction = components.unet(seen.to(dtype), timesteps, encoder_hidden_states=hidden.to(dtype), **conditions).sample
+    told = Told(timesteps, hidden.to(dtype), pooled, components.downsampling * shape[-1])
+    prediction = components.network.call(components.denoiser, seen.to(dtype), told)
     if prediction.shape[1] == 2 * shape[0]:  # a learned variance comes as further channels; only the mean is trained
         prediction = prediction.chunk(2, dim=1)[0]
 
-    kind = scheduler.config.prediction_type
-    if kind == "epsilon":
-        target = noise
-    elif kind == "v_prediction":
-        target = scheduler.get_velocity(latents, noise, timesteps)
-    else:
-        raise ValueError(f"The base's scheduler predicts {kind!r}; known are epsilon and v_prediction.")
-
+    target = path.target(latents, noise, timesteps)
     errors = F.mse_loss(prediction.float(), target.float(), reduction="none")
-    if snr_gamma is not None:
-        snr = compute_snr(scheduler, timesteps)
-        weights = snr.clamp(max=snr_gamma) / (snr if kind == "epsilon" else snr + 1.0)
+    weights = path.weights(timesteps, objective)
+    if weights is not None:
         errors = errors * weights.view(-1, 1, 1, 1)
     halves = errors.chunk(batch["halves"])
     instance_loss = halves[0].mean()
@@ -193,7 +174,7 @@ def _where(record: StepRecord) -> str:
     if not torch.isfinite(record.latents).all():
         return "The latents are not finite (an autoencoder in float16 overflows): use --mixed_precision bf16 or no,"
     if not torch.isfinite(record.prediction).all():
-        return "The UNet's prediction is not finite: lower the learning rate, or use --mixed_precision no,"
+        return "The prediction is not finite: lower the learning rate, or use --mixed_precision no,"
     return f"The loss is {record.loss.item()}: lower the learning rate or --prior_loss_weight,"
 
 
@@ -209,6 +190,7 @@ def held_out_loss(
     *,
     batches: int = 8,
     batch_size: int = 4,
+    objective: Objective | None = None,
     tokenizer_max_length: int | None = None,
 ) -> dict[str, float]:
     """Instance and prior loss at noise and timesteps that training never draws: the same ones at every call."""
@@ -218,6 +200,7 @@ def held_out_loss(
             components,
             batch_at(dataset, number, batch_size),
             seed=dataset.seed + 2**31,
+            objective=objective,
             tokenizer_max_length=tokenizer_max_length,
         )
         instance.append(record.instance_loss.item())
@@ -286,10 +269,10 @@ def _accelerator(config: DreamBoothConfig) -> Accelerator:
 
 
 def _optimizer(config: DreamBoothConfig, components: Components) -> torch.optim.Optimizer:
-    """AdamW over all adapters: those of the UNet first, those of the text encoders at a learning rate of their own."""
-    groups = []
-    for part, module in sorted(adapted_modules(components).items(), key=lambda item: item[0] != "unet"):
-        rate = config.learning_rate if part == "unet" else config.text_encoder_learning_rate
+    """AdamW over all adapters: the denoiser's first, those of the text encoders at a learning rate of their own."""
+    groups, denoiser = [], components.network.part
+    for part, module in sorted(adapted_modules(components).items(), key=lambda item: item[0] != denoiser):
+        rate = config.learning_rate if part == denoiser else config.text_encoder_learning_rate
         groups.append({"params": [p for _, p in trainable_parameters(module)], "lr": rate, "initial_lr": rate})
     betas = (config.adam_beta1, config.adam_beta2)
     return optimizer_class(config)(groups, betas=betas, weight_decay=config.adam_weight_decay, eps=config.adam_epsilon)
@@ -363,10 +346,11 @@ def _begin(config: DreamBoothConfig, components: Components, dataset: DreamBooth
     components.to(accelerator.device)
     torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
     if config.gradient_checkpointing:
-        components.unet.enable_gradient_checkpointing()
+        components.denoiser.enable_gradient_checkpointing()
         for name in components.text_encoders():
             if name in adapted_modules(components):
-                components.modules()[name].gradient_checkpointing_enable()
+                encoder = components.modules()[name]  # transformers renames the call
+                getattr(encoder, "activation_checkpointing_enable", encoder.gradient_checkpointing_enable)()
     optimizer = _optimizer(config, components)
     stepper = accelerator.prepare(optimizer)
     identity = run_identity(config, components, dataset)
@@ -441,8 +425,7 @@ def _gradients(run: _Run, step: int) -> tuple[dict[str, float], StepRecord]:
                 batch,
                 seed=config.seed,
                 prior_loss_weight=config.prior_loss_weight,
-                snr_gamma=config.snr_gamma,
-                noise_offset=config.noise_offset,
+                objective=config.objective,
                 prompt_embeds=run.prompt_embeds,
                 tokenizer_max_length=config.tokenizer_max_length,
             )

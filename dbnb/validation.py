@@ -155,6 +155,9 @@ def from_references(
     settings = {name: value for name, value in pipeline.config.items() if name in known}
     pipeline = image_to_image(**(settings | {n: part for n, part in pipeline.components.items() if n in known}))
     pipeline.set_progress_bar_config(disable=True)
+    options = call_options(pipeline, sampling)
+    if "height" in inspect.signature(pipeline.__call__).parameters:  # others take the pictures' own size
+        options |= {"height": sampling.resolution, "width": sampling.resolution}
     size = (sampling.resolution, sampling.resolution)
     images = [ImageOps.fit(image, size, Image.Resampling.LANCZOS) for image in references]
     seeds = [image_seed(sampling.seed + _SERIES, index) for index in range(len(images))]
@@ -168,6 +171,6 @@ def from_references(
             num_inference_steps=sampling.num_inference_steps,
             guidance_scale=sampling.guidance_scale,
             generator=[torch.Generator().manual_seed(seed) for seed in seeds[part]],
-            **call_options(pipeline),
+            **options,
         ).images
     return redrawn

@@ -138,7 +138,14 @@ def prepare(
     )
     tell(concept.report())
     base = resolve_base(config.base, revision=config.revision, variant=config.variant)
-    check_base(base, resolution=config.resolution, tokenizer_max_length=config.tokenizer_max_length)
+    check_base(
+        base,
+        resolution=config.resolution,
+        tokenizer_max_length=config.tokenizer_max_length,
+        objective=config.objective,
+        train_text_encoder=config.train_text_encoder,
+        export=config.export,
+    )
     concept.check_tokens(read_tokenizer(base), lowercase=text_architecture(base)[1].lowercase)
     components = load_components(base, weight_dtype=dtype_of(config.mixed_precision), variant=config.variant)
     components.to(processes().device)  # CUDA, or Apple's MPS, where there is one
@@ -148,7 +155,9 @@ def prepare(
         if rest := cut_off(components, prompt, config.tokenizer_max_length):
             tell(f"{prompt!r} is too long: {rest!r} is not read.")
 
-    lora_targets(components.unet, config.lora_layers)  # a name that no layer has is met before class images are drawn
+    lora_targets(
+        components.denoiser, config.lora_layers
+    )  # a name that no layer has is met before class images are drawn
     prior = None
     if config.with_prior_preservation:
         prior = class_images(
@@ -276,7 +285,10 @@ def _run(config: DreamBoothConfig) -> Result:
     _save_figure(plots.loss_curves(log), output_dir / "loss.png")
     has_text_encoder = "text_encoder" in adapted_modules(components)
     with whole(output_dir / "README.md") as temporary:
-        export.model_card(concept, config, numbers, has_text_encoder=has_text_encoder).save(temporary)
+        card = export.model_card(
+            concept, config, numbers, has_text_encoder=has_text_encoder, denoiser=components.network.word
+        )
+        card.save(temporary)
     difference = export.verify_reload(components, adapter, concept, config.sampling)
     print(
         f"{adapter.name}: {adapter.stat().st_size / 2**20:.2f} MiB, reloads to the same picture (no pixel differs by "

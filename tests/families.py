@@ -10,8 +10,13 @@ from diffusers import (
     AltDiffusionPipeline,
     AutoencoderKL,
     DDPMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
     IFPipeline,
     IFSuperResolutionPipeline,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
@@ -52,7 +57,7 @@ def _unet(**changed) -> UNet2DConditionModel:
     return UNet2DConditionModel(**options | changed)
 
 
-def _vae(scaling_factor: float = 0.18215) -> AutoencoderKL:
+def _vae(scaling_factor: float = 0.18215, **changed) -> AutoencoderKL:
     return AutoencoderKL(
         block_out_channels=(16, 32),
         down_block_types=("DownEncoderBlock2D",) * 2,
@@ -61,7 +66,12 @@ def _vae(scaling_factor: float = 0.18215) -> AutoencoderKL:
         latent_channels=4,
         scaling_factor=scaling_factor,
         sample_size=32,
+        **changed,
     )
+
+
+def _flow_vae(scaling_factor: float, shift_factor: float) -> AutoencoderKL:
+    return _vae(scaling_factor, shift_factor=shift_factor, use_quant_conv=False, use_post_quant_conv=False)
 
 
 def schedule(**changed) -> DDPMScheduler:
@@ -166,11 +176,16 @@ def _alt():
     )
 
 
-def _deepfloyd(cls, **changed):
+def _t5(d_model: int = 32) -> tuple[T5Tokenizer, T5EncoderModel]:
     words = T5Tokenizer(vocab=_PIECES, extra_ids=0, model_max_length=512)
-    encoder = T5EncoderModel(
-        T5Config(vocab_size=len(words), d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, dropout_rate=0.0)
+    config = T5Config(
+        vocab_size=len(words), d_model=d_model, d_kv=8, d_ff=64, num_layers=2, num_heads=4, dropout_rate=0.0
     )
+    return words, T5EncoderModel(config)
+
+
+def _deepfloyd(cls, **changed):
+    words, encoder = _t5()
     options = dict(
         sample_size=32,
         in_channels=3,
@@ -199,6 +214,60 @@ def _deepfloyd(cls, **changed):
     )
 
 
+def _sd3(*, t5: bool, **changed):
+    words = _clip_tokenizer()
+    transformer = SD3Transformer2DModel(
+        sample_size=16,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        joint_attention_dim=64,
+        caption_projection_dim=32,
+        pooled_projection_dim=64,
+        pos_embed_max_size=24,
+        **changed,
+    )
+    tokenizer_3, text_encoder_3 = _t5(64) if t5 else (None, None)
+    return StableDiffusion3Pipeline(
+        vae=_flow_vae(1.5305, 0.0609),
+        text_encoder=CLIPTextModelWithProjection(_clip_config(words)),
+        tokenizer=words,
+        text_encoder_2=CLIPTextModelWithProjection(_clip_config(words, hidden_act="gelu")),
+        tokenizer_2=words,
+        text_encoder_3=text_encoder_3,
+        tokenizer_3=tokenizer_3,
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+    )
+
+
+def _flux(*, guidance: bool):
+    words = _clip_tokenizer()
+    tokenizer_2, text_encoder_2 = _t5()
+    transformer = FluxTransformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        pooled_projection_dim=32,
+        axes_dims_rope=(4, 6, 6),
+        guidance_embeds=guidance,
+    )
+    return FluxPipeline(
+        vae=_flow_vae(0.3611, 0.1159),
+        text_encoder=CLIPTextModel(_clip_config(words)),
+        tokenizer=words,
+        text_encoder_2=text_encoder_2,
+        tokenizer_2=tokenizer_2,
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0 if guidance else 1.0, use_dynamic_shifting=guidance),
+    )
+
+
 FAMILIES = {
     "sd1": _sd1,
     "sd2": _sd2,
@@ -206,6 +275,10 @@ FAMILIES = {
     "alt": _alt,
     "if": lambda: _deepfloyd(IFPipeline),
     "if2": lambda: _deepfloyd(IFSuperResolutionPipeline, in_channels=6, class_embed_type="timestep"),
+    "sd3": lambda: _sd3(t5=True),
+    "sd35": lambda: _sd3(t5=False, qk_norm="rms_norm", dual_attention_layers=(0,)),
+    "flux": lambda: _flux(guidance=True),
+    "schnell": lambda: _flux(guidance=False),
 }
 
 

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 from dbnb.adapters import adapted_modules, add_adapters, trainable_parameters
 from dbnb.checkpoints import checkpoints, load_checkpoint, prune_checkpoints, run_identity
-from dbnb.config import DreamBoothConfig
+from dbnb.config import DreamBoothConfig, Objective
 from dbnb.dataset import DreamBoothDataset
 from dbnb.models import encode_prompts, load_components
 from dbnb.outputs import set_aside
@@ -83,7 +83,7 @@ def test_v_prediction_and_an_unknown_target(components, dataset):
 def test_min_snr_weighs_both_halves_by_the_error_of_the_picture(components, dataset, kind):
     batch = batch_at(dataset, 0, 4)
     components.noise_scheduler = DDPMScheduler.from_config(components.noise_scheduler.config, prediction_type=kind)
-    record = training_step(components, batch, seed=0, snr_gamma=5.0, prior_loss_weight=0.5)
+    record = training_step(components, batch, seed=0, objective=Objective(snr_gamma=5.0), prior_loss_weight=0.5)
     a = components.noise_scheduler.alphas_cumprod[record.timesteps].view(-1, 1, 1, 1)
     if kind == "epsilon":
         clean = (record.noisy_latents - (1 - a).sqrt() * record.prediction) / a.sqrt()
