@@ -60,14 +60,14 @@ class Shown:
 
 
 def html(figure: Figure, alt: str) -> Shown:
-    """A figure as a small JPEG, with a text for those who do not see it.
+    """A figure as a small WebP, with a text for those who do not see it.
 
     `view = display(html(figure, alt), display_id=True)` shows it, `view.update(html(another, alt))` puts another there.
     """
     file = io.BytesIO()
-    figure.savefig(file, format="jpeg", pil_kwargs={"quality": 80})
+    figure.savefig(file, format="webp", pil_kwargs={"quality": 85, "method": 6})
     data = base64.b64encode(file.getvalue()).decode()
-    return Shown(f'<img alt="{escape(alt)}" src="data:image/jpeg;base64,{data}">', alt)
+    return Shown(f'<img alt="{escape(alt)}" src="data:image/webp;base64,{data}">', alt)
 
 
 def show(figure: Figure, alt: str) -> None:

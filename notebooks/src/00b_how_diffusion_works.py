@@ -242,7 +242,7 @@ print("the more is hidden, the nearer the belief is to the mean:", spread[-1] < 
 #
 # $$x_{t'} = \sqrt{\bar\alpha_{t'}}\, \hat x_0 + \sqrt{1 - \bar\alpha_{t'}}\, \hat\epsilon$$
 #
-# This is one step of **DDIM** (Song et al., 2021, equation 12, without fresh noise). At the next, smaller $t'$ more can be
+# This is one step of **[DDIM](../docs/glossary.md#ddim)** (Song et al., 2021, equation 12, without fresh noise). At the next, smaller $t'$ more can be
 # seen, and the next belief is better.
 
 
@@ -283,7 +283,7 @@ plots.show(
 # ## Guidance
 #
 # `sample` has a second knob. At every step the network is asked twice, with the word and without. The difference between the two
-# answers is what the word changes, and **classifier-free guidance** (Ho and Salimans, 2022) takes that difference several times:
+# answers is what the word changes, and **[classifier-free guidance](../docs/glossary.md#classifier-free-guidance)** (Ho and Salimans, 2022) takes that difference several times:
 #
 # $$\hat\epsilon = \hat\epsilon_{\varnothing} + w\,(\hat\epsilon_{word} - \hat\epsilon_{\varnothing})$$
 #
@@ -401,6 +401,95 @@ print("the same picture, but for rounding:", difference.mean() < 2.0)
 # 3. Drawing starts from pure noise, whatever the word. If something of the shape were left at $t = 999$, the model would expect it
 #    there, and noise without it would be unlike anything it has seen in training.
 # 4. It takes the place of the empty prompt: the answer is pushed away from what the negative prompt would give.
+# </details>
+#
+# ## Quiz
+#
+# Five questions about *why*. Decide first, then open an answer.
+#
+# **1. Why can drawing begin from random numbers that nobody has made out of a picture?**
+#
+# <details><summary>A. Because the network was shown pure noise, each time with its picture.</summary>
+#
+# No: in training, noise at the last timestep is paired with any picture at all; no noise belongs to a picture.
+# </details>
+#
+# <details><summary>B. Because at the last timestep noisy pictures and noise look the same.</summary>
+#
+# Right: hardly anything of the picture is left there, so a sample of noise is as good as a noisy picture.
+# </details>
+#
+# <details><summary>C. Because the prompt holds all that is needed, and noise is ignored.</summary>
+#
+# No: with the same prompt, other noise gives another picture: the noise decides all that the prompt leaves open.
+# </details>
+#
+# **2. Why does the training loss stop falling well above zero?**
+#
+# <details><summary>A. Because the clean point cannot be known from a very noisy one.</summary>
+#
+# Right: many points fit the same noisy one, and an answer that is right on average is wrong for each of them.
+# </details>
+#
+# <details><summary>B. Because the learning rate is too high towards the end of it all.</summary>
+#
+# No: the rate falls to zero here, and the loss stays: more training would not bring it down by much.
+# </details>
+#
+# <details><summary>C. Because a network of this size cannot hold all training points.</summary>
+#
+# No: there are no training points to hold: new ones are drawn at every step.
+# </details>
+#
+# **3. Why does the belief shrink towards the centre when much noise is there?**
+#
+# <details><summary>A. Because the noise schedule makes all the coordinates smaller.</summary>
+#
+# No: the formula for the belief divides by just that factor, so the shrinking has another cause.
+# </details>
+#
+# <details><summary>B. Because the network has seen fewer examples at late timesteps.</summary>
+#
+# No: timesteps are drawn evenly, so all of them were seen equally often.
+# </details>
+#
+# <details><summary>C. Because the mean of all that is possible costs the least error.</summary>
+#
+# Right: a squared error is smallest for the mean, and the mean of a ring is its centre.
+# </details>
+#
+# **4. Why does DDIM put noise back in after each belief?**
+#
+# <details><summary>A. So that the next point looks like one of its timestep to the network.</summary>
+#
+# Right: at the timestep that comes next the network expects as much noise as the schedule says.
+# </details>
+#
+# <details><summary>B. So that two runs from the same noise end in different pictures.</summary>
+#
+# No: the noise that goes back in is the one that was found: the same start gives the same end.
+# </details>
+#
+# <details><summary>C. So that the picture gets a grain, as photographs have it as well.</summary>
+#
+# No: at the end of the way no noise is left; a grain would be a fault of the model.
+# </details>
+#
+# **5. Why is one point in four shown without its word during training?**
+#
+# <details><summary>A. So that training is shorter, because an empty word costs no time.</summary>
+#
+# No: each sample costs the same, with a word or without.
+# </details>
+#
+# <details><summary>B. So that the words do not become too strong, as a regularisation.</summary>
+#
+# No: that is a side effect at most; the answer without a word is needed for something.
+# </details>
+#
+# <details><summary>C. So that guidance has an answer without the word to compare with.</summary>
+#
+# Right: classifier-free guidance needs both answers from the same network.
 # </details>
 #
 # ## In short
