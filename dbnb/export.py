@@ -252,7 +252,7 @@ def model_card(
     )
     parts = "UNet and text encoder" if has_text_encoder else "UNet"
     private = {"output_dir", "instance_data_dir", "class_data_dir", "reference_data_dir", "resume_from_checkpoint"}
-    private |= {"push_to_hub", "hub_model_id", "base"}
+    private |= {"push_to_hub", "hub_model_id", "base", "concepts"}
     settings = Table(
         {"option": name, "value": " ".join(str(value).split())}
         for name, value in dataclasses.asdict(config).items()
