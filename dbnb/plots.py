@@ -252,6 +252,18 @@ def scatter(points: Mapping[str, tuple[float, float]], *, xlabel: str, ylabel: s
 
 
 @_all_text_is_text
+def grid(pictures: Mapping[tuple[int, float], Image.Image], *, title: str = "") -> Figure:
+    """The pictures of `validation.grid`: a row a checkpoint, a column a strength."""
+    steps, strengths = (list(dict.fromkeys(key[i] for key in pictures)) for i in (0, 1))
+    return image_rows(
+        [[pictures[step, strength] for strength in strengths] for step in steps],
+        labels=[f"step {step}" for step in steps],
+        titles=[f"strength {strength:g}" for strength in strengths],
+        title=title,
+    )
+
+
+@_all_text_is_text
 def trade_off(
     points: Mapping[int, tuple[float, float]], values: Mapping[int, float], *, chosen: int | None = None
 ) -> Figure:
