@@ -15,13 +15,15 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from safetensors.torch import load_file
 
 from dbnb import miniature, plots, progress, workflow
-from dbnb.adapters import add_adapters
-from dbnb.config import DreamBoothConfig, parse_args
+from dbnb.adapters import adapted_modules, add_adapters, without_adapters
+from dbnb.checkpoints import load_weights
+from dbnb.config import AdapterSettings, DreamBoothConfig, parse_args
 from dbnb.dataset import DreamBoothDataset
 from dbnb.metrics import load_encoders
 from dbnb.models import load_components
 from dbnb.selection import best_step, measured, out_of_patience, shares, trade_off
 from dbnb.training import ended, train
+from dbnb.validation import draw, grid
 
 BEFORE = {"subject_fidelity": 0.2, "class_subject_similarity": 0.2, "class_diversity": 0.8, "clip_t": 0.5}
 
@@ -212,3 +214,35 @@ def test_the_figure_marks_the_choice_and_is_none_without_measures():
     assert "exported: step 20" in [text.get_text() for text in figure.axes[1].get_legend().get_texts()]
     FigureCanvasAgg(figure).draw()
     assert isinstance(figure, plots.Figure)
+
+
+def test_the_grid_draws_every_checkpoint_at_every_strength_and_leaves_all_as_it_was(short):
+    config, components, weights, *_ = short("grid", checkpointing_steps=4, select="last", learning_rate=0.05)
+    folder, prompt = Path(config.output_dir), "a photo of sks dog"
+    pictures = grid(components, folder, prompt, config.sampling, strengths=(0.0, 0.5, 1.0), seed=3)
+    assert list(pictures) == [(step, factor) for step in (4, 8) for factor in (0.0, 0.5, 1.0)]
+    now = {n: p for n, p in components.unet.named_parameters() if p.requires_grad}
+    assert all(torch.equal(now[name], weights[name]) for name in weights)
+    # At strength 0 it is the base whatever the checkpoint, at 1 what that checkpoint draws.
+    bare = draw(load_components(config.base), [prompt], config.sampling, seeds=[3])[0].tobytes()
+    assert pictures[4, 0.0].tobytes() == pictures[8, 0.0].tobytes() == bare != pictures[8, 1.0].tobytes()
+    load_weights(folder / "checkpoint-4", components)
+    assert draw(components, [prompt], config.sampling, seeds=[3])[0].tobytes() == pictures[4, 1.0].tobytes()
+    figure = plots.grid(pictures, title=prompt)
+    assert [axis.get_title() for axis in figure.axes[:3]] == ["strength 0", "strength 0.5", "strength 1"]
+    with pytest.raises(ValueError, match="holds no checkpoint"):
+        grid(components, folder / "nowhere", prompt, config.sampling)
+
+
+def test_without_adapters_the_base_is_plain_and_then_the_same_adapters_are_back(tiny, concept):
+    components = load_components(tiny)
+    plain = {name for name, _ in components.unet.named_modules()}
+    add_adapters(components, AdapterSettings(rank=2, train_text_encoder=True))
+    before = {f"{part}.{n}": p for part, m in components.modules().items() for n, p in m.named_parameters()}
+    with without_adapters(components):
+        assert not adapted_modules(components) and {name for name, _ in components.unet.named_modules()} == plain
+        add_adapters(components, AdapterSettings(rank=4, lora_layers="all"))
+    after = {f"{part}.{n}": p for part, m in components.modules().items() for n, p in m.named_parameters()}
+    assert before.keys() == after.keys() and all(after[name] is before[name] for name in before)
+    assert [p.requires_grad for p in after.values()] == ["lora" in name for name in after]
+    assert set(adapted_modules(components)) == {"unet", "text_encoder"}
