@@ -18,8 +18,10 @@ __version__ = "0.1.0"
 __all__ = [
     "adapters",  # step 4: LoRA on the denoiser and the text encoder
     "attention",  # which pixels a word paints
+    "captions",  # captions that photographs come with
     "checkpoints",  # step 6: saving a run and going on with it
     "concept",  # step 1: photographs, identifier and class word
+    "concepts",  # several subjects in one adapter
     "config",  # every option of a run, and the records made of them
     "dataset",  # step 5: instance and class images in batches
     "denoisers",  # the networks that denoise, a row each
@@ -28,6 +30,7 @@ __all__ = [
     "exercises",  # checks of what a learner writes, and quizzes
     "export",  # step 7: the adapter file, the model card, the Hub
     "files",  # files that are written whole or not at all; caches
+    "forecast",  # what a run will draw and train, and how long that takes
     "lora_checks",  # the faults that the doctor knows
     "lora_file",  # LoRA files in every naming
     "metrics",  # step 7: fidelity, prior preservation, diversity
@@ -41,6 +44,8 @@ __all__ = [
     "presets",  # what each base suggests
     "prior",  # step 2: class images and their cache
     "processes",  # several processes, signals
+    "progress",  # pictures and measures at validation steps
+    "selection",  # which checkpoint is best
     "single_file",  # a base in one .safetensors file
     "tables",  # tables as text, Markdown and HTML
     "tokens",  # how a tokenizer reads an identifier

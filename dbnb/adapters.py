@@ -7,6 +7,7 @@ changes.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import MethodType
 from typing import Any
 
@@ -166,6 +167,61 @@ def adapted_modules(components: Components) -> dict[str, torch.nn.Module]:
         for name, module in components.modules().items()
         if name != "vae" and getattr(module, "peft_config", None)
     }
+
+
+@contextmanager
+def strength(components: Components, factor: float) -> Iterator[None]:
+    """Within the block the trained adapters count `factor` times: 0 is the base, 1 what was trained."""
+    scaled = [
+        (layer, layer.scaling["default"])
+        for module in adapted_modules(components).values()
+        for layer in module.modules()
+        if isinstance(layer, lora.LoraLayer) and "default" in layer.scaling
+    ]
+    try:
+        for layer, scale in scaled:
+            layer.scaling["default"] = factor * scale
+        yield
+    finally:
+        for layer, scale in scaled:
+            layer.scaling["default"] = scale
+
+
+@contextmanager
+def without_adapters(components: Components) -> Iterator[None]:
+    """Within the block the base is plain, as before `add_adapters`, so that a file can be loaded into it.
+
+    What was loaded goes with the block, and the same adapters, parameter by parameter, are in place again.
+    """
+    modules = adapted_modules(components).values()
+    kept = [(module, module.peft_config, _lora_layers(module)) for module in modules]
+
+    def unwrap(module: torch.nn.Module) -> None:
+        for name, layer in _lora_layers(module).items():
+            _put(module, name, layer.base_layer)
+        vars(module).pop("peft_config", None)
+        module._hf_peft_config_loaded = False
+
+    try:
+        for module, _, _ in kept:
+            unwrap(module)
+        yield
+    finally:
+        for module, config, layers in kept:
+            unwrap(module)
+            for name, layer in layers.items():
+                _put(module, name, layer)
+            module.peft_config, module._hf_peft_config_loaded = config, True
+
+
+def _lora_layers(module: torch.nn.Module) -> dict[str, lora.LoraLayer]:
+    return {name: layer for name, layer in module.named_modules() if isinstance(layer, lora.LoraLayer)}
+
+
+def _put(module: torch.nn.Module, name: str, layer: torch.nn.Module) -> None:
+    """Put a layer in the place of that name."""
+    parent, _, child = name.rpartition(".")
+    setattr(module.get_submodule(parent), child, layer)
 
 
 def train_mode(module: torch.nn.Module) -> None:

@@ -23,22 +23,31 @@ from safetensors.torch import save as serialized
 
 from dbnb.adapters import adapted_modules, trainable_parameters
 from dbnb.config import DreamBoothConfig, Objective
-from dbnb.dataset import DreamBoothDataset
+from dbnb.dataset import DreamBoothDataset, Mixture
 from dbnb.models import Components, fingerprint
 from dbnb.processes import processes
 
 _ADAPTER_FIELDS = ("r", "lora_alpha", "lora_dropout", "use_dora", "use_rslora")
 
 
-def run_identity(config: DreamBoothConfig, components: Components, dataset: DreamBoothDataset) -> dict[str, Any]:
+def run_identity(
+    config: DreamBoothConfig, components: Components, dataset: DreamBoothDataset | Mixture
+) -> dict[str, Any]:
     """What a checkpoint belongs to: a run may only go on from one whose fields are all equal."""
-    digest = hashlib.sha256()
-    for half in dataset.halves:
-        for image in dataset.images[half]:
+    digest, masks, parts = hashlib.sha256(), hashlib.sha256(), dataset.parts
+    for part in parts:
+        for image in [image for half in part.halves for image in part.images[half]]:
             digest.update(image.tobytes())
+        for mask in part.masks:
+            masks.update(mask.tobytes() if mask else b"all")
+    prompts = [{half: list(prompts) for half, prompts in part.prompts.items()} for part in parts]
     return {
         "base": fingerprint(components.base),
-        "prompts": {half: list(prompts) for half, prompts in dataset.prompts.items()},
+        "prompts": prompts if len(parts) > 1 else prompts[0],
+        # None where there are none, so that checkpoints without these entries can be gone on from.
+        "captions": [part.captions for part in parts] if any(part.captions for part in parts) else None,
+        "masks": masks.hexdigest()[:16] if any(part.masks for part in parts) else None,
+        "shares": list(dataset.shares) if len(parts) > 1 else None,
         "images": digest.hexdigest()[:16],
         "adapters": {
             part: {name: getattr(module.peft_config["default"], name) for name in _ADAPTER_FIELDS}
@@ -126,14 +135,15 @@ def checkpoints(output_dir: Path, up_to: float = math.inf) -> list[Path]:
     return [found[step] for step in sorted(found) if step <= up_to]
 
 
-def prune_checkpoints(output_dir: Path, step: int, limit: int | None) -> None:
+def prune_checkpoints(output_dir: Path, step: int, limit: int | None, *, keep: int | None = None) -> None:
     """Remove all but the newest `limit` checkpoints to step `step`; None or a number below 1 keeps all of them.
 
-    Higher steps are an earlier run's: they must not push out what was just written.
+    That of step `keep` stays. Higher steps are an earlier run's: they must not push out what was just written.
     """
     if limit is not None and limit > 0:
         for old in checkpoints(output_dir, step)[:-limit]:
-            shutil.rmtree(old)
+            if old.name != f"checkpoint-{keep}":
+                shutil.rmtree(old)
 
 
 _UNREADABLE = (OSError, ValueError, TypeError, KeyError, AttributeError, SafetensorError)
@@ -161,20 +171,19 @@ def _check_run(folder: Path, state: dict[str, Any], identity: dict[str, Any]) ->
         raise ValueError(f"Checkpoint {folder} belongs to another run: {'; '.join(different)}.")
 
 
-def load_checkpoint(folder: Path, components: Components, optimizer, identity: dict[str, Any]) -> dict[str, Any]:
-    """Put a checkpoint's adapters and optimizer state in place; returns the rest: its step, and what was saved with it.
-
-    Raises ValueError where it cannot be read, or naming each field in which its run and this one differ.
-    """
-    state = _read_state(folder)
+def _read_tensors(folder: Path, state: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """A checkpoint's tensors. Raises ValueError where they are not those that its state tells of."""
     try:
         data = (folder / "state.safetensors").read_bytes()
         if state["tensors"] != hashlib.sha256(data).hexdigest():
             raise ValueError("it is not what was written")
-        tensors = load(data)
+        return load(data)
     except _UNREADABLE as error:
         raise ValueError(f"Checkpoint {folder} cannot be read ({error}): resume from another one.") from error
-    _check_run(folder, state, identity)
+
+
+def _put_weights(folder: Path, components: Components, tensors: dict[str, torch.Tensor]) -> None:
+    """Put a checkpoint's adapters in place. Raises ValueError, before any is, where one does not fit."""
     parameters = {
         f"{part}.{name}": parameter
         for part, module in adapted_modules(components).items()
@@ -182,13 +191,35 @@ def load_checkpoint(folder: Path, components: Components, optimizer, identity: d
     }
     if wrong := [n for n, p in parameters.items() if n not in tensors or tensors[n].shape != p.shape]:
         raise ValueError(f"Checkpoint {folder} lacks {wrong[0]} and {len(wrong) - 1} more: resume from another one.")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[name])
+
+
+def load_weights(folder: Path, components: Components) -> int:
+    """Put a checkpoint's adapters in place, to draw or export with; returns its step.
+
+    Raises ValueError where it cannot be read, or belongs to other adapters.
+    """
+    state = _read_state(folder)
+    _put_weights(folder, components, _read_tensors(folder, state))
+    return state["step"]
+
+
+def load_checkpoint(folder: Path, components: Components, optimizer, identity: dict[str, Any]) -> dict[str, Any]:
+    """Put a checkpoint's adapters and optimizer state in place; returns the rest: its step, and what was saved with it.
+
+    Raises ValueError where it cannot be read, or naming each field in which its run and this one differ.
+    """
+    state = _read_state(folder)
+    tensors = _read_tensors(folder, state)
+    _check_run(folder, state, identity)
+    _put_weights(folder, components, tensors)
     for name, version in versions().items():
         if (was := state["versions"].get(name)) != version:
             processes().print(f"{name} was {was} and is {version}: results may differ in the last digits.")
     for part, module in adapted_modules(components).items():
         for name, parameter in trainable_parameters(module):
-            with torch.no_grad():
-                parameter.copy_(tensors[f"{part}.{name}"])
             of_parameter = re.compile(rf"optimizer\.(\w+)\.{re.escape(part)}\.{re.escape(name)}")
             found = {match[1]: value for key, value in tensors.items() if (match := of_parameter.fullmatch(key))}
             if found:

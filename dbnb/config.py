@@ -122,6 +122,18 @@ class DreamBoothConfig:
         None, "default: 'a photo of {identifier} {class_word}'; given several times, training draws from them"
     )
     class_prompt: str | None = _option(None, "default: 'a photo of a {class_word}'")
+    captions: bool = _option(
+        False, "train each photograph under its own caption: a .txt beside it, metadata.jsonl, or a kohya folder's name"
+    )
+    masked_loss: bool = _option(
+        False,
+        "weigh the instance loss by masks: dog.mask.png beside dog.jpg, white on the subject, or an alpha channel",
+    )
+    concepts: str | None = _option(
+        None,
+        "several subjects in one adapter: a JSON file, a list of objects that have instance_data_dir, identifier and "
+        "class_word each",
+    )
     output_dir: str | None = _option(None, "where results go (default: runs/<class_word>)")
 
     with_prior_preservation: bool = _option(True, "train on class images too, so that the class word keeps its meaning")
@@ -199,9 +211,19 @@ class DreamBoothConfig:
     )
     resume_from_checkpoint: str | None = _option(None, "a checkpoint's path, or 'latest'")
     validation_steps: int = _option(200, "steps between validation images during training; 0 for none", at_least=0)
-    num_validation_images: int = _option(
-        32, "images a prompt set at the end; 0 switches images and metrics off", at_least=0
+    num_validation_images: int | None = _option(
+        None, "images a prompt set before and after; 0 switches images and metrics off", at_least=0
     )
+    select: str = _option(
+        "last", "which step's adapter is exported: the last, or the best trade-off measured", choices=("last", "best")
+    )
+    patience: int | None = _option(
+        None, "measured validation steps without a better trade-off, after which training stops", at_least=1
+    )
+    measure_validation: bool = _option(
+        False, "measure the pictures of validation steps, and of the last; --select best and --patience do so too"
+    )
+    holdout: int = _option(0, "photographs, the last by name, that are left out of training to measure it", at_least=0)
     reference_data_dir: str | None = _option(None, "further photographs of the subject: the ceiling of the metrics")
     report_to: str = _option("none", "one of accelerate's trackers, such as tensorboard or wandb, or none")
     export: str = _option(
@@ -231,8 +253,22 @@ class DreamBoothConfig:
                 f"lr_warmup_steps={self.lr_warmup_steps} must be below max_train_steps={self.max_train_steps}: the "
                 "learning rate would never be reached."
             )
+        self._check_measures()
         if self.hub_model_id is not None:
             _check_repository(self.hub_model_id)
+
+    def _check_measures(self) -> None:
+        """Raise the ValueError that names an option which needs measures where there are none."""
+        names = ("select", "patience", "measure_validation")
+        asked = next((name for name in names if getattr(self, name) not in ("last", None, False)), None)
+        missing = next(
+            (name for name in ("num_validation_images", "validation_steps") if not getattr(self, name)), None
+        )
+        if asked and missing:
+            raise ValueError(
+                f"{asked}={getattr(self, asked)!r} needs pictures that are measured, and {missing}=0 draws none: raise "
+                "it."
+            )
 
     def _check_texts(self) -> None:
         """Paths become text; what is no text, or text that no file in UTF-8 can hold, is refused by its name."""
@@ -292,6 +328,17 @@ class DreamBoothConfig:
     def objective(self) -> Objective:
         """What this run asks of the network, and how errors count."""
         return Objective(**{item.name: getattr(self, item.name) for item in dataclasses.fields(Objective)})
+
+    @property
+    def measures(self) -> bool:
+        """Whether pictures are measured at validation steps."""
+        return self.measure_validation or self.select == "best" or self.patience is not None
+
+    def validated_steps(self) -> list[int]:
+        """The steps after which pictures are drawn; where they are measured, the last one too."""
+        every = self.validation_steps
+        steps = list(range(every, self.max_train_steps + 1, every)) if every else []
+        return sorted({*steps, self.max_train_steps}) if self.measures else steps
 
     def save(self, path: Path) -> None:
         """Write the settings as JSON."""

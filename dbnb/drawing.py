@@ -6,7 +6,9 @@ Class images (step 2), validation (step 7) and every measure draw with these fun
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -79,6 +81,19 @@ def call_options(pipeline: DiffusionPipeline, sampling: Sampling) -> dict[str, A
     return {name: value for name, value in options.items() if name in known}
 
 
+_listeners: list[Callable[[int, float], None]] = []
+
+
+@contextmanager
+def timed(listener: Callable[[int, float], None]) -> Iterator[None]:
+    """Within the block, tell `listener` of each batch that `draw_images` has drawn: how many pictures, and seconds."""
+    _listeners.append(listener)
+    try:
+        yield
+    finally:
+        _listeners.remove(listener)
+
+
 @torch.no_grad()
 def draw_images(
     pipeline: DiffusionPipeline,
@@ -98,6 +113,7 @@ def draw_images(
     images: list[Image.Image] = []
     further = call_options(pipeline, sampling)
     for start in range(0, len(prompts), sampling.batch_size):
+        began = time.perf_counter()
         stop = start + sampling.batch_size
         if small is not None:
             further["image"] = list(small[start:stop])
@@ -114,4 +130,6 @@ def draw_images(
         for image, flag in zip(output.images, flags, strict=True):
             image.info["blackened"] = bool(flag)
         images += output.images
+        for listener in _listeners:
+            listener(len(output.images), time.perf_counter() - began)
     return images

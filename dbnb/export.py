@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-from dbnb.adapters import adapted_modules
+from dbnb.adapters import adapted_modules, without_adapters
 from dbnb.concept import Concept
 from dbnb.config import DreamBoothConfig, Sampling, sampling_of
 from dbnb.drawing import build_pipeline
@@ -177,24 +177,41 @@ def reload_pipeline(components: Components, adapter: Path) -> DiffusionPipeline:
     return pipeline
 
 
-def _other_layers(trained: torch.nn.Module, reloaded: torch.nn.Module) -> str:
-    """Which of two modules' adapters are not the same, weight by weight and scale by scale; "" where all are."""
+@dataclasses.dataclass(frozen=True)
+class _Trained:
+    """A part's adapter as it was trained: its weights and scales."""
+
+    weights: dict[str, torch.Tensor]
+    scales: dict[str, float]
+
+    @classmethod
+    def of(cls, module: torch.nn.Module) -> _Trained:
+        """The adapter that sits on a part."""
+        name = next(iter(module.peft_config))
+        return cls(get_peft_model_state_dict(module, adapter_name=name), _scales(module))
+
+
+def _other_layers(before: _Trained, reloaded: torch.nn.Module) -> str:
+    """Where a reloaded adapter is not the trained one, weight by weight and scale by scale; "" where it is."""
     if not getattr(reloaded, "peft_config", None):
         return f"{type(reloaded).__name__} has no adapter"
-    before, after = (
-        get_peft_model_state_dict(module, adapter_name=next(iter(module.peft_config))) for module in (trained, reloaded)
-    )
+    after = _Trained.of(reloaded)
     # Some loaders round to the base's number format.
-    other = [key for key in before if key not in after or not torch.equal(before[key].to(after[key].dtype), after[key])]
-    if other or len(after) != len(before):
-        return f"{len(other)} of {len(before)} tensors are not the trained ones"
-    scales, other_scales = _scales(trained), _scales(reloaded)
-    other = [name for name in scales if not math.isclose(scales[name], other_scales[name], rel_tol=1e-6)]
-    return f"{other[0]} is scaled by {other_scales[other[0]]:g} instead of {scales[other[0]]:g}" if other else ""
+    other = [
+        key
+        for key, weight in before.weights.items()
+        if key not in after.weights or not torch.equal(weight.to(after.weights[key].dtype), after.weights[key])
+    ]
+    if other or len(after.weights) != len(before.weights):
+        return f"{len(other)} of {len(before.weights)} tensors are not the trained ones"
+    other = [name for name, scale in before.scales.items() if not math.isclose(scale, after.scales[name], rel_tol=1e-6)]
+    if not other:
+        return ""
+    return f"{other[0]} is scaled by {after.scales[other[0]]:g} instead of {before.scales[other[0]]:g}"
 
 
 def verify_reload(components: Components, adapter: Path, concept: Concept, sampling: Sampling | None = None) -> int:
-    """Largest difference, in 1/255, between what the trained model and the reloaded adapter draw.
+    """Largest difference, in 1/255, between what the trained model and the reloaded adapter draw on the same base.
 
     Raises ValueError where the file is not what was trained: where its tensors or scales are others, the denoiser
     predicts something else from the same noise and prompt, or the pictures are others as a whole. A single pixel proves
@@ -204,18 +221,23 @@ def verify_reload(components: Components, adapter: Path, concept: Concept, sampl
     steps = min(8, sampling.num_inference_steps)
     quick = dataclasses.replace(sampling, num_inference_steps=steps, batch_size=2)
     prompts, photographs = [concept.instance_prompt] * 2, concept.images()
-    reloaded = reload_pipeline(components, adapter)
-    others = (_other_layers(module, getattr(reloaded, part)) for part, module in adapted_modules(components).items())
-    why = next(filter(None, others), "")
-    predictions, pictures = [], []
-    for pipeline in (build_pipeline(components), reloaded):
+
+    def drawn(pipeline: DiffusionPipeline | None = None) -> tuple[torch.Tensor, np.ndarray]:
+        """The first prediction (later ones start from what earlier ones made), and the pictures."""
         seen: list[torch.Tensor] = []
-        denoiser = getattr(pipeline, components.network.part)
-        hook = denoiser.register_forward_hook(lambda module, inputs, output, seen=seen: seen.append(output[0]))
+        hook = components.denoiser.register_forward_hook(lambda module, inputs, output: seen.append(output[0].float()))
         images = draw(components, prompts, quick, seeds=[1, 2], references=photographs, pipeline=pipeline)
         hook.remove()
-        predictions.append(seen[0].float())  # the first: later ones start from what earlier ones made
-        pictures.append(np.stack([np.asarray(image, dtype=np.int16) for image in images]))
+        return seen[0], np.stack([np.asarray(image, dtype=np.int16) for image in images])
+
+    trained = {part: _Trained.of(module) for part, module in adapted_modules(components).items()}
+    drawings = [drawn()]
+    with without_adapters(components):  # a second base beside the first would need as much memory again
+        pipeline = build_pipeline(components)
+        load_adapter(pipeline, adapter)
+        why = next(filter(None, (_other_layers(was, getattr(pipeline, part)) for part, was in trained.items())), "")
+        drawings.append(drawn(pipeline))
+    predictions, pictures = zip(*drawings, strict=True)
     error = ((predictions[0] - predictions[1]).norm() / predictions[0].norm()).item()
     differences = np.abs(pictures[0] - pictures[1])
     if not why and error > (1e-3 if components.dtype == torch.float32 else 0.05):
@@ -259,7 +281,7 @@ def model_card(
     )
     parts = f"{denoiser} and text encoder" if has_text_encoder else denoiser
     private = {"output_dir", "instance_data_dir", "class_data_dir", "reference_data_dir", "resume_from_checkpoint"}
-    private |= {"push_to_hub", "hub_model_id", "base"}
+    private |= {"push_to_hub", "hub_model_id", "base", "concepts"}
     settings = Table(
         {"option": name, "value": " ".join(str(value).split())}
         for name, value in dataclasses.asdict(config).items()

@@ -159,6 +159,26 @@ def evaluate(
     return numbers
 
 
+def who_looks_like_whom(
+    encoders: Encoders, pictures: Mapping[str, Sequence[Image.Image]], photographs: Mapping[str, Sequence[Image.Image]]
+) -> dict[str, dict[str, float]]:
+    """Subject fidelity of each subject's pictures against each one's photographs, by name.
+
+    Where two subjects have not mixed, every row is highest under its own name.
+    """
+    real = {name: encoders.identity_features(images) for name, images in photographs.items()}
+    found = {name: encoders.identity_features(images) for name, images in pictures.items()}
+    return {a: {b: subject_fidelity(of_a, of_b) for b, of_b in real.items()} for a, of_a in found.items()}
+
+
+def likeness_table(likeness: Mapping[str, Mapping[str, float]]) -> Table:
+    """`who_looks_like_whom` as a table: a row for whom the pictures were asked for, a column for whose photographs."""
+    return Table(
+        {"pictures of": name} | {f"like {other}": format(value, ".3f") for other, value in row.items()}
+        for name, row in likeness.items()
+    )
+
+
 def ceiling(
     encoders: Encoders,
     components: Components,

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,14 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from dbnb.config import DreamBoothConfig
+from dbnb.files import whole
 from dbnb.presets import PRESETS
 from dbnb.processes import processes
 
 WEIGHT_NAME = "pytorch_lora_weights.safetensors"
 KOHYA_NAME = "kohya_lora_weights.safetensors"
 # All that an upload may contain; checkpoints, logs and settings of this machine stay here.
-PUBLISHED = (WEIGHT_NAME, KOHYA_NAME, "README.md", "before_after.png", "loss.png", "metrics.json")
+PUBLISHED = (WEIGHT_NAME, KOHYA_NAME, "README.md", "before_after.png", "loss.png", "trade_off.png", "metrics.json")
 PREVIOUS = "previous"  # where a run puts what an earlier one left in its folder
 _GROWING = ("samples", "logs")  # folders that grow as a run goes on; `log.jsonl` does too
 
@@ -54,6 +55,12 @@ def read_log(path: Path, step: int) -> list[dict[str, Any]]:
         except ValueError:  # the line that a killed run was writing
             break
     return [line for line in lines if line["step"] <= step]
+
+
+def write_log(path: Path, log: Sequence[Mapping[str, Any]]) -> None:
+    """Put a log in its file, a line a step."""
+    with whole(path) as temporary:
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in log), encoding="utf-8")
 
 
 def set_aside(output_dir: Path, step: int) -> Path | None:

@@ -50,8 +50,8 @@ class _Picture:
     mode: str
     turned: bool
     animated: bool
-    transparent: bool
     profile: str  # of colours that were converted; "" for sRGB
+    alpha: Image.Image | None  # how opaque each pixel is, where not all are
 
 
 def _reduced(size: tuple[int, int], side: int | None) -> tuple[int, int]:
@@ -98,23 +98,26 @@ def _decoded(image: Image.Image, side: int | None) -> _Picture:
         values = np.asarray(image, dtype=np.float64)
         top = 65535.0 if values.max() > 255 else 255.0
         image = Image.fromarray(np.clip(values / top * 255.0, 0, 255).astype(np.uint8))
-    transparent = False
+    alpha = None
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        transparent = image.getextrema()[3][0] < 255
+        if image.getextrema()[3][0] < 255:
+            alpha = image.getchannel("A")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     turned = orientation in _TURN_BACK
     if turned:
         image, size = image.transpose(_TURN_BACK[orientation]), size if orientation < 5 else size[::-1]
+        alpha = alpha and alpha.transpose(_TURN_BACK[orientation])
     if image.mode not in ("L", "RGB", "CMYK"):
         image = image.convert("RGB")
     smaller = _reduced(size, side)
     if smaller != image.size:
         image = image.resize(smaller, Image.Resampling.LANCZOS)
+        alpha = alpha and alpha.resize(smaller, Image.Resampling.BOX)
     image, converted = _to_srgb(image, profile)
     image = image.convert("RGB")
     image.info = {}
-    return _Picture(image, size, mode, turned, animated, transparent, converted)
+    return _Picture(image, size, mode, turned, animated, converted, alpha)
 
 
 def _read(path: Path, side: int | None = None) -> _Picture:
@@ -140,6 +143,32 @@ def load_image(path: Path, side: int | None = None) -> Image.Image:
     ValueError in one sentence when it is no picture, is truncated or is larger than `MAX_PIXELS`.
     """
     return _read(Path(path), side).image
+
+
+MASK = ".mask.png"  # behind a picture's name without its suffix
+
+
+def load_mask(path: Path, side: int | None = None) -> Image.Image | None:
+    """What of a picture shows the subject, white on black, in the size that `load_image` gives it; None where unknown.
+
+    That is the file `dog.mask.png` beside `dog.jpg`, or the picture's own alpha channel. Raises ValueError where the
+    mask is of another size, or all black.
+    """
+    path = Path(path)
+    picture, beside = _read(path, side), path.with_name(path.stem + MASK)
+    mask = picture.alpha
+    if beside.is_file():
+        found = _read(beside)
+        if found.size != picture.size:
+            (width, height), (of_width, of_height) = found.size, picture.size
+            raise ValueError(
+                f"{printable(beside.name)} has {width} x {height} pixels and its picture {of_width} x {of_height}: "
+                "make them equal."
+            )
+        mask = found.image.convert("L").resize(picture.image.size, Image.Resampling.BOX)
+    if mask is not None and not mask.getbbox():
+        raise ValueError(f"The mask of {printable(path.name)} is all black: paint the subject white.")
+    return mask
 
 
 def _difference_hash(image: Image.Image) -> int:
@@ -245,8 +274,12 @@ def inspect_images(
     notes: list[ImageNote] = []
     contents: dict[str, str] = {}
     looks: dict[str, int] = {}
+    stems = {path.stem for path in entries if not path.name.endswith(MASK)}
     for path in entries:
-        if why := _why_not_read(path):
+        why = _why_not_read(path)
+        if path.name.endswith(MASK) and path.name.removesuffix(MASK) in stems:
+            why = "a mask, no picture"
+        if why:
             notes.append(ImageNote(path.name, False, "", "", why))
             continue
         try:
@@ -271,7 +304,7 @@ def inspect_images(
             remarks.append("turned upright")
         if picture.animated:
             remarks.append("first frame only")
-        if picture.transparent:
+        if picture.alpha is not None:
             remarks.append("transparent: put on white")
         if picture.profile:
             remarks.append(f"colours converted from {printable(picture.profile)} to sRGB")

@@ -1,41 +1,62 @@
-"""What a training needs in memory, computed from the model's shapes before anything is downloaded.
+"""What a run needs in memory, computed from the model's shapes before anything is downloaded.
 
-The UNet is built without storage (torch's "meta" device) from its published config; one forward pass is run, and what
-autograd would keep for the backward pass is counted. Built in notebook 10.
+UNet and autoencoder are built without storage (torch's "meta" device) from their published configs. A training step and
+a picture are then computed on it, and what would be alive at each moment is counted: autograd's saved tensors, the
+gradients on their way back, and with checkpointing the block that is just recomputed. Built in notebook 10.
 """
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from diffusers import UNet2DConditionModel
-from diffusers.models.attention_processor import Attention
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from peft import LoraConfig
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from dbnb.adapters import lora_targets, trainable_parameters
+
+CARDS = (8, 12, 16, 24)  # GB that graphics cards have
 
 
 @dataclass(frozen=True)
 class Base:
-    """The published sizes of a base: its UNet's config, and the parameters of what runs before and after it."""
+    """The published sizes of a base: its UNet's config, and the parameters of what runs before and after it.
+
+    `vae_parameters` is 0 for a base in pixel space; an autoencoder that overflows in float16 decodes in float32.
+    """
 
     unet: dict
     resolution: int
     text_parameters: int
     vae_parameters: int
     text_length: int = 77
+    vae: dict | None = None  # the autoencoder's config
+    vae_overflows: bool = False
 
 
 # From the configs of the checkpoints on the hub.
+_VAE = dict(
+    block_out_channels=(128, 256, 512, 512),
+    down_block_types=("DownEncoderBlock2D",) * 4,
+    up_block_types=("UpDecoderBlock2D",) * 4,
+    layers_per_block=2,
+    latent_channels=4,
+)
 _SD = dict(sample_size=64, attention_head_dim=8, cross_attention_dim=768)
 BASES = {
-    "Stable Diffusion 1.5": Base(_SD, 512, 123_060_480, 83_653_863),
+    "Stable Diffusion 1.5": Base(_SD, 512, 123_060_480, 83_653_863, vae=_VAE),
     "Stable Diffusion 2.1": Base(
         dict(sample_size=96, attention_head_dim=(5, 10, 20, 20), cross_attention_dim=1024, use_linear_projection=True),
         768,
         340_387_840,
         83_653_863,
+        vae=_VAE,
     ),
     "Stable Diffusion XL": Base(
         dict(
@@ -54,6 +75,8 @@ BASES = {
         1024,
         123_060_480 + 694_659_840,
         83_653_863,
+        vae=_VAE,
+        vae_overflows=True,
     ),
     # Its T5 is larger than its UNet.
     "DeepFloyd IF": Base(
@@ -82,6 +105,83 @@ BASES = {
 }
 
 
+class LiveTensors(TorchDispatchMode):
+    """Within it, every tensor that an operation makes is followed to its end; `peak` is the most elements at once.
+
+    What was there before does not count.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known: dict[int, weakref.ref] = {}
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        before = {t.untyped_storage()._cdata for t in tree_leaves((arguments, options)) if isinstance(t, torch.Tensor)}
+        result = function(*arguments, **(options or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self._follow(tensor, before)
+        return result
+
+    def _follow(self, tensor: torch.Tensor, before: set[int]) -> None:
+        storage = tensor.untyped_storage()
+        key, elements = storage._cdata, storage.nbytes() // tensor.element_size()
+        if key in before or key in self._known:  # a view, or written in place
+            return
+
+        def ends(_: weakref.ref) -> None:
+            self.now -= elements
+            self._known.pop(key, None)
+
+        self._known[key] = weakref.ref(storage, ends)
+        self.now += elements
+        self.peak = max(self.peak, self.now)
+
+
+class _FusedAttention(torch.autograd.Function):
+    """The shapes of attention as the fused kernels of GPUs and CPUs compute it: no (queries, keys) is ever stored."""
+
+    @staticmethod
+    def forward(ctx, query, key, value):
+        output = query.new_empty(*query.shape[:-1], value.shape[-1])
+        sums = query.new_empty(query.shape[:-1])  # one number a query, for the way back
+        ctx.save_for_backward(query, key, value, output, sums)
+        return output
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
+
+
+@contextmanager
+def _fused_attention() -> Iterator[None]:
+    """On the meta device torch would take attention apart into products."""
+    kept = F.scaled_dot_product_attention
+    F.scaled_dot_product_attention = lambda query, key, value, *_, **__: _FusedAttention.apply(query, key, value)
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = kept
+
+
+def _unet_inputs(unet: UNet2DConditionModel, base: Base, pictures: int) -> dict:
+    """What a UNet is called with for so many pictures, without storage."""
+    side, settings = unet.config.sample_size, unet.config
+    width = settings.encoder_hid_dim or settings.cross_attention_dim
+    further = {}
+    if settings.addition_embed_type == "text_time":
+        numbers = 6
+        pooled = settings.projection_class_embeddings_input_dim - numbers * settings.addition_time_embed_dim
+        further = {"text_embeds": torch.empty(pictures, pooled), "time_ids": torch.empty(pictures, numbers)}
+    return dict(
+        sample=torch.empty(pictures, settings.in_channels, side, side),
+        timestep=torch.empty(pictures, dtype=torch.long),
+        encoder_hidden_states=torch.empty(pictures, base.text_length, width),
+        added_cond_kwargs=further,
+    )
+
+
 def training_memory(
     base: Base,
     *,
@@ -95,44 +195,61 @@ def training_memory(
     `lora_layers` is as in `adapters.lora_targets`.
 
     "weights": all frozen parts; "adapters": float32 weights, gradients and AdamW's two moments; "activations": what
-    autograd keeps of the UNet's forward pass. Libraries, the CUDA context and fragmentation come on top.
+    else is alive at the highest moment of the UNet's forward and backward pass. Libraries, the CUDA context and
+    fragmentation come on top.
     """
-    with torch.device("meta"):
+    with torch.device("meta"), _fused_attention():
         unet = UNet2DConditionModel(**base.unet).requires_grad_(False)
         unet.add_adapter(LoraConfig(r=rank, target_modules=lora_targets(unet, lora_layers)))
-        side = unet.config.sample_size
-        noisy = torch.empty(batch, unet.config.in_channels, side, side)
-        width = unet.config.encoder_hid_dim or unet.config.cross_attention_dim
-        hidden = torch.empty(batch, base.text_length, width)
-        steps, further = torch.empty(batch, dtype=torch.long), {}
-        if unet.config.addition_embed_type == "text_time":
-            numbers = 6
-            pooled = unet.config.projection_class_embeddings_input_dim - numbers * unet.config.addition_time_embed_dim
-            further = {"text_embeds": torch.empty(batch, pooled), "time_ids": torch.empty(batch, numbers)}
         if gradient_checkpointing:
             unet.enable_gradient_checkpointing()
         adapters = sum(p.numel() for _, p in trainable_parameters(unet))
         frozen = sum(p.numel() for p in unet.parameters() if not p.requires_grad)
-        weights = {p.untyped_storage()._cdata for p in unet.parameters()}
-        heads = {m.heads for m in unet.modules() if isinstance(m, Attention)}
-        kept: dict[int, torch.Tensor] = {}
-
-        def keep(tensor: torch.Tensor) -> torch.Tensor:
-            key = tensor.untyped_storage()._cdata
-            # Attention weights, (…, queries, keys), are recomputed by the fused kernels that GPUs run.
-            queries = tensor.shape[-2] if tensor.ndim > 2 else 0
-            keys = (queries, base.text_length, queries + base.text_length)
-            square = tensor.ndim > 2 and tensor.shape[-1] in keys
-            attention = square and (tensor.ndim == 3 or tensor.shape[1] in heads)
-            if key not in weights and not attention:
-                kept[key] = tensor
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            unet.train()(noisy, steps, encoder_hidden_states=hidden, added_cond_kwargs=further)
-    activations = sum(tensor.untyped_storage().nbytes() // tensor.element_size() for tensor in kept.values())
+        inputs = _unet_inputs(unet, base, batch)
+        with LiveTensors() as live:
+            unet.train()(**inputs).sample.square().mean().backward()
     return {
         "weights": bytes_per_weight * (frozen + base.text_parameters + base.vae_parameters),
         "adapters": 4 * 4 * adapters,
-        "activations": bytes_per_weight * activations,
+        # At the highest moment, early in the backward pass, next to no gradient of an adapter is there yet.
+        "activations": bytes_per_weight * live.peak,
+    }
+
+
+def drawing_memory(base: Base, *, pictures: int = 4, bytes_per_weight: int = 2) -> dict[str, int]:
+    """Bytes that drawing so many pictures at once takes besides the weights, at the highest moment of each part.
+
+    "unet": a solver's step, with guidance two predictions a picture. "vae": the autoencoder makes pictures of latents,
+    all at once; 0 in pixel space. Class images, validation and the check of the adapter's file draw alike.
+    """
+    with torch.device("meta"), torch.no_grad(), _fused_attention():
+        unet = UNet2DConditionModel(**base.unet).eval()
+        inputs = _unet_inputs(unet, base, 2 * pictures)
+        with LiveTensors() as live:
+            unet(**inputs)
+        found = {"unet": bytes_per_weight * live.peak, "vae": 0}
+        if base.vae is not None:
+            vae, side = AutoencoderKL(**base.vae).eval(), unet.config.sample_size
+            latents = torch.empty(pictures, vae.config.latent_channels, side, side)
+            with LiveTensors() as live:
+                vae.decode(latents)
+            found["vae"] = (4 if base.vae_overflows else bytes_per_weight) * live.peak
+    return found
+
+
+def peak_memory(
+    base: Base, *, pictures: int = 4, bytes_per_weight: int = 2, **training: int | bool | str
+) -> dict[str, int]:
+    """Bytes at the highest moment of each phase of a run: "training", "drawing", "decoding".
+
+    `pictures` are drawn at once (`sample_batch_size`); `training` are options of `training_memory`. A card must hold
+    the largest of them; libraries and the CUDA context come on top.
+    """
+    step = training_memory(base, bytes_per_weight=bytes_per_weight, **training)
+    drawing = drawing_memory(base, pictures=pictures, bytes_per_weight=bytes_per_weight)
+    kept = step["weights"] + step["adapters"]  # what is drawn after training has the optimizer beside it
+    return {
+        "training": kept + step["activations"],
+        "drawing": kept + drawing["unet"],
+        "decoding": kept + drawing["vae"] + (4 - bytes_per_weight) * base.vae_parameters * base.vae_overflows,
     }

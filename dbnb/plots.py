@@ -321,6 +321,48 @@ def clouds(
 
 
 @_all_text_is_text
+def grid(pictures: Mapping[tuple[int, float], Image.Image], *, title: str = "") -> Figure:
+    """The pictures of `validation.grid`: a row a checkpoint, a column a strength."""
+    steps, strengths = (list(dict.fromkeys(key[i] for key in pictures)) for i in (0, 1))
+    return image_rows(
+        [[pictures[step, strength] for strength in strengths] for step in steps],
+        labels=[f"step {step}" for step in steps],
+        titles=[f"strength {strength:g}" for strength in strengths],
+        title=title,
+    )
+
+
+@_all_text_is_text
+def trade_off(
+    points: Mapping[int, tuple[float, float]], values: Mapping[int, float], *, chosen: int | None = None
+) -> Figure:
+    """A run's way from the base, step by step: what it kept of the class against what it gained of the subject.
+
+    `points` is step -> (kept, gained), `values` step -> what both come to, drawn beside it; `chosen` is marked in both.
+    """
+    figure = Figure(figsize=(8.4, 3.4), dpi=_DPI, layout="constrained")
+    way, height = figure.subplots(1, 2)
+    kept, gained = zip(*(points[step] for step in sorted(points)), strict=True)
+    way.plot(kept, gained, "o-", ms=4, color=PALETTE[0])
+    for step in sorted(points):
+        way.annotate(str(step), points[step], xytext=(4, 4), textcoords="offset points", fontsize=SMALL)
+    way.set(xlabel="kept of the class", ylabel="gained of the subject")
+    way.set_title("step by step", fontsize=LABEL)
+    height.plot(list(values), list(values.values()), "o-", ms=4, color=PALETTE[0])
+    height.set(xlabel="step", ylabel="trade-off")
+    height.set_title("harmonic mean of what was gained and kept", fontsize=LABEL)
+    height.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if chosen is not None:
+        for axis, place in ((way, points[chosen]), (height, (chosen, values[chosen]))):
+            axis.plot(*place, "*", ms=15, color=PALETTE[1], label=f"exported: step {chosen}")
+            axis.legend(frameon=False, fontsize=SMALL)
+    for axis in (way, height):
+        axis.grid(alpha=0.3)
+        axis.margins(0.12)
+    return figure
+
+
+@_all_text_is_text
 def matrices(
     values: Mapping[str, np.ndarray],
     *,

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -32,16 +33,18 @@ from dbnb.dataset import (
     SMALL_NOISE,
     TIMESTEP,
     DreamBoothDataset,
+    Mixture,
     cache_latents,
     collate_fn,
+    loss_weights,
     posterior_parameters,
     seeded,
 )
 from dbnb.denoisers import Told
-from dbnb.files import whole
 from dbnb.models import Components, embed_prompts
-from dbnb.outputs import alone, check_writable, keep_apart, read_log, set_aside
-from dbnb.processes import interrupts, overruled, own_precision, processes
+from dbnb.outputs import alone, check_writable, keep_apart, read_log, set_aside, write_log
+from dbnb.processes import from_first, interrupts, overruled, own_precision, processes
+from dbnb.selection import HELD_OUT, TRADE_OFF, best_step, out_of_patience
 
 
 @dataclass
@@ -126,8 +129,8 @@ def training_step(
     answer; loss = instance + `prior_loss_weight` * prior, each a mean of squares (Ruiz et al., 2023, eq. 2).
     `objective` is what else is asked: which times are drawn, how much an error counts then; its `noise_offset` adds so
     much of one number a channel to the noise. `prompt_embeds` holds embeddings by prompt, as `precompute_embeds` makes
-    them, where text encoders are frozen. The fields of `objective` can be given by name instead, such as `snr_gamma=5`.
-    Raises ValueError for a setting of the other path.
+    them, where text encoders are frozen. Where the batch has masks, errors count by them. The fields of `objective` can
+    be given by name instead, such as `snr_gamma=5`. Raises ValueError for a setting of the other path.
     """
     objective = objective_of(objective, **changed)
     device, path = components.device, components.path
@@ -160,11 +163,16 @@ def training_step(
     weights = path.weights(timesteps, objective)
     if weights is not None:
         errors = errors * weights.view(-1, 1, 1, 1)
+    if "masks" in batch:
+        errors = errors * loss_weights(batch, *shape[1:]).to(device)
     halves = errors.chunk(batch["halves"])
     instance_loss = halves[0].mean()
     prior_loss = halves[1].mean() if batch["halves"] == 2 else None
     loss = instance_loss if prior_loss is None else instance_loss + prior_loss_weight * prior_loss
     return StepRecord(loss, instance_loss, prior_loss, timesteps, latents, noise, noisy, prediction, target)
+
+
+_TIMED = 10  # steps behind the first, which says how long the others take
 
 
 def _where(record: StepRecord) -> str:
@@ -178,7 +186,7 @@ def _where(record: StepRecord) -> str:
     return f"The loss is {record.loss.item()}: lower the learning rate or --prior_loss_weight,"
 
 
-def batch_at(dataset: DreamBoothDataset, number: int, batch_size: int) -> dict[str, Any]:
+def batch_at(dataset: DreamBoothDataset | Mixture, number: int, batch_size: int) -> dict[str, Any]:
     """Batch number `number` of a run, rebuilt from nothing but its number."""
     return collate_fn([dataset[n] for n in range(number * batch_size, (number + 1) * batch_size)])
 
@@ -186,7 +194,7 @@ def batch_at(dataset: DreamBoothDataset, number: int, batch_size: int) -> dict[s
 @torch.no_grad()
 def held_out_loss(
     components: Components,
-    dataset: DreamBoothDataset,
+    dataset: DreamBoothDataset | Mixture,
     *,
     batches: int = 8,
     batch_size: int = 4,
@@ -235,12 +243,17 @@ def check_start(config: DreamBoothConfig) -> None:
 def train(
     config: DreamBoothConfig,
     components: Components,
-    dataset: DreamBoothDataset,
+    dataset: DreamBoothDataset | Mixture,
     *,
     on_step: Callable[[int, StepRecord], None] | None = None,
-    on_validation: Callable[[int], None] | None = None,
+    on_validation: Callable[[int], Mapping[str, float] | None] | None = None,
+    on_pace: Callable[[float, int], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Train the adapters for `max_train_steps` and return the log, one dict a step (also in `log.jsonl`).
+
+    What `on_validation` measures is added to the log's line of its step, and where `config.patience` is at an end,
+    training ends too. With `select` "best" the best measured step has a checkpoint that stays; the adapters end as the
+    last step left them. `on_pace` is told once what a step takes, in seconds, and how many are left.
 
     Resumes where `config.resume_from_checkpoint` says, bit for bit. Ctrl-C saves a checkpoint and returns (or raises
     KeyboardInterrupt, if that was the last step); SIGTERM saves one and then takes its course. What an earlier run left
@@ -251,7 +264,12 @@ def train(
     check_start(config)
     with alone(Path(config.output_dir)), own_precision():
         run = _begin(config, components, dataset)
-        return _loop(run, on_step, on_validation)
+        return _loop(run, on_step, on_validation, on_pace)
+
+
+def ended(config: DreamBoothConfig, log: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a log is that of a whole run: all steps, or those that `patience` left."""
+    return not log or log[-1]["step"] >= config.max_train_steps or out_of_patience(log, config.patience)
 
 
 def _accelerator(config: DreamBoothConfig) -> Accelerator:
@@ -284,7 +302,7 @@ class _Run:
 
     config: DreamBoothConfig
     components: Components
-    dataset: DreamBoothDataset
+    dataset: DreamBoothDataset | Mixture
     accelerator: Accelerator
     optimizer: torch.optim.Optimizer
     stepper: AcceleratedOptimizer  # the optimizer, which knows how to unscale half-precision gradients
@@ -331,6 +349,29 @@ class _Run:
             with (self.output_dir / "log.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
 
+    def validate(self, step: int, on_validation: Callable[[int], Mapping[str, float] | None] | None) -> None:
+        """Draw, and measure where that is asked for: the numbers go to the log and the trackers of every process."""
+
+        def draw() -> Mapping[str, float] | None:
+            return on_validation(step) if on_validation is not None else None
+
+        self.to_evaluation()
+        if not self.config.measures and not self.config.holdout:
+            if self.writes:
+                draw()
+        elif numbers := from_first(draw):
+            self.log[-1] |= numbers
+            if self.writes:
+                write_log(self.output_dir / "log.jsonl", self.log)
+            if self.config.report_to != "none":
+                self.accelerator.log(dict(numbers), step=step)
+        self.to_training()
+
+    def prune(self, step: int) -> None:
+        """Remove old checkpoints, but the one that is to be exported."""
+        keep = best_step(self.log) if self.config.select == "best" else None
+        prune_checkpoints(self.output_dir, step, self.config.checkpoints_total_limit, keep=keep)
+
     def save(self, step: int) -> None:
         """Write a checkpoint, from which the run can go on at `step`."""
         scaler = self.accelerator.scaler
@@ -340,7 +381,7 @@ class _Run:
         save_checkpoint(folder, self.components, self.optimizer, step, self.identity, **further)
 
 
-def _begin(config: DreamBoothConfig, components: Components, dataset: DreamBoothDataset) -> _Run:
+def _begin(config: DreamBoothConfig, components: Components, dataset: DreamBoothDataset | Mixture) -> _Run:
     """All that comes before the first step: optimizer, checkpoint, schedule, what can be computed once, the log."""
     accelerator = _accelerator(config)
     components.to(accelerator.device)
@@ -402,13 +443,13 @@ def _open_log(config: DreamBoothConfig, state: dict[str, Any]) -> list[dict[str,
     output_dir, step = Path(config.output_dir), state["step"]
     output_dir.mkdir(parents=True, exist_ok=True)
     log = read_log(output_dir / "log.jsonl", step)
-    if log and state.get("line", log[-1]) != log[-1]:  # another run's than the checkpoint's
+    # What was measured at that step came later; another run's line is none of this one's.
+    if log and any(log[-1].get(name) != value for name, value in state.get("line", {}).items()):
         log = []
     if previous := set_aside(output_dir, step if log else 0):
         processes().print(f"The earlier results in {output_dir} are now in {previous}.")
     config.save(output_dir / "config.json")
-    with whole(output_dir / "log.jsonl") as temporary:
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in log), encoding="utf-8")
+    write_log(output_dir / "log.jsonl", log)
     return log
 
 
@@ -462,12 +503,18 @@ def _update(run: _Run, step: int) -> dict[str, float]:
 def _loop(
     run: _Run,
     on_step: Callable[[int, StepRecord], None] | None,
-    on_validation: Callable[[int], None] | None,
+    on_validation: Callable[[int], Mapping[str, float] | None] | None,
+    on_pace: Callable[[float, int], None] | None,
 ) -> list[dict[str, Any]]:
     """Notebook 06's loop, with what a long run needs besides."""
     config, accelerator, stopped = run.config, run.accelerator, False
-    steps = config.max_train_steps
-    bar = tqdm(range(run.first, steps), initial=run.first, total=steps, desc="train", disable=not run.writes)
+    steps, validated = config.max_train_steps, set(config.validated_steps())
+    # A run that was killed while it measured goes on with that.
+    wanted = [TRADE_OFF] * config.measures + [HELD_OUT] * bool(config.holdout)
+    if run.first in validated and run.log and any(name not in run.log[-1] for name in wanted):
+        run.validate(run.first, on_validation)
+    first = steps if out_of_patience(run.log, config.patience) else run.first
+    bar = tqdm(range(first, steps), initial=first, total=steps, desc="train", disable=not run.writes)
     run.to_training()
     with interrupts() as interrupted:
         for step in bar:
@@ -483,14 +530,18 @@ def _loop(
             if on_step is not None and run.writes:
                 on_step(step, record)
                 run.to_training()  # it may have drawn
+            if on_pace is not None and step == first + _TIMED:
+                on_pace(median(line["seconds"] for line in run.log[-_TIMED:]), steps - step - 1)
             due = bool(config.checkpointing_steps) and (step + 1) % config.checkpointing_steps == 0
             if due and run.writes:
                 run.save(step + 1)
-                prune_checkpoints(run.output_dir, step + 1, config.checkpoints_total_limit)
-            if on_validation and run.writes and config.validation_steps and (step + 1) % config.validation_steps == 0:
-                run.to_evaluation()
-                on_validation(step + 1)
-                run.to_training()
+                run.prune(step + 1)
+            if step + 1 in validated:
+                run.validate(step + 1, on_validation)
+                if config.select == "best" and run.writes and best_step(run.log) == step + 1:
+                    if not due:
+                        run.save(step + 1)
+                    run.prune(step + 1)
             if stopped := any(run.shared_mean(torch.tensor(interrupted()))):
                 if run.writes and not due:
                     run.save(step + 1)
@@ -498,9 +549,15 @@ def _loop(
                     f"\nInterrupted: step {step + 1} is saved; go on with --resume_from_checkpoint latest."
                 )
                 break
+            if out_of_patience(run.log, config.patience):
+                words = (
+                    f"\nStopped at step {step + 1}: none of the last {config.patience} measured steps was better than "
+                )
+                processes().print(f"{words}step {best_step(run.log)}.")
+                break
     run.to_evaluation()
     if config.report_to != "none":
         accelerator.end_training()
-    if stopped and run.log[-1]["step"] == steps:
+    if stopped and ended(config, run.log):
         raise KeyboardInterrupt  # a whole log would not tell that nothing is to come after it
     return run.log

@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -15,6 +16,8 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image, ImageOps
 
+from dbnb.adapters import adapted_modules, strength, trainable_parameters
+from dbnb.checkpoints import checkpoints, load_weights
 from dbnb.concept import Concept
 from dbnb.config import Sampling, sampling_of
 from dbnb.drawing import build_pipeline, call_options, draw_images, image_seed
@@ -123,6 +126,44 @@ def validation_images(
         sentence_prompts=sentence_prompts if "sentences" in sets else [],
         redrawn=from_references(components, references, concept.instance_prompt, sampling),
     )
+
+
+def grid(
+    components: Components,
+    folder: str | Path,
+    prompt: str,
+    sampling: Sampling,
+    *,
+    strengths: Sequence[float] = (0.5, 0.75, 1.0, 1.25),
+    seed: int = 0,
+) -> dict[tuple[int, float], Image.Image]:
+    """(step, strength) -> the picture of one prompt and one seed, for each checkpoint of a run's folder.
+
+    The adapters are afterwards as they were before. Raises ValueError where there is no checkpoint, or one belongs to
+    other adapters. `plots.grid` shows the pictures. Built in notebook 07.
+    """
+    found = checkpoints(Path(folder))
+    if not found:
+        raise ValueError(
+            f"{folder} holds no checkpoint: train with --checkpointing_steps and --checkpoints_total_limit."
+        )
+    kept = [
+        (p, p.detach().clone())
+        for module in adapted_modules(components).values()
+        for _, p in trainable_parameters(module)
+    ]
+    pictures = {}
+    try:
+        for path in found:
+            step = load_weights(path, components)
+            for factor in strengths:
+                with strength(components, factor):
+                    [pictures[step, factor]] = draw(components, [prompt], sampling, seeds=[seed])
+    finally:
+        with torch.no_grad():
+            for parameter, value in kept:
+                parameter.copy_(value)
+    return pictures
 
 
 @torch.no_grad()

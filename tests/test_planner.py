@@ -1,6 +1,12 @@
-"""The memory plan: counted without storage, and equal to what a real forward pass keeps."""
+"""The memory plan: counted without storage, and equal to what a real step and a real picture take."""
 
 from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +14,7 @@ from diffusers import UNet2DConditionModel
 from peft import LoraConfig
 
 from dbnb.adapters import lora_targets
-from dbnb.planner import BASES, Base, training_memory
+from dbnb.planner import BASES, CARDS, Base, LiveTensors, drawing_memory, peak_memory, training_memory
 
 SMALL = Base(
     dict(
@@ -27,25 +33,62 @@ SMALL = Base(
 )
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("lora_layers", ["attention", "all"])
-def test_the_plan_is_what_a_real_forward_pass_keeps(lora_layers):
+def test_the_plan_is_what_is_alive_in_a_real_training_step(lora_layers, checkpointing):
     unet = UNet2DConditionModel(**SMALL.unet).requires_grad_(False)
     unet.add_adapter(LoraConfig(r=4, target_modules=lora_targets(unet, lora_layers)))
-    weights = {p.untyped_storage().data_ptr() for p in unet.parameters()}
-    kept: dict[int, int] = {}
-
-    def keep(tensor):
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        output = unet(torch.randn(4, 4, 32, 32), torch.tensor([1, 2, 3, 4]), torch.randn(4, 24, 48)).sample
-    real = sum(size for pointer, size in kept.items() if pointer not in weights)
-    plan = training_memory(SMALL, rank=4, batch=4, bytes_per_weight=4, lora_layers=lora_layers)
-    assert output.requires_grad and plan["activations"] == pytest.approx(real, rel=0.1)
+    if checkpointing:
+        unet.enable_gradient_checkpointing()
+    inputs = (torch.randn(4, 4, 32, 32), torch.tensor([1, 2, 3, 4]), torch.randn(4, 24, 48))
+    with LiveTensors() as live:
+        unet.train()(*inputs).sample.square().mean().backward()
+    options = dict(lora_layers=lora_layers, gradient_checkpointing=checkpointing)
+    plan = training_memory(SMALL, rank=4, batch=4, bytes_per_weight=4, **options)
+    assert plan["activations"] == pytest.approx(4 * live.peak, rel=0.1)
     trainable = sum(p.numel() for p in unet.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in unet.parameters() if not p.requires_grad)
     assert plan["adapters"] == 16 * trainable and plan["weights"] == 4 * (frozen + 3000)
+
+
+def test_with_checkpointing_the_recomputed_block_counts():
+    kept, recomputed = (training_memory(SMALL, gradient_checkpointing=on)["activations"] for on in (True, False))
+    hidden = 2 * 32 * 32 * 32  # elements of one tensor of the first block, for two pictures
+    assert 2 * 10 * hidden < kept < recomputed  # a block alone holds a dozen of them
+
+
+def test_live_tensors_follow_storages_and_not_views():
+    before = torch.ones(100)
+    with LiveTensors() as live:
+        first = torch.ones(1000) + 1.0  # the ones and their sum at once
+        view = first.view(10, 100)[:, :50]
+        first.add_(before.sum())
+        assert live.now == 1000 and live.peak >= 2000
+        del first, view
+        assert live.now == 0
+
+
+def test_the_peaks_of_a_run_hold_all_that_is_there_at_once():
+    step, drawing = training_memory(SMALL, batch=2), drawing_memory(SMALL, pictures=4)
+    peaks = peak_memory(SMALL, pictures=4, batch=2)
+    assert peaks["training"] == sum(step.values()) and drawing["vae"] == 0
+    assert peaks["drawing"] == step["weights"] + step["adapters"] + drawing["unet"]
+    twice = drawing_memory(SMALL, pictures=8)
+    assert twice["unet"] == pytest.approx(2 * drawing["unet"], rel=0.02)
+    assert 12 in CARDS
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads Linux's account of a process")
+@pytest.mark.parametrize("phase", ["training", "checkpointing", "drawing", "decoding"])
+def test_the_plan_holds_in_resident_memory_within_15_percent(phase):
+    # Every large block apart, so that what glibc keeps of its heap is not taken for what tensors need.
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    command = [sys.executable, str(Path(__file__).with_name("resident.py")), phase]
+    said = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    numbers = json.loads(said.splitlines()[-1])
+    print(phase, numbers)
+    assert numbers["planned"] == pytest.approx(numbers["measured"], rel=0.15)
 
 
 def test_published_sizes_and_what_checkpointing_saves():

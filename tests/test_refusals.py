@@ -40,8 +40,19 @@ def refusal(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     (tmp_path / "kohya" / "10_sks dog").mkdir(parents=True)
-    for name in ("file.png", "kohya/10_sks dog/1.png"):
+    for folder in ("captioned", "torn", "masked"):
+        (tmp_path / folder).mkdir()
+    for name in ("file.png", "kohya/10_sks dog/1.png", "captioned/1.png", "torn/1.png", "masked/1.png"):
         Image.new("RGB", (64, 64), "red").save(tmp_path / name)
+    Image.new("L", (8, 8), "white").save(tmp_path / "masked" / "1.mask.png")
+    (tmp_path / "captioned" / "1.txt").write_text("a dog\n")
+    (tmp_path / "torn" / "metadata.jsonl").write_text('{"file_name": "1.png"}\n')
+    one, other = (
+        {"instance_data_dir": "captioned", "identifier": word, "class_word": "dog"} for word in ("sks", "zwx")
+    )
+    files = {"one": [one], "strange": [one | {"prompt": "a"}, other], "twice": [one, one], "two": [one, other]}
+    for name, entries in files.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(entries))
 
     def reached(*args, **options):
         raise AssertionError("it went on")
@@ -103,6 +114,28 @@ TABLE = [
     ("--tokenizer_max_length 78", "tokenizer_max_length=78 must be from 3 to", "loading"),
     ("--tokenizer_max_length 2", "tokenizer_max_length=2 must be from 3 to", "loading"),
     ("--base minature", "Base 'minature' is no folder here", "loading"),
+    ("--holdout -1", "holdout=-1 must not be negative", "loading"),
+    ("--holdout 3", "holdout=3 of 5 photographs leaves fewer than 3 to train on: add 1", "loading"),
+    ("--patience 0", "patience=0 must be at least 1", "loading"),
+    ("--select first", "select='first' is none of last, best", "loading"),
+    ("--select best --validation_steps 0", "select='best' needs pictures that are measured", "loading"),
+    ("--captions", "captions=True, but no picture in", "loading"),
+    ("--captions --instance_data_dir captioned", "the caption of 1.png, 'a dog' does not contain the", "loading"),
+    ("--captions --instance_data_dir torn", "metadata.jsonl, line 1, is no caption", "loading"),
+    ("--masked_loss --instance_data_dir captioned", "masked_loss=True, but no picture has a mask", "loading"),
+    ("--masked_loss --instance_data_dir masked", "1.mask.png has 8 x 8 pixels and its picture 64 x 64", "loading"),
+    ("--concepts nowhere.json", "--concepts nowhere.json cannot be read", "loading"),
+    ("--concepts file.png", "--concepts file.png is no JSON", "loading"),
+    ("--concepts one.json", "--concepts one.json must be a list of two or more objects", "loading"),
+    ("--concepts strange.json", "entry 1, has 'prompt', which is no setting of a concept", "loading"),
+    ("--concepts twice.json", "Two concepts have the identifier 'sks'", "loading"),
+    ("--concepts twice.json --train_batch_size 1", "Two concepts have the identifier 'sks'", "loading"),
+    (
+        "--concepts two.json --train_batch_size 1",
+        "train_batch_size=1 x gradient_accumulation_steps=1 has no",
+        "loading",
+    ),
+    ("--concepts two.json --instance_data_dir kohya", "instance_data_dir is told of each concept", "loading"),
     ("--hub_model_id a/b/c", "hub_model_id='a/b/c' is no repository", "loading"),
     ("--hub_model_id sks--dog", "hub_model_id='sks--dog' is no repository", "loading"),
 ]
