@@ -44,8 +44,8 @@ export class Solver {
   }
 
   /**
-   * One step, from the UNet's `output` for the noisy latents `x`; returns the next latents and, as `clean`, the picture's
-   * latents as the UNet sees them from here.
+   * One step, from the UNet's `output` for the noisy latents `x`; returns the next latents and, as `clean`, the
+   * picture's latents as the UNet sees them from here.
    */
   step(output, x, noise) {
     const i = this.index++;
