@@ -126,7 +126,7 @@ def test_the_graphs_answer_as_the_parts_do(site, adapter):
 
     def answer(name, **inputs):
         session = onnxruntime.InferenceSession(model / f"{name}.onnx", providers=["CPUExecutionProvider"])
-        return session.run(None, inputs)[0]
+        return session.run(None, {key: np.asarray(value) for key, value in inputs.items()})[0]
 
     ids = components.tokenizer("a photo of sks dog", padding="max_length", return_tensors="np").input_ids
     with torch.no_grad():

@@ -30,8 +30,13 @@ async function download(names, tell) {
 
 const json = (buffer) => JSON.parse(new TextDecoder().decode(buffer));
 
-const gunzip = (buffer) =>
-  new Response(new Blob([buffer]).stream().pipeThrough(new DecompressionStream("gzip"))).arrayBuffer();
+/** What a gzip file holds; some servers have unpacked it on its way already. */
+async function gunzip(buffer) {
+  const [first, second] = new Uint8Array(buffer, 0, 2);
+  if (first !== 0x1f || second !== 0x8b) return buffer;
+  const stream = new Blob([buffer]).stream().pipeThrough(new DecompressionStream("gzip"));
+  return new Response(stream).arrayBuffer();
+}
 
 const product = (dims) => dims.reduce((a, b) => a * b, 1);
 
