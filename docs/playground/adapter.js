@@ -1,24 +1,22 @@
 // Adapter files: `pytorch_lora_weights.safetensors`, as dbnb and diffusers write it.
 
+/** A safetensors file's header, and where what follows it starts. */
+function header(buffer) {
+  try {
+    const size = Number(new DataView(buffer).getBigUint64(0, true));
+    return [JSON.parse(new TextDecoder().decode(new Uint8Array(buffer, 8, size))), 8 + size];
+  } catch {
+    throw new Error("it is no safetensors file");
+  }
+}
+
 /** Name -> {dims, data}, and the settings that diffusers keeps in the header. */
 function parse(buffer) {
-  const size = Number(new DataView(buffer).getBigUint64(0, true));
-  const { __metadata__: metadata = {}, ...entries } = JSON.parse(
-    new TextDecoder().decode(new Uint8Array(buffer, 8, size)),
-  );
-  const tensors = Object.entries(entries).map(
-    ([
-      name,
-      {
-        dtype,
-        shape,
-        data_offsets: [start, stop],
-      },
-    ]) => {
-      if (dtype !== "F32") throw new Error(`tensor ${name} is ${dtype}, and should be F32`);
-      return [name, { dims: shape, data: new Float32Array(buffer.slice(8 + size + start, 8 + size + stop)) }];
-    },
-  );
+  const [{ __metadata__: metadata = {}, ...entries }, offset] = header(buffer);
+  const tensors = Object.entries(entries).map(([name, { dtype, shape, data_offsets: [start, stop] }]) => {
+    if (dtype !== "F32") throw new Error(`tensor ${name} is ${dtype}, and should be F32`);
+    return [name, { dims: shape, data: new Float32Array(buffer.slice(offset + start, offset + stop)) }];
+  });
   return { tensors: new Map(tensors), settings: JSON.parse(metadata.lora_adapter_metadata ?? "{}") };
 }
 

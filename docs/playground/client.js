@@ -20,7 +20,7 @@ export class Client {
     });
   }
 
-  request(type, value, { onStep = () => {}, signal } = {}) {
+  request(type, value, { onStep, signal } = {}) {
     const id = this.count++;
     signal?.addEventListener("abort", () => this.waiting.has(id) && this.worker.postMessage({ type: "cancel", id }));
     return new Promise((resolve, reject) => {
@@ -29,10 +29,13 @@ export class Client {
     });
   }
 
-  /** One picture, {width, height, pixels}; see `Model.draw`. `signal` ends it early, with an AbortError. */
+  /**
+   * One picture, {width, height, pixels}; see `Model.draw`. `onStep(step, picture)` gets it as it stands after each
+   * step; `signal` ends it early, with an AbortError.
+   */
   async draw(options, { onStep, signal } = {}) {
     await this.ready;
-    return this.request("draw", options, { onStep, signal });
+    return this.request("draw", { ...options, watched: onStep !== undefined }, { onStep, signal });
   }
 
   /** Draw with another adapter file from now on. */

@@ -61,13 +61,27 @@ function page(client, { defaults, subject, kinds, places }) {
     $("identifier").checked = new RegExp(`\\b${escaped(subject.identifier)}\\b`, "i").test($("prompt").value);
   }
 
-  async function draw() {
+  /** What is being drawn is not wanted any more; until something is, the picture is marked as busy. */
+  function outdated() {
+    clearTimeout(pause);
     drawing.abort();
+    $("canvas").setAttribute("aria-busy", true);
+  }
+
+  function settled(caption) {
+    $("caption").textContent = caption;
+    $("canvas").setAttribute("aria-busy", false);
+  }
+
+  async function draw() {
+    outdated();
     drawing = new AbortController();
+    const { signal } = drawing;
     const numbers = ["seed", "steps", "guidance", "strength"].map((id) => [id, value(id)]);
     const options = { prompt: $("prompt").value, ...Object.fromEntries(numbers) };
     const started = performance.now();
     const onStep = (step, picture) => {
+      if (signal.aborted) return;
       show($("canvas"), picture);
       while ($("film").children.length >= step) $("film").lastChild.remove();
       const frame = document.createElement("canvas");
@@ -78,18 +92,18 @@ function page(client, { defaults, subject, kinds, places }) {
       $("caption").textContent = `step ${step} of ${options.steps}`;
     };
     try {
-      await client.draw(options, { onStep, signal: drawing.signal });
+      await client.draw(options, { onStep, signal });
+      if (signal.aborted) return;
       $("canvas").setAttribute("aria-label", `The picture of: ${options.prompt}`);
-      $("caption").textContent =
-        `${options.steps} steps in ${((performance.now() - started) / 1000).toFixed(1)} seconds`;
+      settled(`${options.steps} steps in ${((performance.now() - started) / 1000).toFixed(1)} seconds`);
     } catch (error) {
-      if (error.name !== "AbortError") $("caption").textContent = error.message;
+      if (!signal.aborted) settled(error.message);
     }
   }
 
   function soon() {
     label();
-    clearTimeout(pause);
+    outdated();
     pause = setTimeout(draw, PAUSE);
   }
 
@@ -114,11 +128,14 @@ function page(client, { defaults, subject, kinds, places }) {
     soon();
   };
   $("adapter").onchange = async ({ target }) => {
+    const [file] = target.files;
+    if (!file) return; // the dialogue was closed
+    outdated();
     try {
-      await client.setAdapter(await target.files[0].arrayBuffer());
+      await client.setAdapter(await file.arrayBuffer());
       soon();
     } catch (error) {
-      $("caption").textContent = `${target.files[0].name} is no adapter of this base: ${error.message}.`;
+      settled(`${file.name} cannot be drawn with: ${error.message}.`);
     }
   };
   for (const id of ["prompt", "strength", "guidance", "steps", "seed"]) $(id).oninput = soon;

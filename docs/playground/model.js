@@ -30,8 +30,13 @@ async function download(names, tell) {
 
 const json = (buffer) => JSON.parse(new TextDecoder().decode(buffer));
 
-const gunzip = (buffer) =>
-  new Response(new Blob([buffer]).stream().pipeThrough(new DecompressionStream("gzip"))).arrayBuffer();
+/** What a gzip file holds; some servers have unpacked it on its way already. */
+async function gunzip(buffer) {
+  const [first, second] = new Uint8Array(buffer, 0, 2);
+  if (first !== 0x1f || second !== 0x8b) return buffer;
+  const stream = new Blob([buffer]).stream().pipeThrough(new DecompressionStream("gzip"));
+  return new Response(stream).arrayBuffer();
+}
 
 const product = (dims) => dims.reduce((a, b) => a * b, 1);
 
@@ -93,9 +98,9 @@ export class Model {
    * Draw one picture as diffusers does: {width, height, pixels}.
    *
    * `noise` is the initial latents, from which DPM-Solver++ draws without further noise; or the initial latents and as
-   * many numbers more for each step, and then, as with a seed alone, it draws with fresh noise at each step. A seed gives
-   * what `torch.Generator().manual_seed(seed)` gives. `onStep(step, picture)` gets the picture as it stands, and may be
-   * async; what it throws ends the drawing.
+   * many numbers more for each step, and then, as with a seed alone, it draws with fresh noise at each step. A seed
+   * gives what `torch.Generator().manual_seed(seed)` gives. `onStep(step, look)` may be async, and what it throws ends
+   * the drawing; `await look()` is the picture as it stands, which takes half as long as the step itself.
    */
   async draw({ prompt, seed = 0, steps, guidance, strength, noise }, onStep = () => {}) {
     const { latents: dims, defaults, schedule } = this.description;
@@ -121,7 +126,7 @@ export class Model {
     const states = float(joined(empty.data, wanted.data), [2, ...wanted.dims.slice(1)]);
     const fixed = { ...this.adapter, states, strength: float([strength], []) };
     let latents = normal(0);
-    let picture;
+    let look;
     for (const [index, timestep] of solver.timesteps.entries()) {
       const sample = float(joined(latents, latents), [2, ...dims]);
       const { output } = await this.unet.run({ ...fixed, sample, timestep: float([timestep], []) });
@@ -130,10 +135,11 @@ export class Model {
       const guided = guidance > 1 ? without.map((value, k) => value + guidance * (withPrompt[k] - value)) : withPrompt;
       const { latents: next, clean } = solver.step(guided, latents, stochastic ? normal(index + 1) : null);
       latents = next;
-      picture = await this.decode(clean); // after the last step no noise is left: `clean` is the picture
-      await onStep(index + 1, picture);
+      let picture;
+      look = async () => (picture ??= await this.decode(clean));
+      await onStep(index + 1, look);
     }
-    return picture;
+    return look(); // after the last step no noise is left: what the UNet sees is the picture
   }
 }
 

@@ -12,9 +12,10 @@ export function timesteps(schedule, steps) {
   if (!Number.isInteger(steps) || steps < 1 || steps > total) {
     throw new RangeError(`steps=${steps} must be a whole number from 1 to ${total}.`);
   }
+  // In numpy's order, whose rounding decides where a half is met: as its `arange` and its `linspace` compute.
   const spaced = {
-    trailing: (i) => round(total - (i * total) / steps) - 1,
-    linspace: (i) => round(((total - 1) * (steps - i)) / steps),
+    trailing: (i) => round(total + i * (total - total / steps - total)) - 1,
+    linspace: (i) => round((steps - i) * ((total - 1) / steps)),
     leading: (i) => Math.floor(total / (steps + 1)) * (steps - i) + schedule.steps_offset,
   }[schedule.timestep_spacing];
   if (!spaced) throw new Error(`This page knows no timestep_spacing=${schedule.timestep_spacing}.`);
@@ -44,8 +45,8 @@ export class Solver {
   }
 
   /**
-   * One step, from the UNet's `output` for the noisy latents `x`; returns the next latents and, as `clean`, the picture's
-   * latents as the UNet sees them from here.
+   * One step, from the UNet's `output` for the noisy latents `x`; returns the next latents and, as `clean`, the
+   * picture's latents as the UNet sees them from here.
    */
   step(output, x, noise) {
     const i = this.index++;

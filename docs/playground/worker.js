@@ -13,9 +13,9 @@ async function load() {
   return model.description;
 }
 
-async function draw(id, options) {
-  return model.draw(options, async (step, picture) => {
-    postMessage({ type: "step", id, step, picture });
+async function draw(id, { watched, ...options }) {
+  return model.draw(options, async (step, look) => {
+    if (watched) postMessage({ type: "step", id, step, picture: await look() });
     await messages();
     if (cancelled.delete(id)) throw new DOMException("Another drawing took its place.", "AbortError");
   });
