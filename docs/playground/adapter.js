@@ -13,9 +13,10 @@ function header(buffer) {
 /** Name -> {dims, data}, and the settings that diffusers keeps in the header. */
 function parse(buffer) {
   const [{ __metadata__: metadata = {}, ...entries }, offset] = header(buffer);
-  const tensors = Object.entries(entries).map(([name, { dtype, shape, data_offsets: [start, stop] }]) => {
+  const tensors = Object.entries(entries).map(([name, { dtype, shape, data_offsets: range }]) => {
     if (dtype !== "F32") throw new Error(`tensor ${name} is ${dtype}, and should be F32`);
-    return [name, { dims: shape, data: new Float32Array(buffer.slice(offset + start, offset + stop)) }];
+    const bytes = buffer.slice(offset + range[0], offset + range[1]);
+    return [name, { dims: shape, data: new Float32Array(bytes) }];
   });
   return { tensors: new Map(tensors), settings: JSON.parse(metadata.lora_adapter_metadata ?? "{}") };
 }
