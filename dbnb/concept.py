@@ -150,8 +150,8 @@ class Concept:
         lines = [f"{self.instance_prompt!r} against {self.class_prompt!r}: {len(self.paths)} pictures"]
         kept_apart = {path.name for path in self.held_out}
         for note in self.notes:
-            state = "held out" if note.name in kept_apart else "used   " if note.used else "skipped"
-            lines.append(f"  {state} {printable(note.name):<24} {note.size:<12} {note.mode:<6} {note.note}".rstrip())
+            state = "held out" if note.name in kept_apart else "used" if note.used else "skipped"
+            lines.append(f"  {state:<8} {printable(note.name):<24} {note.size:<12} {note.mode:<6} {note.note}".rstrip())
         if self.captions:
             without = sum(path.name not in self.captions for path in (*self.paths, *self.held_out))
             rest = f"; {without} without one keep {self.instance_prompt!r}" if without else ""

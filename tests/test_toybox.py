@@ -127,3 +127,12 @@ def test_wild_toys_have_any_colours_and_captions_name_none():
         assert row[1] == row[2] == len(toybox.COLORS)
         assert not set(caption_of(row, rng).split()) & set(toybox.COLORS)
     assert draw("wild", 0)[0] == draw("wild", 1)[0] != draw("wild", 2)[0]  # two shots a toy
+
+
+def test_a_mask_is_where_the_picture_is_the_toys():
+    toy, other = (toybox.Toy(kind="dog", body=color, accent=color, pattern="plain") for color in ("red", "blue"))
+    shots = [np.asarray(toybox.photograph(t, scene="grass", seed=4), dtype=int) for t in (toy, other)]
+    changed = np.abs(shots[0] - shots[1]).max(2) > 8  # what the colour of the toy changes is the toy
+    mask = np.asarray(toybox.mask(toy, seed=4))
+    assert mask.shape == (64, 64) and 0.05 < (mask > 0).mean() < 0.6
+    assert not changed[mask == 0].any() and changed[mask == 255].mean() > 0.9  # eyes and nose stay as they are

@@ -34,6 +34,7 @@ __all__ = [
     "PATTERNS",
     "SCENES",
     "Toy",
+    "mask",
     "named_toy",
     "photograph",
     "pixels",
@@ -49,6 +50,18 @@ def photograph(toy: Toy, *, scene: str = "beach", seed: int = 0, size: int = 64,
     The same arguments give the same picture at any size. Raises ValueError for an unknown scene or a size below 8.
     """
     return Image.fromarray(pixels(toy, scene=scene, seed=seed, size=size, supersample=supersample))
+
+
+def mask(toy: Toy, *, seed: int = 0, size: int = 64, supersample: int = 2) -> Image.Image:
+    """Where the toy is in `photograph(toy, seed=seed)`, whatever the scene: white on black, grey at its edges.
+
+    Raises ValueError for a size below 8.
+    """
+    if size < 8 or supersample < 1:
+        raise ValueError(f"size={size}, supersample={supersample}: size must be at least 8 and supersample at least 1.")
+    from dbnb.toybox.render import silhouette  # as below
+
+    return Image.fromarray(silhouette(parts(toy), _view(seed), size, supersample))
 
 
 def pixels(toy: Toy, *, scene: str, seed: int, size: int = 64, supersample: int = 2) -> np.ndarray:

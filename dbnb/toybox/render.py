@@ -156,6 +156,39 @@ def _patterned(pattern, x, y, z):
     return False
 
 
+@njit(cache=True)
+def _camera(azimuth, elevation):
+    """The camera's directions, forward, right and up, as nine numbers.
+
+    The toy looks along +x; at azimuth 0 the camera stands at +z and sees it from the side.
+    """
+    ca, sa, ce, se = math.cos(azimuth), math.sin(azimuth), math.cos(elevation), math.sin(elevation)
+    return -sa * ce, -se, -ca * ce, ca, 0.0, -sa, -sa * se, ce, -ca * se
+
+
+@njit(cache=True)
+def silhouette(parts, view, size, supersample):
+    """The share of each pixel's rays that meet the toy, (size, size) uint8; the arguments are those of `render`."""
+    azimuth, elevation, zoom, shift_x, shift_y = view[:5]
+    fx, fy, fz, rx, ry, rz, ux, uy, uz = _camera(azimuth, elevation)
+    ox, oy, oz = -_DISTANCE * fx, _LOOK_AT - _DISTANCE * fy, -_DISTANCE * fz
+    out = np.empty((size, size), np.uint8)
+    n = size * supersample
+    for py in range(size):
+        for px in range(size):
+            met = 0
+            for s in range(supersample * supersample):
+                u = 2.0 * (px * supersample + s % supersample + 0.5) / n - 1.0
+                v = 1.0 - 2.0 * (py * supersample + s // supersample + 0.5) / n
+                x, y = (u / zoom + shift_x) * _TAN_HALF_FOV, (v / zoom + shift_y) * _TAN_HALF_FOV
+                dx, dy, dz = fx + x * rx + y * ux, fy + x * ry + y * uy, fz + x * rz + y * uz
+                norm = 1.0 / math.sqrt(dx * dx + dy * dy + dz * dz)
+                if _trace(parts, ox, oy, oz, dx * norm, dy * norm, dz * norm) >= 0.0:
+                    met += 1
+            out[py, px] = int(255.0 * met / (supersample * supersample) + 0.5)
+    return out
+
+
 @njit(cache=True, nogil=True)
 def render(parts, body, accent, pattern, scene, view, size, supersample):
     """A photograph, (size, size, 3) uint8.
@@ -163,11 +196,7 @@ def render(parts, body, accent, pattern, scene, view, size, supersample):
     view: azimuth, elevation (radians), zoom, shift x, shift y, light azimuth, light elevation, horizon, phase.
     """
     azimuth, elevation, zoom, shift_x, shift_y, light_az, light_el, horizon, phase = view
-    ca, sa, ce, se = math.cos(azimuth), math.sin(azimuth), math.cos(elevation), math.sin(elevation)
-    # The toy looks along +x; at azimuth 0 the camera stands at +z and sees it from the side.
-    fx, fy, fz = -sa * ce, -se, -ca * ce  # forward
-    rx, ry, rz = ca, 0.0, -sa  # right
-    ux, uy, uz = -sa * se, ce, -ca * se  # up
+    fx, fy, fz, rx, ry, rz, ux, uy, uz = _camera(azimuth, elevation)
     ox, oy, oz = -_DISTANCE * fx, _LOOK_AT - _DISTANCE * fy, -_DISTANCE * fz
     # Light from behind the camera, turned to a side.
     la = azimuth + light_az
