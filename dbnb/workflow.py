@@ -22,6 +22,7 @@ from dbnb.concept import SAMPLE_DIR, SHOWN, Concept, inspect_images, load_image,
 from dbnb.config import DreamBoothConfig
 from dbnb.dataset import DreamBoothDataset
 from dbnb.files import whole
+from dbnb.fit import FEWEST, base_fit
 from dbnb.models import (
     Components,
     check_base,
@@ -141,6 +142,13 @@ def prepare(
             batch_size=config.sample_batch_size, seed=config.seed, class_data_dir=config.class_data_dir,
         )  # fmt: skip
         tell(f"class images: {prior.decision} ({prior.reason})")
+        if prior.decision != "own" and len(prior.paths) >= FEWEST:  # the base's own drawings show what it knows
+            fit = base_fit(
+                components, concept.paths, prior.paths, concept.class_prompt, resolution=config.resolution,
+                batch_size=config.train_batch_size,
+            )  # fmt: skip
+            if remark := fit.remark():
+                tell(remark)
     add_adapters(
         components,
         lora_layers=config.lora_layers,
