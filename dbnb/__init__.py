@@ -30,6 +30,7 @@ __all__ = [
     "exercises",  # checks of what a learner writes, and quizzes
     "export",  # step 7: the adapter file, the model card, the Hub
     "files",  # files that are written whole or not at all; caches
+    "fit",  # is a picture in the base's world
     "forecast",  # what a run will draw and train, and how long that takes
     "lora_checks",  # the faults that the doctor knows
     "lora_file",  # LoRA files in every naming

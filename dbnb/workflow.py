@@ -26,6 +26,7 @@ from dbnb.config import DreamBoothConfig
 from dbnb.dataset import DreamBoothDataset, Mixture
 from dbnb.drawing import timed
 from dbnb.files import cache_dir, whole
+from dbnb.fit import FEWEST, base_fit
 from dbnb.forecast import Forecast
 from dbnb.models import (
     Components,
@@ -196,6 +197,17 @@ def prepare(
                 class_data_dir=one.class_data_dir,
             )
             tell(f"class images: {prior.decision} ({prior.reason})")
+            if prior.decision != "own" and len(prior.paths) >= FEWEST:  # the base's own drawings show what it knows
+                fit = base_fit(
+                    components,
+                    concept.paths,
+                    prior.paths,
+                    concept.class_prompt,
+                    resolution=config.resolution,
+                    batch_size=config.train_batch_size,
+                )
+                if remark := fit.remark():
+                    tell(remark)
         subjects.append(Subject(one, concept, prior))
     add_adapters(components, config.adapters)
     held_out = _dataset(subjects, held_out=True) if config.holdout else None

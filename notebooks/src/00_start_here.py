@@ -141,7 +141,17 @@ print("the sample toy was photographed:", ", ".join(SCENES[scene] for scene in p
 print("it was never photographed:", ", ".join(SCENES[scene] for scene in SCENES if scene not in photographed))
 
 # %% [markdown]
-# Two prompts follow from the two words. `sks` is the **identifier**: a rare word without a meaning of its own, which
+# **A toy of your own.** In a class everybody may train on a toy that nobody else has. Design one: where the fields are
+# shown, the picture follows what you choose. `PHOTOGRAPHS = designer.photographs("mytoy")` writes five photographs of it,
+# and six others to compare with; with that folder, and the toy's kind as `class_word`, run the cells from *Choose a base* on
+# again. (In a terminal: `python -m dbnb.toybox --help`.)
+
+# %%
+designer = widgets.ToyDesigner(kind="cat", body="#1fa2a0", accent="pink", pattern="striped", accessory="hat")
+designer
+
+# %% [markdown]
+# This notebook goes on with the sample toy. Two prompts follow from the two words. `sks` is the **identifier**: a rare word without a meaning of its own, which
 # will come to mean this toy. It is used like a name, so no article stands before it. `dog` is the **class word**: what
 # kind of thing the toy is, which the model knows already.
 
