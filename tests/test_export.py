@@ -16,17 +16,15 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-import diffusers
 import numpy as np
 import pytest
 import torch
 import yaml
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
-from families import write
+from families import READS_FLAT_CLIP, write
 from huggingface_hub import ModelCard
 from huggingface_hub.utils import validate_repo_id
 from markdown_it import MarkdownIt
-from packaging import version
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -86,14 +84,8 @@ def test_saved_adapters_draw_the_same_picture_in_plain_diffusers(components, tmp
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
 
-_READS_FLAT_CLIP = pytest.mark.skipif(
-    version.parse(diffusers.__version__) < version.parse("0.40"),
-    reason="diffusers 0.39 finds no ranks of a text encoder without a `text_model` level, unless metadata say them",
-)
-
-
 @pytest.mark.parametrize("lora_layers, use_rslora", [("attention", False), ("all", False), ("all", True)])
-@pytest.mark.parametrize("train_text_encoder", [False, pytest.param(True, marks=_READS_FLAT_CLIP)])
+@pytest.mark.parametrize("train_text_encoder", [False, pytest.param(True, marks=READS_FLAT_CLIP)])
 def test_the_kohya_file_draws_the_same_picture_through_diffusers_own_reader(
     components, tmp_path, train_text_encoder, lora_layers, use_rslora
 ):
