@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import math
 import textwrap
 import warnings
 from collections.abc import Mapping, Sequence
@@ -122,7 +123,9 @@ def image_rows(
     for r, row in enumerate(rows):
         for c in range(columns):
             bottom = height - top - (r + 1) * (side + above_row)
-            axis = figure.add_axes(((left + c * side) / width, bottom / height, tile / width, tile / height))
+            axis = figure.add_axes(
+                (_exact(left + c * side, width), _exact(bottom, height), tile / width, tile / height)
+            )
             axis.axis("off")
             if c < len(row):
                 axis.imshow(np.asarray(row[c]), interpolation="lanczos" if row[c].width > _SMALL_PICTURE else "nearest")
@@ -133,6 +136,12 @@ def image_rows(
     if title:
         figure.suptitle("\n".join(wrapped), fontsize=TITLE, y=1.0 - 0.08 * _DPI / height)
     return figure
+
+
+def _exact(pixels: int, of: int) -> float:
+    """The share of a figure that is so many of its pixels, and not one less by rounding."""
+    share = pixels / of
+    return share if share * of >= pixels else math.nextafter(share, 1.0)
 
 
 def _plot(xlabel: str, ylabel: str, title: str = "", size: tuple[float, float] = (6.4, 3.2)) -> tuple[Figure, Any]:
