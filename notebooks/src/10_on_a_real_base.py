@@ -224,7 +224,7 @@ print(f"{SD} and 8 GB: fits in half precision with checkpointing")
 # stays loaded, as the text encoder does, and a large one (DeepFloyd IF has a T5 of billions of parameters) can outweigh the
 # UNet.
 #
-# This is arithmetic, checked against what a real forward pass keeps (a test of this project does so on a small UNet), and
+# This is arithmetic, checked against the memory of real steps (a test of this project does so on a small UNet), and
 # not a measurement on each card: leave a margin.
 #
 # ## What changes for a real base
