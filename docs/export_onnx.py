@@ -136,7 +136,8 @@ def read_adapter(adapter: Path) -> dict[str, dict[str, list[int]]]:
         keys = {key: file.get_slice(key).get_shape() for key in file.keys()}
     layers: dict[str, dict[str, list[int]]] = {}
     for key, shape in keys.items():
-        part, _, rest = key.partition(".")
+        # Files that adapt attention alone call the halves down and up.
+        part, _, rest = key.replace(".lora.down.", ".lora_A.").replace(".lora.up.", ".lora_B.").partition(".")
         name, found, half = rest.removesuffix(".weight").rpartition(".lora_")
         if part != "unet" or not found or half not in ("A", "B"):
             raise ValueError(

@@ -158,6 +158,14 @@ def test_what_the_page_loads_to_draw_is_at_most_35_megabytes(site):
     assert sum(path.stat().st_size for path in (site / "playground").rglob("*") if path.is_file()) <= 35e6
 
 
+def test_both_namings_of_an_adapters_halves_are_read(adapter, tmp_path):
+    pytest.importorskip("onnx", reason='needs pip install -e ".[book]"')
+    read = _module("export_onnx").read_adapter
+    layers = read(_adapter(tmp_path / "attention", rank=2, lora_layers="attention", seed=1))
+    assert layers and set(layers) < set(read(adapter))
+    assert all(shape["A"][0] == shape["B"][1] == 2 for shape in layers.values())
+
+
 def test_an_adapter_that_the_page_cannot_draw_with_is_refused_in_a_sentence(tmp_path):
     pytest.importorskip("onnx", reason='needs pip install -e ".[book]"')
     components = load_components("miniature")
@@ -419,7 +427,7 @@ def test_every_notebook_has_a_page_and_the_first_page_is_the_live_one(tab, site,
 def test_every_page_opens_on_a_desk_and_on_a_phone(tab, site, address):
     for name in _pages(site):
         tab.set_viewport_size(DESKTOP)
-        tab.goto(address + name)
+        tab.goto(address + name, wait_until="networkidle")
         for size in (DESKTOP, PHONE):
             tab.set_viewport_size(size)
             width = tab.evaluate("document.documentElement.scrollWidth")

@@ -10,13 +10,16 @@ function header(buffer) {
   }
 }
 
+/** Files that adapt attention alone call the halves down and up; the graph calls them A and B. */
+const canonical = (name) => name.replace(".lora.down.", ".lora_A.").replace(".lora.up.", ".lora_B.");
+
 /** Name -> {dims, data}, and the settings that diffusers keeps in the header. */
 function parse(buffer) {
   const [{ __metadata__: metadata = {}, ...entries }, offset] = header(buffer);
   const tensors = Object.entries(entries).map(([name, { dtype, shape, data_offsets: range }]) => {
     if (dtype !== "F32") throw new Error(`tensor ${name} is ${dtype}, and should be F32`);
     const bytes = buffer.slice(offset + range[0], offset + range[1]);
-    return [name, { dims: shape, data: new Float32Array(bytes) }];
+    return [canonical(name), { dims: shape, data: new Float32Array(bytes) }];
   });
   return { tensors: new Map(tensors), settings: JSON.parse(metadata.lora_adapter_metadata ?? "{}") };
 }
