@@ -1,4 +1,4 @@
-"""Captions that photographs come with, as other trainers read them. Built in notebook 05.
+"""Captions that photographs come with, as other trainers read them.
 
 A text file beside a photograph (`dog.txt`, or kohya's `dog.caption`) comes first, then the folder's `metadata.jsonl`
 (`file_name` and `text`, Hugging Face's imagefolder), then a folder's name as kohya's trainer has it: `10_sks dog` asks

@@ -1,11 +1,9 @@
 """Several subjects in one adapter: a JSON file tells of each what the command's own options tell of one.
 
-    [
-        {"instance_data_dir": "photos/rex", "identifier": "sks", "class_word": "dog"},
-        {"instance_data_dir": "photos/tom", "identifier": "zwx", "class_word": "cat"}
-    ]
-
-Built in notebook 10.
+[
+    {"instance_data_dir": "photos/rex", "identifier": "sks", "class_word": "dog"},
+    {"instance_data_dir": "photos/tom", "identifier": "zwx", "class_word": "cat"}
+]
 """
 
 from __future__ import annotations

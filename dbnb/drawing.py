@@ -1,6 +1,6 @@
 """Drawing: a base's own pipeline, a fast solver, and pictures whose seeds alone decide them.
 
-Class images (step 2), validation (step 7) and every measure draw with these functions. Built in notebook 02.
+Class images (step 2), validation (step 7) and every measure draw with these functions.
 """
 
 from __future__ import annotations

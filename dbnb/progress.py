@@ -1,4 +1,4 @@
-"""What a run draws at its validation steps, and measures where that is asked for. Built in notebook 08."""
+"""What a run draws at its validation steps, and measures where that is asked for."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""When to stop, and which checkpoint is best: one number for what was gained and what was kept. Built in notebook 08.
+"""When to stop, and which checkpoint is best: one number for what was gained and what was kept.
 
 Subject fidelity grows with the steps while the class word and the words of a prompt lose what they meant; neither tells
 when to stop. The rule here is the harmonic mean of three shares, each 1 at best: it is high only where all are.

@@ -140,7 +140,7 @@ def grid(
     """(step, strength) -> the picture of one prompt and one seed, for each checkpoint of a run's folder.
 
     The adapters are afterwards as they were before. Raises ValueError where there is no checkpoint, or one belongs to
-    other adapters. `plots.grid` shows the pictures. Built in notebook 07.
+    other adapters. `plots.grid` shows the pictures.
     """
     found = checkpoints(Path(folder))
     if not found:

@@ -153,3 +153,13 @@ def test_the_package_lists_its_modules():
     modules = {path.stem for path in (ROOT / "dbnb").glob("*.py")} | {"exercises", "miniature", "toybox"}
     assert sorted(dbnb.__all__) == sorted(modules - {"__init__", "__main__"})
     assert all(getattr(dbnb, name).__doc__ for name in dbnb.__all__)
+
+
+@pytest.mark.parametrize("path", _MODULES, ids=lambda path: path.stem)
+def test_a_module_that_is_built_in_a_notebook_is_used_there(path):
+    docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    for number in re.findall(r"[Bb]uilt in\s+notebook (\d\d)", docstring):
+        [script] = (ROOT / "notebooks" / "src").glob(f"{number}_*.py")
+        imported = re.findall(r"^from dbnb(?:\.(\w+))? import (.+)$", script.read_text(encoding="utf-8"), re.M)
+        names = {module or name.strip() for module, names in imported for name in names.split(",")}
+        assert path.stem in names, f"notebook {number} does not import dbnb.{path.stem}"

@@ -57,7 +57,7 @@ from dbnb.adapters import adapted_modules, add_adapters, train_mode, trainable_p
 from dbnb.config import DreamBoothConfig
 from dbnb.dataset import DreamBoothDataset, cache_latents
 from dbnb.models import load_components
-from dbnb.planner import BASES, training_memory
+from dbnb.planner import BASES, CARDS, training_memory
 from dbnb.presets import PRESETS
 from dbnb.tables import Table
 from dbnb.toybox import SCENES
@@ -149,7 +149,7 @@ switches = {
     "checkpointing": memory(SD, True),
     "8, with\ncheckpointing": memory(SD, True, 8),
 }
-cards = {f"{size} GB": size for size in (8, 16, 24)}
+cards = {f"{size} GB": size for size in CARDS}
 plots.show(
     plots.bars(
         {name: {"in all": sum(plan.values()) + LIBRARIES} for name, plan in switches.items()},
@@ -157,7 +157,7 @@ plots.show(
         marks=cards,
         title=f"{SD}: pictures and checkpointing count, the rank does not",
     ),
-    alt="Five bars against the lines of three cards: fewer pictures and gradient checkpointing lower them, the rank does not",
+    alt="Five bars against the lines of four cards: fewer pictures and gradient checkpointing lower them, the rank does not",
 )
 
 # %%
@@ -166,9 +166,8 @@ few, many, kept = (memory(SD, *options)["activations"] for options in ((False, 2
 print(f"8 pictures keep {many / few:.1f} times what 2 keep; checkpointing leaves less than half: {kept < few / 2}")
 
 # %% [markdown]
-# **What you should see**: only eight pictures without checkpointing go past the smallest card; with it, eight take less than two
-# without. What checkpointing costs in time can be measured
-# here, on the miniature: six steps each way, the median of the last five.
+# **What you should see**: only eight pictures without checkpointing go past the smallest card; with it, eight take hardly
+# more than two without. What checkpointing costs in time can be measured here, on the miniature: six steps each way, the median of the last five.
 
 # %%
 import statistics
