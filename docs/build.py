@@ -72,7 +72,8 @@ def page(notebook: Path) -> nbformat.NotebookNode:
     content.cells[0].source = f'{title}\n\n<div class="links">{links}</div>\n{rest}'
     for cell in content.cells:
         for output in cell.get("outputs", ()):
-            if WIDGET in output.get("data", {}):
+            data = output.get("data", {})
+            if data.pop(WIDGET, None) and not {"text/html", "image/png"} & data.keys():  # nothing to see in its place
                 output.data = {"text/plain": "Sliders and buttons stand here where the notebook runs."}
     return content
 
@@ -84,6 +85,8 @@ def stage(packages: Path, source: Path, static: Path) -> None:
     (source / "notebooks").mkdir(parents=True)
     for notebook in NOTEBOOKS:
         nbformat.write(page(notebook), source / "notebooks" / notebook.name)
+    (source / "docs").mkdir()
+    shutil.copy(DOCS / "glossary.md", source / "docs")  # at the place that the notebooks link to
     shutil.copytree(DOCS / "playground", source / "playground", ignore=shutil.ignore_patterns(*LOADED))
     shutil.copytree(SAMPLE_DIR / "photos", source / "playground" / "photos")
     shutil.copytree(DOCS / "theme", static)

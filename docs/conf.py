@@ -26,6 +26,7 @@ html_copy_source = False
 html_use_index = False
 html_static_path = [book["static"]]
 html_css_files = ["book.css"]
+myst_heading_anchors = 2  # the terms of the glossary
 myst_enable_extensions = ["attrs_block", "dollarmath"]
 nb_execution_mode = "off"
 nb_mime_priority_overrides = [("html", "application/vnd.jupyter.widget-view+json", None)]

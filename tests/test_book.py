@@ -421,7 +421,7 @@ def test_every_notebook_has_a_page_and_the_first_page_is_the_live_one(tab, site,
     tab.wait_for_url("**/playground/index.html")
     entries = tab.locator(".sidebar-tree a").evaluate_all("links => links.map((link) => link.textContent.trim())")
     assert entries[0] == tab.locator("h1").inner_text() == "Draw with the miniature"
-    assert len(entries) == 1 + len(build.NOTEBOOKS)
+    assert len(entries) == 1 + len(build.NOTEBOOKS) + 1 and entries[-1] == "Glossary"
 
 
 def test_every_page_opens_on_a_desk_and_on_a_phone(tab, site, address):

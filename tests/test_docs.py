@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 GLOSSARY = (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8")
-ENTRY = re.compile(r"^### ([^\n]+)\n\n([^#]+?)\n\nTaught in \[[^]]+\]\(\.\./notebooks/(\d\d_\w+)\.ipynb\)\.$", re.M)
+ENTRY = re.compile(r"^## ([^\n]+)\n\n([^#]+?)\n\nTaught in \[[^]]+\]\(\.\./notebooks/(\d\d_\w+)\.ipynb\)\.$", re.M)
 TERMS = {term: (sentence, notebook) for term, sentence, notebook in ENTRY.findall(GLOSSARY)}
 SCRIPTS = sorted((ROOT / "notebooks" / "src").glob("*.py"))
 
@@ -30,7 +30,7 @@ def _anchor(heading: str) -> str:
 
 
 def test_the_glossary_is_sorted_and_whole():
-    headings = re.findall(r"^### (.+)$", GLOSSARY, re.M)
+    headings = re.findall(r"^## (.+)$", GLOSSARY, re.M)
     assert headings == list(TERMS) == sorted(TERMS, key=str.lower) and len(headings) > 50
 
 
