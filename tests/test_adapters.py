@@ -100,7 +100,7 @@ def test_the_same_seed_gives_the_same_adapters_and_leaves_global_randomness_alon
 
 
 @pytest.mark.parametrize("part", ["unet", "text_encoder"])
-def test_on_a_cpu_training_takes_one_product_and_computes_what_peft_computes(components, part, monkeypatch):
+def test_on_a_cpu_a_layer_takes_one_product_and_computes_what_peft_computes(components, part, monkeypatch):
     add_adapters(components, rank=4, lora_alpha=8, train_text_encoder=True)
     module = components.modules()[part]
     layer = next(m for m in module.modules() if isinstance(m, lora.Linear))
@@ -120,14 +120,14 @@ def test_on_a_cpu_training_takes_one_product_and_computes_what_peft_computes(com
     asked = []
     monkeypatch.setattr(lora.Linear, "forward", lambda self, x, *_, **__: asked.append(1))
     layer(x)
-    assert not asked
-    with torch.no_grad():  # pictures are drawn the way that whoever loads the adapter draws them
+    with torch.no_grad():  # as pictures are drawn
         layer(x)
+    assert not asked
     with torch.autocast("cpu", torch.bfloat16):
         layer(x)
     module.disable_adapters()
     layer(x)
-    assert len(asked) == 3
+    assert len(asked) == 2
 
 
 _PARTS = ("down_blocks", "mid_block", "up_blocks")
