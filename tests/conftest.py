@@ -7,6 +7,9 @@ import tempfile
 
 os.environ["DBNB_CACHE"] = tempfile.mkdtemp(prefix="dbnb-tests-")
 os.environ["HF_HUB_OFFLINE"] = "1"
+if "PYTEST_XDIST_WORKER" in os.environ:  # several workers share the cores, and so do the programs that tests start
+    threads = os.cpu_count() // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.environ["OMP_NUM_THREADS"] = str(max(1, threads))
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import re
 import subprocess
 import sys
@@ -62,11 +63,18 @@ def test_ci_runs_the_commands_of_the_readme():
     readme, ci = (ROOT / "README.md").read_text(), (ROOT / ".ci" / "run").read_text()
     for command in (
         "pip install -c constraints/linux-cpu.txt -e . && python -m dbnb",
-        'pip install -c constraints/linux-cpu.txt -e ".[test]" && pytest',
-        'pip install -c constraints/colab.txt -e ".[test]" && coverage run -m pytest tests && coverage report',
+        'pip install -c constraints/linux-cpu.txt -e ".[test]" && pytest -n auto --dist loadfile',
+        'pip install -c constraints/colab.txt -e ".[test]" && pytest tests -n auto --dist loadfile --cov',
     ):
         assert command in readme
         assert command.replace("pip install", "pip install --quiet") in ci
+
+
+def test_the_readmes_measured_tables_are_those_of_the_benchmarks(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "tests" / "benchmarks")
+    readme = (ROOT / "README.md").read_text()
+    assert importlib.import_module("results").filled(readme) == readme
+    assert readme.count("<!-- measured: ") >= 2
 
 
 def test_help_names_the_options_of_the_contract():
