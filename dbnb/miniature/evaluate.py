@@ -30,7 +30,7 @@ from dbnb.miniature import path
 from dbnb.miniature.alike import differences_of, look_alike, turned
 from dbnb.miniature.data import ATTRIBUTES, CHUNK, SHOTS, draw, held_out, is_kept, labels_of, photographs, rendered
 from dbnb.models import load_components
-from dbnb.toybox.captions import article_for
+from dbnb.toybox.captions import whole_content
 from dbnb.toybox.sample import SAMPLE_TOY
 
 
@@ -96,11 +96,7 @@ def entropy(numbers: np.ndarray, bins: int) -> float:
 
 def full_caption(names: dict[str, str]) -> str:
     """A caption that says all the judge can read."""
-    words = " ".join(
-        w for w in (names["body"], names["pattern"] if names["pattern"] != "plain" else "", names["kind"]) if w
-    )
-    tail = "" if names["accessory"] == "none" else f" with a {names['accent']} {names['accessory']}"
-    return f"a photo of {article_for(words)} {words}{tail} {toybox.SCENES[names['scene']]}"
+    return whole_content(**names).plainly()
 
 
 def hue(pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
