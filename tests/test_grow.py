@@ -9,7 +9,8 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from dbnb import miniature
-from dbnb.miniature import design, grow
+from dbnb.miniature import design, evaluate, grow
+from dbnb.miniature.data import photographs
 
 
 @pytest.fixture
@@ -57,3 +58,12 @@ def test_the_command_grows_a_base_resumes_and_ships(tmp_path):
     assert torch.load(tmp_path / "run" / "unet.pt", weights_only=True)["step"] == 3
     with pytest.raises(ValueError, match="was made from"):
         grow.main([*options, "--steps", *"242", "--stages", "unet", "--seed", "1"])
+
+
+def test_the_judge_reads_large_photographs_of_the_same_toys(tmp_path):
+    small, labels = photographs("test", 24, tmp_path)
+    large, same = photographs("test", 24, tmp_path, size=grow.SIZE)
+    assert large.shape == (24, 128, 128, 3) and (labels == same).all() and len(list(tmp_path.iterdir())) == 2
+    judge = evaluate.Judge(miniature.path())
+    assert min(evaluate.accuracy(judge(large), labels).values()) > 0.9
+    assert abs(large.reshape(24, 64, 2, 64, 2, 3).mean((2, 4)) - small).mean() < 2.0
