@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import nn
 from transformers import CLIPTextModel
 
@@ -100,10 +101,10 @@ def train_grown_vae(data: Photographs, small: AutoencoderKL, stage: Stage):
         with torch.autocast(stage.device, torch.bfloat16, enabled=stage.mixed_precision == "bf16"):
             with torch.no_grad():
                 wanted = small.encode(F.avg_pool2d(pictures, 2)).latent_dist.mean.float()
-            posterior = vae.encode(pictures).latent_dist
+            posterior = DiagonalGaussianDistribution(vae.encode(pictures).latent_dist.parameters.float())
             decoded = vae.decode(posterior.sample(rng)).sample.float()
-        kl = 0.5 * (posterior.mean**2 + posterior.var - 1.0 - posterior.logvar).float().mean()
-        tie = F.mse_loss(posterior.mean[:, :kept].float(), wanted)
+        kl = 0.5 * (posterior.mean**2 + posterior.var - 1.0 - posterior.logvar).mean()
+        tie = F.mse_loss(posterior.mean[:, :kept], wanted)
         loss = difference(decoded, pictures) + 3e-4 * kl + _TIE * tie
         return dict(loss=loss, mse=F.mse_loss(decoded, pictures), kl=kl, tie=tie)
 
