@@ -10,7 +10,7 @@ from PIL import Image
 
 from dbnb import toybox
 from dbnb.miniature.data import ATTRIBUTES, SHOTS, caption_of, draw, held_out, labels_of
-from dbnb.toybox.captions import IDENTIFIERS, caption, content
+from dbnb.toybox.captions import IDENTIFIERS, caption, content, whole_content
 from dbnb.toybox.sample import PICTURES, SAMPLE_DIR, SAMPLE_TOY, SIZE
 
 
@@ -116,6 +116,21 @@ def test_training_never_sees_a_held_out_combination_and_the_test_split_does():
         assert len(pairs) == len(toybox.KINDS) * len(toybox.SCENES)
     for i, values in enumerate(ATTRIBUTES.values()):
         assert set(labels[:, i]) == set(range(len(values)))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "accessory", "sentence"),
+    [
+        ("plain", "none", "a photo of a red and blue dog in the snow"),
+        ("plain", "scarf", "a photo of a red dog with a blue scarf in the snow"),
+        ("spotted", "none", "a photo of a red dog with blue spots in the snow"),
+        ("striped", "hat", "a photo of a red striped dog with a blue hat in the snow"),
+    ],
+)
+def test_the_whole_content_names_all_and_the_accents_colour_too(pattern, accessory, sentence):
+    names = dict(kind="dog", body="red", accent="blue", pattern=pattern, accessory=accessory, scene="snow")
+    assert whole_content(**names).plainly() == sentence
+    assert sentence in {caption(**names, rng=np.random.default_rng(seed)) for seed in range(400)}  # as in training
 
 
 def test_wild_toys_have_any_colours_and_captions_name_none():

@@ -83,7 +83,7 @@ def figures(result: dict) -> str:
         "circle ({}°)".format(any_colors["psnr"], any_colors["hue_error"][worst], worst),
         "judge on its reconstructions": _percent(result["autoencoder"]["judged"]),
         "judge on unseen renders": _percent(result["judge"]),
-        "drawn as asked (an accent colour is asked for with an accessory only)": _percent(result["drawn"]),
+        "drawn as asked": _percent(result["drawn"]),
         "drawn as asked, held-out combinations": _percent(result["composition"]),
         "entropy for 'a photo of a dog' (share of uniform)": _percent(result["diversity"]),
         "the same, of rendered dogs": _percent(result["diversity_of_renders"]),

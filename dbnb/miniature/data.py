@@ -19,6 +19,7 @@ from dbnb.toybox.captions import caption
 # with them the model can paint, and the identity encoder tell apart, what the eight names do not cover.
 _SPLITS = {"train": 0, "test": 1, "wild": 2}
 _WORLD = 3  # raised whenever the same number shows another picture, so that old files are not read
+SIZE = 64  # pixels to a side of a photograph
 SHOTS = 2  # photographs of each toy, in different places: pairs for the identity encoder
 CHUNK = 6000  # photographs a file
 ALIKE = 6  # a toy and its look-alikes, for the identity encoder
@@ -84,21 +85,27 @@ def caption_of(labels: np.ndarray, rng: np.random.Generator) -> str:
     return caption(**names_of(labels), rng=rng)
 
 
-def _file(split: str, count: int, folder: Path, start: int) -> Path:
-    return folder / f"{split}-{start}-{count}-v{_WORLD}.npz"
+def _file(split: str, count: int, folder: Path, start: int, size: int) -> Path:
+    name = f"{split}-{start}-{count}" if size == SIZE else f"{split}-{start}-{count}-{size}px"
+    return folder / f"{name}-v{_WORLD}.npz"
 
 
-def is_kept(split: str, count: int, folder: Path, *, start: int = 0) -> bool:
+def is_kept(split: str, count: int, folder: Path, *, start: int = 0, size: int = SIZE) -> bool:
     """Whether `photographs` would read these and not render them."""
-    return _file(split, count, folder, start).exists()
+    return _file(split, count, folder, start, size).exists()
 
 
-def photographs(split: str, count: int, folder: Path, *, start: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """(count, 64, 64, 3) uint8 pictures and (count, 6) uint8 labels; rendered on all cores, then read from `folder`."""
-    path = _file(split, count, folder, start)
+def photographs(
+    split: str, count: int, folder: Path, *, start: int = 0, size: int = SIZE
+) -> tuple[np.ndarray, np.ndarray]:
+    """(count, size, size, 3) uint8 pictures and (count, 6) uint8 labels.
+
+    Rendered on all cores, then read from `folder`.
+    """
+    path = _file(split, count, folder, start, size)
     if not path.exists():
         shots = [draw(split, start + i) for i in range(count)]
-        images = rendered([(toy, names["scene"], seed) for toy, names, seed in shots])
+        images = rendered([(toy, names["scene"], seed) for toy, names, seed in shots], size)
         _keep(path, images=images, labels=np.stack([labels_of(names) for _, names, _ in shots]))
     with np.load(path) as file:
         return file["images"], file["labels"]
@@ -135,12 +142,12 @@ def look_alikes(split: str, count: int, folder: Path, *, start: int = 0) -> tupl
         return file["images"], alike
 
 
-def rendered(shots: Sequence[tuple[toybox.Toy, str, int]]) -> np.ndarray:
-    """(toy, scene, view seed) of each photograph -> (N, 64, 64, 3) uint8, on all cores."""
+def rendered(shots: Sequence[tuple[toybox.Toy, str, int]], size: int = SIZE) -> np.ndarray:
+    """(toy, scene, view seed) of each photograph -> (N, size, size, 3) uint8, on all cores."""
 
     def shoot(shot: tuple[toybox.Toy, str, int]) -> np.ndarray:
         toy, scene, seed = shot
-        return toybox.pixels(toy, scene=scene, seed=seed)
+        return toybox.pixels(toy, scene=scene, seed=seed, size=size)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # the compiled renderer releases the interpreter's lock
         return np.stack(list(pool.map(shoot, shots, chunksize=64)))

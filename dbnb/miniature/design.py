@@ -21,6 +21,7 @@ from dbnb.miniature.data import ATTRIBUTES
 from dbnb.toybox.captions import IDENTIFIERS
 
 RESOLUTION = 64
+LATENT_SIZE = 16  # to a side
 LATENT_CHANNELS = 6
 TEXT_LENGTH = 24
 TEXT_WIDTH = 128
@@ -97,24 +98,30 @@ def text_encoder(words: CLIPTokenizer) -> CLIPTextModel:
     return CLIPTextModel(CLIPTextConfig(**_text_config(words)))
 
 
-def vae() -> AutoencoderKL:
-    """(B, 3, 64, 64) in [-1, 1] <-> (B, 6, 16, 16) latents."""
+def vae(block_out_channels: tuple[int, ...] = (24, 48, 96), latent_channels: int = LATENT_CHANNELS) -> AutoencoderKL:
+    """(B, 3, 64, 64) in [-1, 1] <-> (B, 6, 16, 16) latents; each block more doubles the side of the picture."""
+    blocks = len(block_out_channels)
     return AutoencoderKL(
-        block_out_channels=(24, 48, 96),
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=block_out_channels,
+        down_block_types=("DownEncoderBlock2D",) * blocks,
+        up_block_types=("UpDecoderBlock2D",) * blocks,
         layers_per_block=1,
-        latent_channels=LATENT_CHANNELS,
+        latent_channels=latent_channels,
         norm_num_groups=8,
-        sample_size=RESOLUTION,
+        sample_size=LATENT_SIZE * 2 ** (blocks - 1),
         scaling_factor=1.0,
     )
+
+
+def large_vae() -> AutoencoderKL:
+    """(B, 3, 128, 128) in [-1, 1] <-> (B, 12, 16, 16) latents: twice the side."""
+    return vae((16, 24, 48, 96), 2 * LATENT_CHANNELS)
 
 
 def unet(block_out_channels: tuple[int, int, int] = (48, 96, 192)) -> UNet2DConditionModel:
     """Noise predictor on (B, 6, 16, 16). Attention at the highest level too, since LoRA paints only where it is."""
     return UNet2DConditionModel(
-        sample_size=RESOLUTION // 4,
+        sample_size=LATENT_SIZE,
         in_channels=LATENT_CHANNELS,
         out_channels=LATENT_CHANNELS,
         block_out_channels=block_out_channels,

@@ -28,9 +28,20 @@ from dbnb.config import DreamBoothConfig
 from dbnb.drawing import build_pipeline, draw_images, image_seed
 from dbnb.miniature import path
 from dbnb.miniature.alike import differences_of, look_alike, turned
-from dbnb.miniature.data import ATTRIBUTES, CHUNK, SHOTS, draw, held_out, is_kept, labels_of, photographs, rendered
+from dbnb.miniature.data import (
+    ATTRIBUTES,
+    CHUNK,
+    SHOTS,
+    SIZE,
+    draw,
+    held_out,
+    is_kept,
+    labels_of,
+    photographs,
+    rendered,
+)
 from dbnb.models import load_components
-from dbnb.toybox.captions import article_for
+from dbnb.toybox.captions import whole_content
 from dbnb.toybox.sample import SAMPLE_TOY
 
 
@@ -40,10 +51,15 @@ class Judge:
     def __init__(self, base: Path) -> None:
         self.model = AutoModelForImageClassification.from_pretrained(base / "judge").float().eval()
 
+    @staticmethod
+    def _pixels(images: np.ndarray) -> torch.Tensor:
+        """(N, H, W, 3) uint8 -> (N, 3, 64, 64) in [-1, 1]: it learned at that size, and larger ones are averaged."""
+        return F.adaptive_avg_pool2d(torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1.0, SIZE)
+
     @torch.no_grad()
     def __call__(self, images: np.ndarray) -> np.ndarray:
-        """(N, 64, 64, 3) uint8 -> (N, 6) numbers in the order of `ATTRIBUTES`."""
-        pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1.0
+        """(N, H, W, 3) uint8 -> (N, 6) numbers in the order of `ATTRIBUTES`."""
+        pixels = self._pixels(images)
         logits = torch.cat([self.model(part).logits for part in pixels.split(128)])
         groups = logits.split([len(values) for values in ATTRIBUTES.values()], dim=1)
         return torch.stack([group.argmax(1) for group in groups], dim=1).numpy()
@@ -51,7 +67,7 @@ class Judge:
     @torch.no_grad()
     def features(self, images: np.ndarray) -> np.ndarray:
         """(N, D) activations before the last layer, for the distances of two sets of pictures."""
-        pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1.0
+        pixels = self._pixels(images)
         parts = [self.model.resnet(part).pooler_output.flatten(1) for part in pixels.split(128)]
         return torch.cat(parts).double().numpy()
 
@@ -96,11 +112,7 @@ def entropy(numbers: np.ndarray, bins: int) -> float:
 
 def full_caption(names: dict[str, str]) -> str:
     """A caption that says all the judge can read."""
-    words = " ".join(
-        w for w in (names["body"], names["pattern"] if names["pattern"] != "plain" else "", names["kind"]) if w
-    )
-    tail = "" if names["accessory"] == "none" else f" with a {names['accent']} {names['accessory']}"
-    return f"a photo of {article_for(words)} {words}{tail} {toybox.SCENES[names['scene']]}"
+    return whole_content(**names).plainly()
 
 
 def hue(pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -141,7 +153,8 @@ def hue_errors_by_sector(images: np.ndarray, back: np.ndarray) -> dict[str, floa
 
 def there_and_back(components, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Pictures through the autoencoder, and the PSNR of each in decibels."""
-    back = np.stack([np.asarray(i) for i in metrics.through_vae(components, [Image.fromarray(i) for i in images], 64)])
+    pictures = [Image.fromarray(image) for image in images]
+    back = np.stack([np.asarray(i) for i in metrics.through_vae(components, pictures, images.shape[1])])
     return back, -10.0 * np.log10((((back.astype(np.float64) - images) / 255.0) ** 2).mean((1, 2, 3)))
 
 
@@ -171,7 +184,7 @@ def nearest(pictures: np.ndarray, photos: np.ndarray) -> np.ndarray:
     """Root mean square difference (0 to 1) of each picture from the photograph most like it, both at 16 x 16 pixels."""
 
     def small(images: np.ndarray) -> torch.Tensor:
-        return F.avg_pool2d(torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255.0, 4).flatten(1)
+        return F.adaptive_avg_pool2d(torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255.0, 16).flatten(1)
 
     known, distances = small(photos), []
     for part in small(pictures).split(64):
@@ -179,9 +192,14 @@ def nearest(pictures: np.ndarray, photos: np.ndarray) -> np.ndarray:
     return torch.cat(distances).numpy() / np.sqrt(known.shape[1])
 
 
+def side_of(pipeline) -> int:
+    """Pixels to a side of the pictures that a base was trained on."""
+    return pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+
+
 def drawings(pipeline, prompts: list[str], seed: int = 5, **changed) -> np.ndarray:
-    """One picture a prompt at the default `Sampling`, but for what is `changed`: (N, 64, 64, 3) uint8."""
-    sampling = dataclasses.replace(DreamBoothConfig().sampling, seed=seed, **changed)
+    """One picture a prompt, of the base's size, at the default `Sampling` but for `changed`: (N, H, W, 3) uint8."""
+    sampling = dataclasses.replace(DreamBoothConfig().sampling, seed=seed, resolution=side_of(pipeline), **changed)
     seeds = [image_seed(sampling.seed, index) for index in range(len(prompts))]
     images = draw_images(pipeline, prompts, seeds, sampling)
     return np.stack([np.asarray(image) for image in images])
@@ -196,10 +214,11 @@ def measure(base: Path, count: int, unseen: int, data: Path) -> dict:
     """
     components, judge = load_components(base), Judge(base)
     pipeline = build_pipeline(components)
-    images, labels = photographs("test", unseen, data)
+    side = side_of(pipeline)
+    images, labels = photographs("test", unseen, data, size=side)
     result: dict = {"judge": accuracy(judge(images), labels)}
     # Colours as a learner's own toy may have; far above the numbers that training uses.
-    any_colors, any_labels = photographs("wild", unseen, data, start=10**6)
+    any_colors, any_labels = photographs("wild", unseen, data, start=10**6, size=side)
     result["autoencoder"] = autoencoder(components, judge, images, labels, any_colors)
 
     names = [draw("test", index)[1] for index in range(8 * count)]
@@ -213,7 +232,7 @@ def measure(base: Path, count: int, unseen: int, data: Path) -> dict:
         judge(drawings(pipeline, [full_caption(n) for n in new], seed=6)), np.stack([labels_of(n) for n in new])
     )
     # Like with like: two sets of renders of the very labels that the drawings were asked for.
-    drawn, *real = (judge.features(p) for p in (pictures, renders_of(seen, 1), renders_of(seen, 2)))
+    drawn, *real = (judge.features(p) for p in (pictures, renders_of(seen, 1, side), renders_of(seen, 2, side)))
     for name, distance in (("frechet", frechet), ("kernel", kernel_distance)):
         result[name] = {"drawn_to_real": distance(drawn, real[0]), "real_to_real": distance(real[1], real[0])}
     result["copying"] = copying(base, pictures, images, data)
@@ -233,14 +252,14 @@ def measure(base: Path, count: int, unseen: int, data: Path) -> dict:
     return result
 
 
-def renders_of(names: Sequence[dict[str, str]], seed: int) -> np.ndarray:
-    """(N, 64, 64, 3) uint8: for each set of attribute names another toy that has them, from another side."""
+def renders_of(names: Sequence[dict[str, str]], seed: int, size: int = SIZE) -> np.ndarray:
+    """(N, size, size, 3) uint8: for each set of attribute names another toy that has them, from another side."""
     shots = []
     for number, n in enumerate(names):
         rng = np.random.default_rng((number, seed, 7))
         toy = toybox.named_toy(n["kind"], n["body"], n["accent"], n["pattern"], n["accessory"], rng)
         shots.append((toy, n["scene"], int(rng.integers(2**31))))
-    return rendered(shots)
+    return rendered(shots, size)
 
 
 def look_alike_tests(encoders: metrics.Encoders, components, count: int) -> tuple[dict[str, float], float]:
@@ -299,9 +318,9 @@ def copying(base: Path, pictures: np.ndarray, unseen: np.ndarray, data: Path) ->
     """Mean distance to the nearest training photograph: of drawings, and of unseen renders, which copy nothing."""
     count = json.loads((base / "training.json").read_text())["photographs"]
     parts = [
-        photographs("train", min(CHUNK, count - start), data, start=start)[0]
+        photographs("train", min(CHUNK, count - start), data, start=start, size=pictures.shape[1])[0]
         for start in range(0, count, CHUNK)
-        if is_kept("train", min(CHUNK, count - start), data, start=start)
+        if is_kept("train", min(CHUNK, count - start), data, start=start, size=pictures.shape[1])
     ]
     if sum(map(len, parts)) < count:
         return None

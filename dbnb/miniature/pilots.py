@@ -17,7 +17,7 @@ from dbnb.miniature import design, path
 from dbnb.miniature.data import draw, held_out, labels_of
 from dbnb.miniature.evaluate import Judge, accuracy, drawings, full_caption
 from dbnb.miniature.fit import Stage
-from dbnb.miniature.stages import Photographs, as_pipeline, decoder_of, latents_of, train_unet, v_weights
+from dbnb.miniature.stages import Denoiser, Photographs, as_pipeline, decoder_of, latents_of, train_unet, v_weights
 from dbnb.miniature.train import PHOTOGRAPHS, restore
 
 # Name -> what the UNet predicts, the weight of its squared error by the signal-to-noise ratio, its widths.
@@ -65,7 +65,8 @@ def main(argv: list[str] | None = None) -> None:
             minutes=args.minutes,
             mixed_precision=args.mixed_precision,
         )
-        model, _ = train_unet(data, vae, latents, clip, stage, noise_schedule=schedule, weigh=weigh, unet=unet)
+        model = Denoiser.from_clip(clip, unet)
+        train_unet(data, vae, latents, model, stage, noise_schedule=schedule, weigh=weigh)
         pictures = drawings(as_pipeline(vae, words, model, schedule), [full_caption(n) for n in names])
         right = accuracy(judge(pictures), np.stack([labels_of(n) for n in names]))
         steps = torch.load(pilot / "unet.pt", weights_only=True)["step"]

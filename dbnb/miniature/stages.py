@@ -31,6 +31,7 @@ from dbnb.miniature.data import (
     CHUNK,
     COLOR_NAMES,
     SHOTS,
+    SIZE,
     caption_of,
     look_alikes,
     names_of,
@@ -56,9 +57,9 @@ class Photographs:
     First `count` photographs of toys in named colours, then a third as many of wild ones.
     """
 
-    def __init__(self, count: int, folder: Path) -> None:
+    def __init__(self, count: int, folder: Path, size: int = SIZE) -> None:
         chunks = [
-            photographs(split, min(CHUNK, total - start), folder, start=start)
+            photographs(split, min(CHUNK, total - start), folder, start=start, size=size)
             for split, total in (("train", count), ("wild", count // 3 // SHOTS * SHOTS))
             for start in range(0, total, CHUNK)
         ]
@@ -81,7 +82,7 @@ def tokenize(words, captions: list[str]) -> torch.Tensor:
     return words(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
 
 
-def _difference(decoded: torch.Tensor, pictures: torch.Tensor) -> torch.Tensor:
+def difference(decoded: torch.Tensor, pictures: torch.Tensor) -> torch.Tensor:
     """L1 + 2 MSE."""
     return F.l1_loss(decoded, pictures) + 2.0 * F.mse_loss(decoded, pictures)
 
@@ -96,14 +97,14 @@ def train_vae(data: Photographs, stage: Stage):
         posterior = vae.encode(pictures).latent_dist
         decoded = vae.decode(posterior.sample(rng)).sample
         kl = 0.5 * (posterior.mean**2 + posterior.var - 1.0 - posterior.logvar).mean()
-        loss = _difference(decoded, pictures) + 3e-4 * kl
+        loss = difference(decoded, pictures) + 3e-4 * kl
         return dict(loss=loss, mse=F.mse_loss(decoded, pictures), kl=kl)
 
-    return vae, fit(stage, vae, loss_of_step, weight_decay=0.0, draw=lambda: _there_and_back(vae, data))
+    return vae, fit(stage, vae, loss_of_step, weight_decay=0.0, draw=lambda: there_and_back(vae, data))
 
 
 @torch.no_grad()
-def _there_and_back(vae, data: Photographs) -> Image.Image:
+def there_and_back(vae, data: Photographs) -> Image.Image:
     """Photographs above what the autoencoder makes of them: eight in named colours, eight in any."""
     images = data.images[[*range(8), *range(-8, 0)]]
     decoded = vae.decode(vae.encode(to_tensor(images).to(vae.device)).latent_dist.mode()).sample
@@ -129,9 +130,9 @@ def train_decoder(data: Photographs, vae, latents: torch.Tensor, stage: Stage):
         pictures = to_tensor(data.images[indices]).to(stage.device)
         posterior = DiagonalGaussianDistribution(latents[torch.from_numpy(indices)].float().to(stage.device))
         decoded = vae.decode(posterior.sample(rng)).sample
-        return dict(loss=_difference(decoded, pictures), mse=F.mse_loss(decoded, pictures))
+        return dict(loss=difference(decoded, pictures), mse=F.mse_loss(decoded, pictures))
 
-    return fit(stage, decoder, loss_of_step, weight_decay=0.0, draw=lambda: _there_and_back(vae, data))
+    return fit(stage, decoder, loss_of_step, weight_decay=0.0, draw=lambda: there_and_back(vae, data))
 
 
 def train_clip(data: Photographs, stage: Stage):
@@ -252,7 +253,7 @@ def normalize_latents(vae, pictures: torch.Tensor) -> None:
 
 @torch.no_grad()
 def encode_all(vae, images: np.ndarray, path: Path) -> torch.Tensor:
-    """(N, 64, 64, 3) uint8 -> (N, 12, 16, 16) float16, mean and log variance of each latent, kept in a file."""
+    """(N, H, W, 3) uint8 -> (N, 2 C, 16, 16) float16, mean and log variance of each latent, kept in a file."""
     weights = hashlib.sha256(b"".join(p.numpy().tobytes() for p in vae.state_dict().values())).hexdigest()
     if path.exists():
         kept = torch.load(path, weights_only=True)
@@ -281,6 +282,15 @@ class Denoiser(nn.Module):
     def __init__(self, unet, text_encoder) -> None:
         super().__init__()
         self.unet, self.text_encoder = unet, text_encoder
+
+    @classmethod
+    def from_clip(cls, clip, unet: UNet2DConditionModel) -> Denoiser:
+        """A UNet that has learned nothing yet, and a copy of a CLIP's text half."""
+        text_encoder = design.text_encoder(design.tokenizer())
+        text_encoder.load_state_dict(
+            {key.removeprefix("text_model."): value for key, value in clip.text_model.state_dict().items()}
+        )
+        return cls(unet, text_encoder)
 
 
 def v_weights(snr: torch.Tensor) -> torch.Tensor:
@@ -312,25 +322,20 @@ def train_unet(
     data: Photographs,
     vae,
     latents: torch.Tensor,
-    clip,
+    model: Denoiser,
     stage: Stage,
     *,
     noise_schedule: DDPMScheduler | None = None,
     weigh: Callable[[torch.Tensor], torch.Tensor] = v_weights,
-    unet: UNet2DConditionModel | None = None,
-):
+) -> bool:
     """Denoising; one caption in ten is empty, for guidance. `weigh` gives the errors' weights by their SNR.
 
-    `unet` and `noise_schedule` are the design's where they are not given.
+    `noise_schedule` is the design's where none is given. True when the stage is complete.
     On a CPU, "bf16" pays (a quarter more samples a second) where the processor multiplies bfloat16 itself.
     """
     noise_schedule = noise_schedule or design.scheduler()
     words = design.tokenizer()
-    text_encoder = design.text_encoder(words)
-    text_encoder.load_state_dict(
-        {key.removeprefix("text_model."): v for key, v in clip.text_model.state_dict().items()}
-    )
-    model = Denoiser(unet or design.unet(), text_encoder).to(memory_format=torch.channels_last)
+    model.to(memory_format=torch.channels_last)
     # Plain products: on a CPU torch's fused attention is slow where heads are as narrow as here, above all in bfloat16.
     model.unet.set_attn_processor(AttnProcessor())
 
@@ -373,8 +378,7 @@ def train_unet(
             ).images
         return make_image_grid(images, rows=len(toybox.KINDS), cols=len(toybox.SCENES))
 
-    done = fit(stage, model, loss_of_step, groups=groups, ema_decay=0.9998, draw=draw)
-    return model, done
+    return fit(stage, model, loss_of_step, groups=groups, ema_decay=0.9998, draw=draw)
 
 
 def draw_vectors(table: nn.Embedding, words, rng: torch.Generator, *, most_alike: float = 1.0) -> None:

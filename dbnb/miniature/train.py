@@ -159,7 +159,7 @@ def assemble(folder: Path, data: Photographs, target: Path, recipe: dict) -> Non
         save_mendable(stage, folder, temporary)
     if (folder / "pilots.json").exists():
         shutil.copy(folder / "pilots.json", temporary)
-    _finish(temporary, target, recipe)
+    finish(temporary, target, recipe)
 
 
 def mend(base: Path, stages: Sequence[str], folder: Path, target: Path, recipe: dict) -> None:
@@ -168,10 +168,11 @@ def mend(base: Path, stages: Sequence[str], folder: Path, target: Path, recipe: 
     shutil.copytree(base, temporary)
     for stage in stages:
         save_mendable(stage, folder, temporary)
-    _finish(temporary, target, recipe)
+    finish(temporary, target, recipe)
 
 
-def _finish(temporary: Path, target: Path, recipe: dict) -> None:
+def finish(temporary: Path, target: Path, recipe: dict) -> None:
+    """Note the recipe in a base's folder, and put that in the place of `target`."""
     (temporary / "training.json").write_text(json.dumps(recipe, indent=1) + "\n")
     shutil.rmtree(target, ignore_errors=True)
     temporary.replace(target)
@@ -239,7 +240,11 @@ def main(argv: list[str] | None = None) -> None:
         clip = restore("clip", design.clip(words), folder)
         restore("decoder", decoder_of(vae), folder)  # the samples are drawn with it
         train_unet(
-            data, vae, latents, clip, stage("unet", lr=8e-4, minutes=args.minutes, mixed_precision=args.mixed_precision)
+            data,
+            vae,
+            latents,
+            Denoiser.from_clip(clip, design.unet()),
+            stage("unet", lr=8e-4, minutes=args.minutes, mixed_precision=args.mixed_precision),
         )
     if "words" in args.stages:
         denoiser = restore("unet", Denoiser(design.unet(), design.text_encoder(words)), folder)

@@ -94,6 +94,18 @@ def content(
     return Content(kind, tuple(adjectives), decoration, place)
 
 
+def whole_content(kind: str, body: str, accent: str, pattern: str, accessory: str, scene: str) -> Content:
+    """All that can be said of a photograph, the accent's colour of the one thing that a caption names it with."""
+    adjectives, decoration = (body,), f"{accent} {accessory}"
+    if accessory == "none" and pattern == "plain":
+        adjectives, decoration = (f"{body} and {accent}",), ""
+    elif accessory == "none":
+        decoration = f"{accent} {_PATTERN_NOUN[pattern]}"
+    elif pattern != "plain":
+        adjectives = (body, pattern)
+    return Content(kind, adjectives, decoration, SCENES[scene])
+
+
 def caption(
     kind: str, body: str, accent: str, pattern: str, accessory: str, scene: str, rng: np.random.Generator
 ) -> str:
