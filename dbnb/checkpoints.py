@@ -91,6 +91,7 @@ def save_checkpoint(
 ) -> None:
     """Write a checkpoint whole or not at all: adapters and optimizer state as safetensors, the rest as JSON.
 
+    Raises OSError where it cannot be written.
     `further` is what else a run needs to go on (JSON values): where the schedule stands, the scale of fp16 gradients,
     the last line of its log.
     """

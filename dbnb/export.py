@@ -47,7 +47,7 @@ def _scales(module: torch.nn.Module) -> dict[str, float]:
 
 
 def adapter_state_dicts(components: Components) -> dict[str, dict[str, torch.Tensor]]:
-    """Part -> adapter weights under diffusers' names."""
+    """Part -> adapter weights under diffusers' names: A is (rank, inputs), B (outputs, rank), with a kernel's sides."""
     states = {}
     for part, module in adapted_modules(components).items():
         peft_state = get_peft_model_state_dict(module)

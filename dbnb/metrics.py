@@ -105,12 +105,12 @@ def through_vae(components: Components, images: Sequence[Image.Image], size: int
 
 
 def subject_fidelity(features: torch.Tensor, references: torch.Tensor) -> float:
-    """Mean cosine similarity of every picture with every reference picture."""
+    """Mean cosine similarity of every picture, (N, D), with every reference picture, (M, D): -1 to 1."""
     return float((features @ references.T).mean())
 
 
 def diversity(features: torch.Tensor) -> float:
-    """Mean pairwise cosine distance."""
+    """Mean pairwise cosine distance of features, (N, D): 0 to 2. Raises ValueError for fewer than two."""
     n = len(features)
     if n < 2:
         raise ValueError("Diversity needs at least two images.")

@@ -43,15 +43,15 @@ class Diffusion:
         _refuse(objective, names, "is for bases that are trained by flow matching, and this one is a diffusion model")
 
     def draw(self, generator: torch.Generator, objective: Objective, tokens: int) -> torch.Tensor:
-        """One timestep, a whole number: all are equally likely."""
+        """One timestep, a tensor of shape () that holds a whole number: all are equally likely."""
         return torch.randint(self.scheduler.config.num_train_timesteps, (), generator=generator)
 
     def noisy(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """What `latents` look like at `timesteps`, one a sample."""
+        """What `latents`, (B, C, h, w), look like with this `noise` at `timesteps`, (B,)."""
         return self.scheduler.add_noise(latents, noise, timesteps)
 
     def target(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """What the network should answer. Raises ValueError for a prediction that is not known here."""
+        """What the network should answer, (B, C, h, w). Raises ValueError for a prediction that is not known here."""
         kind = self.scheduler.config.prediction_type
         if kind == "epsilon":
             return noise
@@ -116,12 +116,12 @@ class Flow:
         return (timesteps / self.scheduler.config.num_train_timesteps).view(-1, 1, 1, 1)
 
     def noisy(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """What `latents` look like at `timesteps`, one a sample."""
+        """What `latents`, (B, C, h, w), look like with this `noise` at `timesteps`, (B,)."""
         sigma = self.sigma(timesteps)
         return (1.0 - sigma) * latents + sigma * noise
 
     def target(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """What the network should answer: the direction from the picture to the noise, the same at all times."""
+        """What the network should answer, (B, C, h, w): the direction from picture to noise, the same at all times."""
         return noise - latents
 
     def weights(self, timesteps: torch.Tensor, objective: Objective) -> torch.Tensor | None:

@@ -382,7 +382,7 @@ def matrices(
     unit: str = "",
     aspect: str = "auto",
 ) -> Figure:
-    """Matrices side by side as pictures, blue below zero and red above, one scale for all.
+    """Matrices, each (rows, columns), side by side as pictures, blue below zero and red above, one scale for all.
 
     Each fills its place, or with `aspect` "equal" shows its numbers as squares.
     `labels` names each row and column; `groups` names so many of them at a time and draws a line between two groups.

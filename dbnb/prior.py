@@ -113,8 +113,8 @@ def class_images(
 
     A `class_data_dir` that is empty or does not exist yet holds no picture of one's own, which `reason` then says.
     Decisions: "own", "reuse", "top up", "generate". Images are PNG, named by index, each from (seed, index). Raises
-    ValueError where adapters are in place, or the base can only enlarge pictures. The fields of `sampling` can be given
-    by name instead.
+    ValueError where adapters are in place, or the base can only enlarge pictures, and OSError where the cache cannot be
+    written. The fields of `sampling` can be given by name instead.
     """
     sampling = sampling_of(sampling, **changed)
     if adapted_modules(components):

@@ -69,7 +69,7 @@ def _per_sample(batch: dict[str, Any], seed: int, role: int, draw: Callable[[tor
 
 
 def clean_latents(components: Components, batch: dict[str, Any], seed: int) -> torch.Tensor:
-    """What noise is added to: latents sampled from the VAE's posterior, or pixels where there is no VAE."""
+    """What noise is added to, (2B, C, h, w): latents sampled from the VAE's posterior, or pixels without a VAE."""
     device = components.device
     if "latent_parameters" in batch:
         parameters = batch["latent_parameters"].to(device)
@@ -338,7 +338,7 @@ class _Run:
             module.eval()
 
     def shared_mean(self, *values: torch.Tensor | None) -> list[float]:
-        """The mean over all processes, None as 0: what one of them meets, all must know before they wait in vain."""
+        """The mean of numbers over all processes, None as 0: what one meets, all must know, or they wait in vain."""
         numbers = [0.0 if value is None else float(value.item()) for value in values]
         return self.accelerator.reduce(torch.tensor(numbers, device=self.accelerator.device), "mean").tolist()
 

@@ -263,7 +263,7 @@ def trained(config: DreamBoothConfig, *, tell: Callable[[object], None] = lambda
     """Steps 1 to 6; what an identical run has left in the cache is loaded instead of trained again.
 
     The cached run is a run like any other, in a folder named by all that decides its weights: the base, the pictures,
-    the prompts, the settings.
+    the prompts, the settings. Raises KeyboardInterrupt where training was interrupted; a checkpoint is there then.
     """
     session = prepare(config, tell=tell)
     (cache_dir() / "runs").mkdir(parents=True, exist_ok=True)

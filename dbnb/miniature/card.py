@@ -112,7 +112,7 @@ def figures(result: dict) -> str:
 
 
 def subjects(result: dict) -> str:
-    """The subject experiment as a table."""
+    """The subject experiment as a table. Raises ValueError where the evaluation has none."""
     if "subjects" not in result:
         raise ValueError("The evaluation has no subject experiment: run `dbnb.miniature.evaluate --subjects 3` first.")
     columns = (

@@ -76,12 +76,12 @@ def labels_of(names: dict[str, str]) -> np.ndarray:
 
 
 def names_of(labels: np.ndarray) -> dict[str, str]:
-    """A label row -> attribute names, "" for a colour without one."""
+    """A row of labels, (6,) -> attribute names, "" for a colour without one."""
     return {key: (*values, "")[min(labels[i], len(values))] for i, (key, values) in enumerate(ATTRIBUTES.items())}
 
 
 def caption_of(labels: np.ndarray, rng: np.random.Generator) -> str:
-    """A label row -> one caption, drawn anew each time: a picture has many captions."""
+    """A row of labels, (6,) -> one caption, drawn anew each time: a picture has many captions."""
     return caption(**names_of(labels), rng=rng)
 
 

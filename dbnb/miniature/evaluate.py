@@ -73,7 +73,7 @@ class Judge:
 
 
 def accuracy(found: np.ndarray, true: np.ndarray) -> dict[str, float]:
-    """Share of pictures in which each attribute is read as asked."""
+    """Share of pictures in which each attribute is read as asked; both are labels, (N, 6)."""
     return {name: float((found[:, i] == true[:, i]).mean()) for i, name in enumerate(ATTRIBUTES)}
 
 
@@ -105,7 +105,7 @@ def kernel_distance(a: np.ndarray, b: np.ndarray, *, subsets: int = 50, size: in
 
 
 def entropy(numbers: np.ndarray, bins: int) -> float:
-    """Entropy of a distribution over `bins` values, as a share of the largest possible."""
+    """Entropy of whole numbers below `bins`, (N,), as a share of the largest possible: 0 to 1."""
     p = np.bincount(numbers, minlength=bins) / len(numbers)
     return float(-(p[p > 0] * np.log(p[p > 0])).sum() / np.log(bins))
 
@@ -123,12 +123,15 @@ def hue(pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def turn(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Degrees between two hues, 0 to 180."""
+    """Degrees between two hues, element by element: 0 to 180."""
     return np.abs((a - b + 180.0) % 360.0 - 180.0)
 
 
 def hue_errors(images: np.ndarray, back: np.ndarray, body: np.ndarray) -> dict[str, float]:
-    """Mean turn of the hue, in degrees, for each body colour that has one, on the pixels that show it."""
+    """Mean turn of the hue, in degrees, for each body colour that has one, on the pixels that show it.
+
+    `images` and `back` are (N, H, W, 3) uint8, `body` the number of each picture's body colour, (N,).
+    """
     (hues, chroma), (hues_back, _) = hue(images / 255.0), hue(back / 255.0)
     errors = {}
     for number, name in enumerate(ATTRIBUTES["body"]):
@@ -141,7 +144,10 @@ def hue_errors(images: np.ndarray, back: np.ndarray, body: np.ndarray) -> dict[s
 
 
 def hue_errors_by_sector(images: np.ndarray, back: np.ndarray) -> dict[str, float]:
-    """Mean turn of the hue, in degrees, of the clearly coloured pixels of each twelfth of the circle."""
+    """Mean turn of the hue, in degrees, of the clearly coloured pixels of each twelfth of the circle.
+
+    Both are (N, H, W, 3) uint8.
+    """
     (hues, chroma), (hues_back, _) = hue(images / 255.0), hue(back / 255.0)
     turned, sector = turn(hues, hues_back), (hues // 30.0).astype(int)
     return {
@@ -152,7 +158,7 @@ def hue_errors_by_sector(images: np.ndarray, back: np.ndarray) -> dict[str, floa
 
 
 def there_and_back(components, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Pictures through the autoencoder, and the PSNR of each in decibels."""
+    """Pictures, (N, H, W, 3) uint8, through the autoencoder, and the PSNR of each in decibels, (N,)."""
     pictures = [Image.fromarray(image) for image in images]
     back = np.stack([np.asarray(i) for i in metrics.through_vae(components, pictures, images.shape[1])])
     return back, -10.0 * np.log10((((back.astype(np.float64) - images) / 255.0) ** 2).mean((1, 2, 3)))
@@ -161,7 +167,8 @@ def there_and_back(components, images: np.ndarray) -> tuple[np.ndarray, np.ndarr
 def autoencoder(components, judge: Judge, images: np.ndarray, labels: np.ndarray, any_colors: np.ndarray) -> dict:
     """PSNR on unseen renders, hue errors, what the judge reads off the reconstructions, the nearest two named hues.
 
-    `any_colors` are renders in colours without a name, as a learner's own toy has.
+    `images` and `any_colors`, renders in colours without a name as a learner's own toy has, are (N, H, W, 3) uint8;
+    `labels` are (N, 6).
     """
     back, per_image = there_and_back(components, images)
     back_any, per_image_any = there_and_back(components, any_colors)
@@ -315,7 +322,10 @@ def look_alike_tests(encoders: metrics.Encoders, components, count: int) -> tupl
 
 
 def copying(base: Path, pictures: np.ndarray, unseen: np.ndarray, data: Path) -> dict[str, float] | None:
-    """Mean distance to the nearest training photograph: of drawings, and of unseen renders, which copy nothing."""
+    """Mean distance to the nearest training photograph: of drawings, and of unseen renders, which copy nothing.
+
+    `pictures` and `unseen` are (N, H, W, 3) uint8. None where the training photographs are not kept in `data`.
+    """
     count = json.loads((base / "training.json").read_text())["photographs"]
     parts = [
         photographs("train", min(CHUNK, count - start), data, start=start, size=pictures.shape[1])[0]
@@ -334,7 +344,10 @@ def copying(base: Path, pictures: np.ndarray, unseen: np.ndarray, data: Path) ->
 
 
 def identity_accuracy(encoders: metrics.Encoders, images: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """How often the other shot of an unseen toy is nearer than any other toy of its kind; and mean similarities."""
+    """How often the other shot of an unseen toy is nearer than any other toy of its kind; and mean similarities.
+
+    `images`, (N, H, W, 3) uint8, show each toy twice in a row; `labels` are (N, 6).
+    """
     features = encoders.identity_features([Image.fromarray(image) for image in images])
     first, second = features[0::SHOTS], features[1::SHOTS]
     kinds = torch.from_numpy(labels[0::SHOTS, 0])

@@ -72,7 +72,7 @@ class Photographs:
         return torch.randint(self.named if named else len(self.images), (size,), generator=rng).numpy()
 
     def captions(self, indices: np.ndarray, rng: torch.Generator) -> list[str]:
-        """One fresh caption for each photograph."""
+        """One fresh caption for each photograph whose number is in `indices`, (N,)."""
         draw = np.random.default_rng(int(torch.randint(2**62, (1,), generator=rng)))
         return [caption_of(self.labels[i], draw) for i in indices]
 
@@ -155,7 +155,7 @@ def train_clip(data: Photographs, stage: Stage):
 
 
 def jitter(pictures: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
-    """Blur some pictures and add noise, so that the encoders judge drawings, which are softer than renders, fairly."""
+    """Blur some pictures, (B, 3, H, W), and add noise: the encoders shall judge drawings fairly, which are softer."""
     softer = F.interpolate(F.avg_pool2d(pictures, 2), scale_factor=2, mode="bilinear", align_corners=False)
     amount = torch.rand(len(pictures), 1, 1, 1, generator=rng)
     mixed = pictures + amount * (softer - pictures)
@@ -181,7 +181,7 @@ def _vary(pictures: torch.Tensor, group: int, rng: torch.Generator) -> torch.Ten
 
 
 def read_look_alikes(folder: Path, count: int = LOOK_ALIKES) -> tuple[np.ndarray, np.ndarray]:
-    """`look_alikes` of `count` toys, half in named colours and half in any."""
+    """`look_alikes` of `count` toys, half in named colours and half in any: the two arrays of `look_alikes`."""
     part = min(count // 2, 250)
     chunks = [
         look_alikes(split, part, folder, start=start)
@@ -270,7 +270,7 @@ def encode_all(vae, images: np.ndarray, path: Path) -> torch.Tensor:
 
 
 def latents_of(data: Photographs, vae, folder: Path) -> tuple[nn.Module, torch.Tensor]:
-    """The autoencoder with its latents normalised, and those of all photographs."""
+    """The autoencoder with its latents normalised, and those of all photographs: (N, 2C, h, w)."""
     vae = copy.deepcopy(vae)
     normalize_latents(vae, to_tensor(data.images[:LATENT_SAMPLE]))
     return vae, encode_all(vae, data.images, folder / "latents.pt")

@@ -93,7 +93,10 @@ def restore(name: str, models: nn.Module, folder: Path) -> nn.Module:
 
 
 def settle(model: nn.Module, images: np.ndarray, seed: int) -> nn.Module:
-    """Measure the batch norms' statistics anew: those of training belong to other weights than the average."""
+    """Measure the batch norms' statistics anew on `images`, (N, H, W, 3) uint8.
+
+    Those of training belong to other weights than the average.
+    """
     pictures = [to_tensor(images[start : start + 100]) for start in range(0, min(len(images), 6000), 100)]
     update_bn((jitter(part, generator(seed, i)) for i, part in enumerate(pictures)), model)
     return model

@@ -65,7 +65,7 @@ def mask(toy: Toy, *, seed: int = 0, size: int = 64, supersample: int = 2) -> Im
 
 
 def pixels(toy: Toy, *, scene: str, seed: int, size: int = 64, supersample: int = 2) -> np.ndarray:
-    """The photograph as an array: (size, size, 3) uint8."""
+    """The photograph as an array: (size, size, 3) uint8. Raises ValueError for a scene or size that there is not."""
     if scene not in SCENES:
         raise ValueError(f"Scene {scene!r} is unknown: choose one of {', '.join(SCENES)}.")
     if size < 8 or supersample < 1:

@@ -62,7 +62,7 @@ class Toy:
 
 
 def rgb(color: str | tuple[float, float, float]) -> tuple[float, float, float]:
-    """A colour's name, "#rrggbb", or three numbers -> three numbers in [0, 1]."""
+    """A colour's name, "#rrggbb", or three numbers -> three numbers in [0, 1]. Raises ValueError for anything else."""
     if isinstance(color, str):
         if re.fullmatch("#[0-9a-fA-F]{6}", color):
             return tuple(int(color[start : start + 2], 16) / 255 for start in (1, 3, 5))
@@ -100,7 +100,7 @@ def random_attributes(rng: np.random.Generator) -> tuple[str, str, str, str]:
 
 
 def random_toy(kind: str, seed: int) -> Toy:
-    """Draw one toy of a kind; the same (kind, seed) is the same toy."""
+    """Draw one toy of a kind; the same (kind, seed) is the same toy. Raises ValueError for a kind that there is not."""
     if kind not in KINDS:
         raise ValueError(f"Toy kind {kind!r} is unknown: choose one of {', '.join(KINDS)}.")
     rng = np.random.default_rng((KINDS.index(kind), seed))
