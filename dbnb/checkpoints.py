@@ -91,9 +91,8 @@ def save_checkpoint(
 ) -> None:
     """Write a checkpoint whole or not at all: adapters and optimizer state as safetensors, the rest as JSON.
 
-    Raises OSError where it cannot be written.
     `further` is what else a run needs to go on (JSON values): where the schedule stands, the scale of fp16 gradients,
-    the last line of its log.
+    the last line of its log. Raises OSError where it cannot be written.
     """
     temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
     temporary.mkdir(parents=True)

@@ -14,52 +14,13 @@ import sys
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
-from families import no_safety_checker, schedule
+from published import write
 from safetensors.torch import load_file
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-
-from dbnb import miniature
-
-
-def _write(folder) -> dict[str, int]:
-    """A checkpoint with the published configs, weights random, in bfloat16; returns parameters by part."""
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        words = CLIPTokenizer.from_pretrained(miniature.path() / "tokenizer", model_max_length=77)
-        text_encoder = CLIPTextModel(
-            CLIPTextConfig(
-                vocab_size=49408,
-                hidden_size=768,
-                intermediate_size=3072,
-                num_hidden_layers=12,
-                num_attention_heads=12,
-                max_position_embeddings=77,
-                bos_token_id=words.bos_token_id,
-                eos_token_id=words.eos_token_id,
-            )
-        )
-        unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
-        vae = AutoencoderKL(
-            block_out_channels=(128, 256, 512, 512),
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            layers_per_block=2,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            latent_channels=4,
-            sample_size=512,
-        )
-    finally:
-        torch.set_default_dtype(torch.float32)
-    parts = {"text_encoder": text_encoder, "unet": unet, "vae": vae}
-    pipeline = StableDiffusionPipeline(tokenizer=words, scheduler=schedule(), **parts, **no_safety_checker())
-    pipeline.save_pretrained(folder)
-    return {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
 
 
 @pytest.mark.slow
 def test_stable_diffusion_1_5_in_full_size_trains_on_a_cpu(tmp_path):
-    sizes = _write(tmp_path / "base")
+    sizes = write("Stable Diffusion 1.5", tmp_path / "base")
     assert sizes == {"text_encoder": 123_060_480, "unet": 859_520_964, "vae": 83_653_863}
     command = [
         sys.executable,
