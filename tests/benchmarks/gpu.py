@@ -3,8 +3,8 @@
 Random weights of the published sizes are made on the spot. Each setting trains through the whole workflow: a base that
 is loaded, adapters, cached latents, `train`. Measured are steps a second, the peak of the card's memory against the
 plan's, whether losses stay finite and adapters float32, and how far pictures of the reloaded adapter differ. Settings
-that the time does not suffice for are in the table, without numbers. `--peer` takes diffusers' own scripts, one for each
-base, which train on the same weights.
+that the time does not suffice for are in the table, without numbers. `--peer` takes diffusers' own scripts, one for
+each base, which train on the same weights.
 """
 
 from __future__ import annotations
