@@ -58,6 +58,11 @@ class Network:
         """What people call it."""
         return {"unet": "UNet"}.get(self.part, self.part)
 
+    def linear_layers(self, denoiser: torch.nn.Module) -> dict[str, torch.nn.Linear]:
+        """The linear layers within its blocks, by their names: nearly all of a transformer's weights."""
+        layers = {name: layer for name, layer in denoiser.named_modules() if isinstance(layer, torch.nn.Linear)}
+        return {name: layer for name, layer in layers.items() if self.blocks.fullmatch(name)}
+
 
 def _unet_prompts(outputs: Mapping[str, Any], config: Any, length: int | None):
     if "text_encoder_2" not in outputs:

@@ -577,7 +577,7 @@ check_10b(largest_train_batch_size)
 # ```python
 # import dataclasses
 #
-# larger = dataclasses.replace(BASES[SD], unet=BASES[SD].unet | {"sample_size": 96}, resolution=768)
+# larger = dataclasses.replace(BASES[SD], denoiser=BASES[SD].denoiser | {"sample_size": 96}, resolution=768)
 # print(training_memory(larger)["activations"] / GIB / memory(SD)["activations"])
 # ```
 #
