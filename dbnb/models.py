@@ -493,6 +493,8 @@ def embed_prompts(
         texts = [prompt.lower().strip() for prompt in distinct] if architecture.lowercase else distinct
         length = _token_length(tokenizer, architecture, max_length)
         tokens = tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        if next(encoder.parameters()).device != components.device:  # it rested
+            encoder.to(components.device)
         masked = architecture.always_masked or getattr(encoder.config, "use_attention_mask", False)
         tokens = tokens.to(components.device)
         mask = {"attention_mask": tokens.attention_mask} if masked else {}

@@ -1,8 +1,8 @@
 """What a run needs in memory, computed from the model's shapes before anything is downloaded.
 
-UNet or transformer, and autoencoder, are built without storage (torch's "meta" device) from their published configs. A
-training step and a picture are then computed on it, and what would be alive at each moment is counted: autograd's saved
-tensors, the gradients on their way back, and with checkpointing the block that is just recomputed. Built in notebook 10.
+Denoiser and autoencoder are built without storage (torch's "meta" device) from their published configs. A training step
+and a picture are then computed on it, and what would be alive at each moment is counted: autograd's saved tensors, the
+gradients on their way back, and with checkpointing the block that is just recomputed. Built in notebook 10.
 """
 
 from __future__ import annotations

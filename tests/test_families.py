@@ -15,6 +15,7 @@ from families import FAMILIES, write
 
 from dbnb import export
 from dbnb.adapters import adapted_modules, add_adapters, trainable_parameters
+from dbnb.checkpoints import check_resume
 from dbnb.config import AdapterSettings, DreamBoothConfig, Objective
 from dbnb.dataset import (
     NOISE,
@@ -27,7 +28,7 @@ from dbnb.dataset import (
 )
 from dbnb.models import embed_prompts, load_components
 from dbnb.prior import class_images
-from dbnb.training import batch_at, precompute_embeds, train, training_step
+from dbnb.training import batch_at, idle_parts, precompute_embeds, train, training_step
 from dbnb.validation import from_references, validation_images
 
 TEXT_ENCODERS = {
@@ -232,6 +233,8 @@ def test_the_loss_of_a_flow_is_the_one_written_out(family, base, small, objectiv
 
     known = precompute_embeds(base, small.distinct_prompts(), max_length=16)
     cache_latents(small, base.vae)
+    assert idle_parts(base, small, None) == ["vae"]
+    assert idle_parts(base, small, known) == [*base.text_encoders(), "vae"]
     cached = training_step(base, batch_at(small, 0, 2), prompt_embeds=known, **options)
     assert cached.loss.item() == pytest.approx(loss.item(), rel=1e-4)
 
@@ -251,6 +254,10 @@ def test_training_resumes_and_the_adapter_reloads_to_the_same_picture(
     for part, module in adapted_modules(models[0]).items():
         other = adapted_modules(models[1])[part].state_dict()
         assert all(torch.equal(value, other[key]) for key, value in module.state_dict().items())
+    if family[0] in FLOWS:
+        with pytest.raises(ValueError, match="objective was .* and is {'weighting_scheme': 'mode'}"):
+            other = dataclasses.replace(config, weighting_scheme="mode")
+            check_resume(dataclasses.replace(other, resume_from_checkpoint=str(tmp_path / "checkpoint-1")))
     adapter = export.save_adapters(models[0], tmp_path)
     assert export.verify_reload(models[0], adapter, concept, config.sampling) <= 2
     plain = validation_images(base, concept, config.sampling, count=2, sets=("subject",))
