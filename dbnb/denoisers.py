@@ -23,6 +23,16 @@ _LONGEST = 512  # tokens that the pipelines of FLUX.1 and Stable Diffusion 3 tak
 
 
 @dataclass(frozen=True)
+class Read:
+    """What the text encoders made of prompts: their outputs and attention masks by name, and how many tokens of a long
+    prompt were asked for."""
+
+    outputs: Mapping[str, Any]
+    masks: Mapping[str, torch.Tensor]
+    length: int | None
+
+
+@dataclass(frozen=True)
 class Told:
     """What a network is told about a batch: (B,) timesteps, (B, L, D) hidden states of the prompts, their pooled ones
     (B, P) or None, and the side of the picture in pixels."""
@@ -43,8 +53,7 @@ class Network:
     attention: tuple[str, ...]  # the projections of its attention layers, as peft's `target_modules`
     blocks: re.Pattern[str]  # the name of a layer within its blocks; the group is its name within one
     first: Callable[[Any], torch.nn.Module]  # the layer that the latents meet first
-    # The text encoders' outputs by name, the network's config and how many tokens of a long prompt -> hidden, pooled.
-    prompts: Callable[[Mapping[str, Any], Any, int | None], tuple[torch.Tensor, torch.Tensor | None]]
+    prompts: Callable[[Read, Any], tuple[torch.Tensor, torch.Tensor | None]]  # with its config -> hidden, pooled
     call: Callable[[Any, torch.Tensor, Told], torch.Tensor]
     pipelines: tuple[str, ...] = ()  # those that draw from a prompt alone; none are named where all of them do
     patch: int = 1  # latents along one side of a token
@@ -64,12 +73,12 @@ class Network:
         return {name: layer for name, layer in layers.items() if self.blocks.fullmatch(name)}
 
 
-def _unet_prompts(outputs: Mapping[str, Any], config: Any, length: int | None):
-    if "text_encoder_2" not in outputs:
-        return outputs["text_encoder"][0], None
+def _unet_prompts(read: Read, config: Any):
+    if "text_encoder_2" not in read.outputs:
+        return read.outputs["text_encoder"][0], None
     # SDXL takes the last layer but one of both encoders, and the second one's pooled output.
-    hidden = torch.cat([output.hidden_states[-2] for output in outputs.values()], dim=-1)
-    return hidden, outputs["text_encoder_2"][0]
+    hidden = torch.cat([output.hidden_states[-2] for output in read.outputs.values()], dim=-1)
+    return hidden, read.outputs["text_encoder_2"][0]
 
 
 def unet_conditions(unet: UNet2DConditionModel, told: Told) -> dict[str, Any]:
@@ -93,15 +102,15 @@ def _call_unet(unet: UNet2DConditionModel, latents: torch.Tensor, told: Told) ->
     return unet(latents, told.timesteps, encoder_hidden_states=told.hidden, **conditions).sample
 
 
-def _sd3_prompts(outputs: Mapping[str, Any], config: Any, length: int | None):
+def _sd3_prompts(read: Read, config: Any):
     """Both CLIPs side by side, padded to the T5's width, with the T5 behind them; without one, zeros in its place."""
-    clips = [outputs["text_encoder"], outputs["text_encoder_2"]]
+    clips = [read.outputs["text_encoder"], read.outputs["text_encoder_2"]]
     hidden = torch.cat([output.hidden_states[-2] for output in clips], dim=-1)
     hidden = F.pad(hidden, (0, config.joint_attention_dim - hidden.shape[-1]))
-    if "text_encoder_3" in outputs:
-        long = outputs["text_encoder_3"][0]
+    if "text_encoder_3" in read.outputs:
+        long = read.outputs["text_encoder_3"][0]
     else:
-        length = length or NETWORKS["SD3Transformer2DModel"].text["T5EncoderModel"]["max_length"]
+        length = read.length or NETWORKS["SD3Transformer2DModel"].text["T5EncoderModel"]["max_length"]
         long = hidden.new_zeros(len(hidden), length, hidden.shape[-1])
     return torch.cat([hidden, long], dim=1), torch.cat([output[0] for output in clips], dim=-1)
 
@@ -115,8 +124,8 @@ def _call_sd3(transformer: SD3Transformer2DModel, latents: torch.Tensor, told: T
     ).sample
 
 
-def _flux_prompts(outputs: Mapping[str, Any], config: Any, length: int | None):
-    return outputs["text_encoder_2"][0], outputs["text_encoder"].pooler_output
+def _flux_prompts(read: Read, config: Any):
+    return read.outputs["text_encoder_2"][0], read.outputs["text_encoder"].pooler_output
 
 
 def _call_flux(transformer: FluxTransformer2DModel, latents: torch.Tensor, told: Told) -> torch.Tensor:

@@ -24,7 +24,7 @@ from huggingface_hub.errors import (
 from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel
 
 from dbnb.config import Objective
-from dbnb.denoisers import NETWORKS, Network
+from dbnb.denoisers import NETWORKS, Network, Read
 from dbnb.files import ends
 from dbnb.paths import Diffusion, Flow
 from dbnb.presets import PRESETS, read_config
@@ -488,7 +488,7 @@ def embed_prompts(
     text encoder has trainable weights.
     """
     distinct = list(dict.fromkeys(prompts))
-    encoders, outputs = components.text_encoders(), {}
+    encoders, outputs, masks = components.text_encoders(), {}, {}
     for name, (tokenizer, encoder, architecture) in encoders.items():
         texts = [prompt.lower().strip() for prompt in distinct] if architecture.lowercase else distinct
         length = _token_length(tokenizer, architecture, max_length)
@@ -499,8 +499,8 @@ def embed_prompts(
         tokens = tokens.to(components.device)
         mask = {"attention_mask": tokens.attention_mask} if masked else {}
         layers = {"output_hidden_states": True} if len(encoders) > 1 else {}
-        outputs[name] = encoder(tokens.input_ids, **mask, **layers)
-    hidden, pooled = components.network.prompts(outputs, components.denoiser.config, max_length)
+        outputs[name], masks[name] = encoder(tokens.input_ids, **mask, **layers), tokens.attention_mask
+    hidden, pooled = components.network.prompts(Read(outputs, masks, max_length), components.denoiser.config)
     order = [distinct.index(prompt) for prompt in prompts]
     return hidden[order], None if pooled is None else pooled[order]
 
