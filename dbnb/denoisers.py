@@ -13,7 +13,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
+from diffusers import (
+    DiffusionPipeline,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+    ZImageTransformer2DModel,
+)
 
 from dbnb.paths import Diffusion, Flow
 
@@ -61,6 +67,7 @@ class Network:
     text: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # what differs from `models.ARCHITECTURES`
     adapted: tuple[str, ...] = ("text_encoder", "text_encoder_2")  # whose adapters its pipeline loads
     optional: tuple[str, ...] = ()  # text encoders that it can do without
+    unguided: float = 1.0  # the `guidance_scale` of its pipeline by which the prompt alone speaks
 
     @property
     def word(self) -> str:
@@ -147,6 +154,20 @@ def _call_flux(transformer: FluxTransformer2DModel, latents: torch.Tensor, told:
     return F.pixel_shuffle(tokens.mT.unflatten(2, (height, width)), 2)
 
 
+def _z_image_prompts(read: Read, config: Any):
+    """The last layer but one of a language model; zeros where the prompt has ended, which no token's states are."""
+    hidden = read.outputs["text_encoder"].hidden_states[-2]
+    return hidden.masked_fill(~read.masks["text_encoder"].bool()[..., None], 0), None
+
+
+def _call_z_image(transformer: ZImageTransformer2DModel, latents: torch.Tensor, told: Told) -> torch.Tensor:
+    """It is told how much of the picture there is, answers with the way to the picture, and takes each prompt as long
+    as it is."""
+    prompts = [hidden[hidden.any(dim=-1)] for hidden in told.hidden]
+    answers = transformer(list(latents.unsqueeze(2)), 1 - told.timesteps / 1000, prompts).sample
+    return -torch.stack(answers).squeeze(2)
+
+
 _UNET_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_k_proj", "add_v_proj")
 _JOINT_ATTENTION = (*_UNET_ATTENTION[:4], "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 _TRANSFORMER_BLOCKS = re.compile(r"(?:single_)?transformer_blocks\.\d+\.(.+)")
@@ -200,4 +221,23 @@ NETWORKS = {
         text=_long_prompts(512),
         adapted=("text_encoder",),
     ),
+    "ZImageTransformer2DModel": Network(
+        ZImageTransformer2DModel,
+        part="transformer",
+        path=Flow,
+        attention=_UNET_ATTENTION[:4],
+        blocks=re.compile(r"(?:layers|noise_refiner|context_refiner)\.\d+\.(.+)"),
+        first=lambda transformer: transformer.all_x_embedder["2-1"],
+        prompts=_z_image_prompts,
+        call=_call_z_image,
+        pipelines=("ZImagePipeline",),
+        patch=2,
+        adapted=(),
+        unguided=0.0,
+    ),
 }
+
+
+def network_in(pipeline: DiffusionPipeline) -> Network:
+    """The row of the network that a pipeline draws with."""
+    return NETWORKS[type(getattr(pipeline, "unet", None) or pipeline.transformer).__name__]

@@ -225,7 +225,11 @@ def verify_reload(components: Components, adapter: Path, concept: Concept, sampl
     def drawn(pipeline: DiffusionPipeline | None = None) -> tuple[torch.Tensor, np.ndarray]:
         """The first prediction (later ones start from what earlier ones made), and the pictures."""
         seen: list[torch.Tensor] = []
-        hook = components.denoiser.register_forward_hook(lambda module, inputs, output: seen.append(output[0].float()))
+
+        def see(module, inputs, output) -> None:
+            seen.append(torch.stack(list(output[0])).float())  # some answer with a list of pictures
+
+        hook = components.denoiser.register_forward_hook(see)
         images = draw(components, prompts, quick, seeds=[1, 2], references=photographs, pipeline=pipeline)
         hook.remove()
         return seen[0], np.stack([np.asarray(image, dtype=np.int16) for image in images])

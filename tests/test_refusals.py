@@ -149,6 +149,7 @@ TABLE = [
     ("--base {flux} --noise_offset 0.1", "noise_offset=0.1 is for diffusion models", "loading"),
     ("--base {flux} --logit_mean 1", "logit_mean=1.0 needs weighting_scheme='logit_normal', not 'none'", "loading"),
     ("--base {sd3} --mode_scale 1", "mode_scale=1.0 needs weighting_scheme='mode', not 'logit_normal'", "loading"),
+    ("--base {z_image} --train_text_encoder", "train_text_encoder: this base's pipeline loads no adapters", "loading"),
     ("--base {flux} --export kohya", "export='kohya' is for bases with a UNet", "loading"),
     ("--base {flux} --tokenizer_max_length 513", "tokenizer_max_length=513 must be from 2 to 512", "loading"),
     ("--base {flux} --resolution 36", "resolution=36 must be a multiple of 8 for this base: take 32 or 40", "loading"),
@@ -159,7 +160,7 @@ TABLE = [
 @pytest.fixture(scope="session")
 def flows(tmp_path_factory):
     """Family -> the folder of a base that is trained by flow matching."""
-    return {name: write(name, tmp_path_factory.mktemp(name)) for name in ("sd3", "flux")}
+    return {name: write(name, tmp_path_factory.mktemp(name)) for name in ("sd3", "flux", "z_image")}
 
 
 @pytest.mark.parametrize("arguments, words, moment", TABLE, ids=lambda value: str(value)[:40])
