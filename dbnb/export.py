@@ -95,8 +95,11 @@ def save_kohya(components: Components, output_dir: Path) -> Path:
     """Write the adapters under the names, and with the alphas, that ComfyUI and A1111 read; returns the path.
 
     They scale by alpha / rank and know no other way: rsLoRA's alpha / sqrt(rank) is written as alpha * sqrt(rank).
-    Raises ValueError for DoRA, whose magnitudes have no place there.
+    Raises ValueError for DoRA, whose magnitudes have no place there, and for transformers, which they read as diffusers
+    names them.
     """
+    if components.network.part != "unet":
+        raise ValueError("Kohya files are for bases with a UNet: of this one ComfyUI reads what save_adapters writes.")
     tensors: dict[str, torch.Tensor] = {}
     for part, module in adapted_modules(components).items():
         if module.peft_config["default"].use_dora:
