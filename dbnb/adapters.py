@@ -64,9 +64,9 @@ def add_adapters(components: Components, settings: AdapterSettings | None = None
     `lora_layers` says which layers of the denoiser, as `lora_targets` reads it; on a text encoder it is always the
     attention projections, and a T5 beside CLIPs gets none, since pipelines would not load them. A is drawn from a
     normal of deviation 1/rank and B is zero (peft's "gaussian"). The same seed gives the same A. A convolution's A is a
-    convolution of the same kernel, its B one of 1 x 1.
-    `use_dora` is Liu et al., 2024; `use_rslora` Kalajdzievski, 2023. Raises ValueError for a layer that is not there.
-    The fields of `settings` can be given by name instead: `add_adapters(components, rank=4)`.
+    convolution of the same kernel, its B one of 1 x 1. `use_dora` is Liu et al., 2024; `use_rslora` Kalajdzievski,
+    2023. Raises ValueError for a layer that is not there. The fields of `settings` can be given by name instead:
+    `add_adapters(components, rank=4)`.
     """
     settings = adapters_of(settings, **changed)
     targets = lora_targets(components.denoiser, settings.lora_layers)

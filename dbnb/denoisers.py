@@ -13,13 +13,29 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
+from diffusers import (
+    DiffusionPipeline,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+    ZImageTransformer2DModel,
+)
 
 from dbnb.paths import Diffusion, Flow
 
 # What a network with a guidance input (FLUX.1 [dev]) is told in training: by 1 the prompt alone speaks.
 TRAINING_GUIDANCE = 1.0
 _LONGEST = 512  # tokens that the pipelines of FLUX.1 and Stable Diffusion 3 take of a prompt
+
+
+@dataclass(frozen=True)
+class Read:
+    """What the text encoders made of prompts: their outputs and attention masks by name, and how many tokens of a long
+    prompt were asked for."""
+
+    outputs: Mapping[str, Any]
+    masks: Mapping[str, torch.Tensor]
+    length: int | None
 
 
 @dataclass(frozen=True)
@@ -43,8 +59,7 @@ class Network:
     attention: tuple[str, ...]  # the projections of its attention layers, as peft's `target_modules`
     blocks: re.Pattern[str]  # the name of a layer within its blocks; the group is its name within one
     first: Callable[[Any], torch.nn.Module]  # the layer that the latents meet first
-    # The text encoders' outputs by name, the network's config and how many tokens of a long prompt -> hidden, pooled.
-    prompts: Callable[[Mapping[str, Any], Any, int | None], tuple[torch.Tensor, torch.Tensor | None]]
+    prompts: Callable[[Read, Any], tuple[torch.Tensor, torch.Tensor | None]]  # with its config -> hidden, pooled
     call: Callable[[Any, torch.Tensor, Told], torch.Tensor]
     pipelines: tuple[str, ...] = ()  # those that draw from a prompt alone; none are named where all of them do
     patch: int = 1  # latents along one side of a token
@@ -52,19 +67,25 @@ class Network:
     text: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # what differs from `models.ARCHITECTURES`
     adapted: tuple[str, ...] = ("text_encoder", "text_encoder_2")  # whose adapters its pipeline loads
     optional: tuple[str, ...] = ()  # text encoders that it can do without
+    unguided: float = 1.0  # the `guidance_scale` of its pipeline by which the prompt alone speaks
 
     @property
     def word(self) -> str:
         """What people call it."""
         return {"unet": "UNet"}.get(self.part, self.part)
 
+    def linear_layers(self, denoiser: torch.nn.Module) -> dict[str, torch.nn.Linear]:
+        """The linear layers within its blocks, by their names: nearly all of a transformer's weights."""
+        layers = {name: layer for name, layer in denoiser.named_modules() if isinstance(layer, torch.nn.Linear)}
+        return {name: layer for name, layer in layers.items() if self.blocks.fullmatch(name)}
 
-def _unet_prompts(outputs: Mapping[str, Any], config: Any, length: int | None):
-    if "text_encoder_2" not in outputs:
-        return outputs["text_encoder"][0], None
+
+def _unet_prompts(read: Read, config: Any):
+    if "text_encoder_2" not in read.outputs:
+        return read.outputs["text_encoder"][0], None
     # SDXL takes the last layer but one of both encoders, and the second one's pooled output.
-    hidden = torch.cat([output.hidden_states[-2] for output in outputs.values()], dim=-1)
-    return hidden, outputs["text_encoder_2"][0]
+    hidden = torch.cat([output.hidden_states[-2] for output in read.outputs.values()], dim=-1)
+    return hidden, read.outputs["text_encoder_2"][0]
 
 
 def unet_conditions(unet: UNet2DConditionModel, told: Told) -> dict[str, Any]:
@@ -88,15 +109,15 @@ def _call_unet(unet: UNet2DConditionModel, latents: torch.Tensor, told: Told) ->
     return unet(latents, told.timesteps, encoder_hidden_states=told.hidden, **conditions).sample
 
 
-def _sd3_prompts(outputs: Mapping[str, Any], config: Any, length: int | None):
+def _sd3_prompts(read: Read, config: Any):
     """Both CLIPs side by side, padded to the T5's width, with the T5 behind them; without one, zeros in its place."""
-    clips = [outputs["text_encoder"], outputs["text_encoder_2"]]
+    clips = [read.outputs["text_encoder"], read.outputs["text_encoder_2"]]
     hidden = torch.cat([output.hidden_states[-2] for output in clips], dim=-1)
     hidden = F.pad(hidden, (0, config.joint_attention_dim - hidden.shape[-1]))
-    if "text_encoder_3" in outputs:
-        long = outputs["text_encoder_3"][0]
+    if "text_encoder_3" in read.outputs:
+        long = read.outputs["text_encoder_3"][0]
     else:
-        length = length or NETWORKS["SD3Transformer2DModel"].text["T5EncoderModel"]["max_length"]
+        length = read.length or NETWORKS["SD3Transformer2DModel"].text["T5EncoderModel"]["max_length"]
         long = hidden.new_zeros(len(hidden), length, hidden.shape[-1])
     return torch.cat([hidden, long], dim=1), torch.cat([output[0] for output in clips], dim=-1)
 
@@ -110,8 +131,8 @@ def _call_sd3(transformer: SD3Transformer2DModel, latents: torch.Tensor, told: T
     ).sample
 
 
-def _flux_prompts(outputs: Mapping[str, Any], config: Any, length: int | None):
-    return outputs["text_encoder_2"][0], outputs["text_encoder"].pooler_output
+def _flux_prompts(read: Read, config: Any):
+    return read.outputs["text_encoder_2"][0], read.outputs["text_encoder"].pooler_output
 
 
 def _call_flux(transformer: FluxTransformer2DModel, latents: torch.Tensor, told: Told) -> torch.Tensor:
@@ -131,6 +152,20 @@ def _call_flux(transformer: FluxTransformer2DModel, latents: torch.Tensor, told:
         img_ids=places.to(device, torch.float32),
     ).sample
     return F.pixel_shuffle(tokens.mT.unflatten(2, (height, width)), 2)
+
+
+def _z_image_prompts(read: Read, config: Any):
+    """The last layer but one of a language model; zeros where the prompt has ended, which no token's states are."""
+    hidden = read.outputs["text_encoder"].hidden_states[-2]
+    return hidden.masked_fill(~read.masks["text_encoder"].bool()[..., None], 0), None
+
+
+def _call_z_image(transformer: ZImageTransformer2DModel, latents: torch.Tensor, told: Told) -> torch.Tensor:
+    """It is told how much of the picture there is, answers with the way to the picture, and takes each prompt as long
+    as it is."""
+    prompts = [hidden[hidden.any(dim=-1)] for hidden in told.hidden]
+    answers = transformer(list(latents.unsqueeze(2)), 1 - told.timesteps / 1000, prompts).sample
+    return -torch.stack(answers).squeeze(2)
 
 
 _UNET_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_k_proj", "add_v_proj")
@@ -186,4 +221,23 @@ NETWORKS = {
         text=_long_prompts(512),
         adapted=("text_encoder",),
     ),
+    "ZImageTransformer2DModel": Network(
+        ZImageTransformer2DModel,
+        part="transformer",
+        path=Flow,
+        attention=_UNET_ATTENTION[:4],
+        blocks=re.compile(r"(?:layers|noise_refiner|context_refiner)\.\d+\.(.+)"),
+        first=lambda transformer: transformer.all_x_embedder["2-1"],
+        prompts=_z_image_prompts,
+        call=_call_z_image,
+        pipelines=("ZImagePipeline",),
+        patch=2,
+        adapted=(),
+        unguided=0.0,
+    ),
 }
+
+
+def network_in(pipeline: DiffusionPipeline) -> Network:
+    """The row of the network that a pipeline draws with."""
+    return NETWORKS[type(getattr(pipeline, "unet", None) or pipeline.transformer).__name__]

@@ -22,6 +22,7 @@ from diffusers import (
 from PIL import Image
 
 from dbnb.config import Sampling, sampling_of
+from dbnb.denoisers import network_in
 from dbnb.models import Components
 
 SOLVER = "sde-dpmsolver++"
@@ -70,11 +71,12 @@ def image_seed(seed: int, index: int) -> int:
 
 
 def call_options(pipeline: DiffusionPipeline, sampling: Sampling) -> dict[str, Any]:
-    """What a family's call needs besides, where it can be told.
+    """How strongly, and what a family's call needs besides, where it can be told.
 
     IF would want two more packages to tidy captions scraped from the web; a family of long prompts is told how long.
     """
-    options = {"clean_caption": False}
+    unguided = network_in(pipeline).unguided
+    options = {"clean_caption": False, "guidance_scale": sampling.guidance_scale - (1.0 - unguided)}
     if sampling.max_sequence_length is not None:
         options["max_sequence_length"] = sampling.max_sequence_length
     known = inspect.signature(pipeline.__call__).parameters
@@ -121,7 +123,6 @@ def draw_images(
             list(prompts[start:stop]),
             generator=[torch.Generator().manual_seed(seed) for seed in seeds[start:stop]],
             num_inference_steps=sampling.num_inference_steps,
-            guidance_scale=sampling.guidance_scale,
             height=sampling.resolution,
             width=sampling.resolution,
             **further,

@@ -95,8 +95,11 @@ def save_kohya(components: Components, output_dir: Path) -> Path:
     """Write the adapters under the names, and with the alphas, that ComfyUI and A1111 read; returns the path.
 
     They scale by alpha / rank and know no other way: rsLoRA's alpha / sqrt(rank) is written as alpha * sqrt(rank).
-    Raises ValueError for DoRA, whose magnitudes have no place there.
+    Raises ValueError for DoRA, whose magnitudes have no place there, and for transformers, which they read as diffusers
+    names them.
     """
+    if components.network.part != "unet":
+        raise ValueError("Kohya files are for bases with a UNet: of this one ComfyUI reads what save_adapters writes.")
     tensors: dict[str, torch.Tensor] = {}
     for part, module in adapted_modules(components).items():
         if module.peft_config["default"].use_dora:
@@ -225,7 +228,11 @@ def verify_reload(components: Components, adapter: Path, concept: Concept, sampl
     def drawn(pipeline: DiffusionPipeline | None = None) -> tuple[torch.Tensor, np.ndarray]:
         """The first prediction (later ones start from what earlier ones made), and the pictures."""
         seen: list[torch.Tensor] = []
-        hook = components.denoiser.register_forward_hook(lambda module, inputs, output: seen.append(output[0].float()))
+
+        def see(module, inputs, output) -> None:
+            seen.append(torch.stack(list(output[0])).float())  # some answer with a list of pictures
+
+        hook = components.denoiser.register_forward_hook(see)
         images = draw(components, prompts, quick, seeds=[1, 2], references=photographs, pipeline=pipeline)
         hook.remove()
         return seen[0], np.stack([np.asarray(image, dtype=np.int16) for image in images])

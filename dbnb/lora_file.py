@@ -282,7 +282,7 @@ _NAMED = {
 
 def _context_widths() -> dict[int, str]:
     """Features of the text encoder's states, as the UNet's attention gets them -> family."""
-    widths = {BASES[name].unet["cross_attention_dim"]: family for family, name in _PUBLISHED.items()}
+    widths = {BASES[name].denoiser["cross_attention_dim"]: family for family, name in _PUBLISHED.items()}
     return widths | {read_config(miniature.path() / "unet")["cross_attention_dim"]: "miniature"}
 
 

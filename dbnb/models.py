@@ -21,10 +21,10 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel
+from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection, Qwen3Model, T5EncoderModel
 
 from dbnb.config import Objective
-from dbnb.denoisers import NETWORKS, Network
+from dbnb.denoisers import NETWORKS, Network, Read
 from dbnb.files import ends
 from dbnb.paths import Diffusion, Flow
 from dbnb.presets import PRESETS, read_config
@@ -51,9 +51,11 @@ class Architecture:
     max_length: int | None = None  # tokens, where the tokenizer itself would allow more than the base was trained with
     positions: Callable[[Any], int | None] = lambda config: config.max_position_embeddings  # tokens it can take at all
     lowercase: bool = False
+    chat: bool = False  # it reads a prompt as what a user says, in the tokenizer's own template
     fixed_length: bool = False  # always the tokenizer's own, whatever is asked: another encoder reads long prompts
 
 
+_QWEN3 = Architecture(lambda: Qwen3Model, (), always_masked=True, max_length=512, positions=lambda c: 512, chat=True)
 _CLIP_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
 # One row an architecture: the name is what `text_encoder/config.json` says in `architectures`.
 ARCHITECTURES = {
@@ -72,6 +74,8 @@ ARCHITECTURES = {
         ("query", "key", "value", "output.dense"),
         positions=lambda config: config.max_position_embeddings - config.pad_token_id - 1,  # counted from behind it
     ),
+    "Qwen3ForCausalLM": _QWEN3,
+    "Qwen3Model": _QWEN3,
 }
 
 
@@ -470,11 +474,23 @@ def _token_length(tokenizer: Any, architecture: Architecture, max_length: int | 
     return asked or architecture.max_length or tokenizer.model_max_length
 
 
+def _texts(tokenizer: Any, architecture: Architecture, prompts: list[str]) -> list[str]:
+    """Prompts as a text encoder was trained to read them."""
+    if architecture.lowercase:
+        return [prompt.lower().strip() for prompt in prompts]
+    if not architecture.chat:
+        return prompts
+    said = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    options = dict(tokenize=False, add_generation_prompt=True, enable_thinking=True)
+    return [tokenizer.apply_chat_template(messages, **options) for messages in said]
+
+
 def cut_off(components: Components, prompt: str, max_length: int | None = None) -> str:
     """What of a prompt is too long for every text encoder, and so will not be read; "" where all fits."""
     unread = []
     for tokenizer, _, architecture in components.text_encoders().values():
-        room = _token_length(tokenizer, architecture, max_length) - tokenizer.num_special_tokens_to_add()
+        around = len(tokenizer(_texts(tokenizer, architecture, [""])).input_ids[0])
+        room = _token_length(tokenizer, architecture, max_length) - around
         unread.append(tokenizer.decode(tokenizer(prompt, add_special_tokens=False).input_ids[room:]))
     return min(unread, key=len)
 
@@ -488,17 +504,19 @@ def embed_prompts(
     text encoder has trainable weights.
     """
     distinct = list(dict.fromkeys(prompts))
-    encoders, outputs = components.text_encoders(), {}
+    encoders, outputs, masks = components.text_encoders(), {}, {}
     for name, (tokenizer, encoder, architecture) in encoders.items():
-        texts = [prompt.lower().strip() for prompt in distinct] if architecture.lowercase else distinct
+        texts = _texts(tokenizer, architecture, distinct)
         length = _token_length(tokenizer, architecture, max_length)
         tokens = tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        if next(encoder.parameters()).device != components.device:  # it rested
+            encoder.to(components.device)
         masked = architecture.always_masked or getattr(encoder.config, "use_attention_mask", False)
         tokens = tokens.to(components.device)
         mask = {"attention_mask": tokens.attention_mask} if masked else {}
-        layers = {"output_hidden_states": True} if len(encoders) > 1 else {}
-        outputs[name] = encoder(tokens.input_ids, **mask, **layers)
-    hidden, pooled = components.network.prompts(outputs, components.denoiser.config, max_length)
+        layers = {"output_hidden_states": True} if len(encoders) > 1 or architecture.chat else {}
+        outputs[name], masks[name] = encoder(tokens.input_ids, **mask, **layers), tokens.attention_mask
+    hidden, pooled = components.network.prompts(Read(outputs, masks, max_length), components.denoiser.config)
     order = [distinct.index(prompt) for prompt in prompts]
     return hidden[order], None if pooled is None else pooled[order]
 

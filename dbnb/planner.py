@@ -1,7 +1,7 @@
 """What a run needs in memory, computed from the model's shapes before anything is downloaded.
 
-UNet and autoencoder are built without storage (torch's "meta" device) from their published configs. A training step and
-a picture are then computed on it, and what would be alive at each moment is counted: autograd's saved tensors, the
+Denoiser and autoencoder are built without storage (torch's "meta" device) from their published configs. A training step
+and a picture are then computed on it, and what would be alive at each moment is counted: autograd's saved tensors, the
 gradients on their way back, and with checkpointing the block that is just recomputed. Built in notebook 10.
 """
 
@@ -14,32 +14,35 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, ModelMixin
 from peft import LoraConfig
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dbnb.adapters import lora_targets, trainable_parameters
+from dbnb.denoisers import NETWORKS, Told
 
 CARDS = (8, 12, 16, 24)  # GB that graphics cards have
 
 
 @dataclass(frozen=True)
 class Base:
-    """The published sizes of a base: its UNet's config, and the parameters of what runs before and after it.
+    """The published sizes of a base: its denoiser's config, and the parameters of what runs before and after it.
 
     `vae_parameters` is 0 for a base in pixel space; an autoencoder that overflows in float16 decodes in float32.
     """
 
-    unet: dict
+    denoiser: dict
     resolution: int
     text_parameters: int
     vae_parameters: int
     text_length: int = 77
+    network: str = "UNet2DConditionModel"  # a row of `denoisers.NETWORKS`
     vae: dict | None = None  # the autoencoder's config
     vae_overflows: bool = False
 
 
+_T5_XXL = 4_762_310_656
 # From the configs of the checkpoints on the hub.
 _VAE = dict(
     block_out_channels=(128, 256, 512, 512),
@@ -48,6 +51,7 @@ _VAE = dict(
     layers_per_block=2,
     latent_channels=4,
 )
+_FLOW_VAE = _VAE | dict(latent_channels=16, use_quant_conv=False, use_post_quant_conv=False)
 _SD = dict(sample_size=64, attention_head_dim=8, cross_attention_dim=768)
 BASES = {
     "Stable Diffusion 1.5": Base(_SD, 512, 123_060_480, 83_653_863, vae=_VAE),
@@ -99,10 +103,38 @@ BASES = {
             addition_embed_type_num_heads=64,
         ),
         64,
-        4_762_310_656,
+        _T5_XXL,
         0,
     ),
+    "Stable Diffusion 3.5 medium": Base(
+        dict(
+            sample_size=128,
+            num_layers=24,
+            num_attention_heads=24,
+            caption_projection_dim=1536,
+            pos_embed_max_size=384,
+            dual_attention_layers=tuple(range(13)),
+            qk_norm="rms_norm",
+        ),
+        1024,
+        123_650_304 + 694_659_840 + _T5_XXL,
+        83_819_683,
+        text_length=77 + 256,
+        network="SD3Transformer2DModel",
+        vae=_FLOW_VAE,
+    ),
+    "FLUX.1 [dev]": Base(
+        dict(guidance_embeds=True),
+        512,
+        123_060_480 + _T5_XXL,
+        83_819_683,
+        text_length=512,
+        network="FluxTransformer2DModel",
+        vae=_FLOW_VAE,
+    ),
 }
+# Bytes a weight of a quantised layer, with the scales that belong to it: nf4 has one of a byte for each 64 weights.
+QUANTIZED = {"nf4": 0.5 + 1 / 64, "int8": 1.0, "fp8": 1.0}
 
 
 class LiveTensors(TorchDispatchMode):
@@ -165,21 +197,26 @@ def _fused_attention() -> Iterator[None]:
         F.scaled_dot_product_attention = kept
 
 
-def _unet_inputs(unet: UNet2DConditionModel, base: Base, pictures: int) -> dict:
-    """What a UNet is called with for so many pictures, without storage."""
-    side, settings = unet.config.sample_size, unet.config
-    width = settings.encoder_hid_dim or settings.cross_attention_dim
-    further = {}
-    if settings.addition_embed_type == "text_time":
-        numbers = 6
-        pooled = settings.projection_class_embeddings_input_dim - numbers * settings.addition_time_embed_dim
-        further = {"text_embeds": torch.empty(pictures, pooled), "time_ids": torch.empty(pictures, numbers)}
-    return dict(
-        sample=torch.empty(pictures, settings.in_channels, side, side),
-        timestep=torch.empty(pictures, dtype=torch.long),
-        encoder_hidden_states=torch.empty(pictures, base.text_length, width),
-        added_cond_kwargs=further,
-    )
+def _inputs(base: Base, denoiser: ModelMixin, pictures: int) -> tuple[torch.Tensor, Told]:
+    """What a base's network is given for so many pictures, without storage: noisy latents, and what it is told."""
+    network, settings = NETWORKS[base.network], denoiser.config
+    steps, pooled = torch.empty(pictures, dtype=torch.long), None
+    if network.part == "transformer":
+        side, channels, width = (
+            base.resolution // 8,
+            settings.in_channels // network.packed,
+            settings.joint_attention_dim,
+        )
+        pooled = torch.empty(pictures, settings.pooled_projection_dim)
+    else:
+        side, channels = settings.sample_size, settings.in_channels
+        width = settings.encoder_hid_dim or settings.cross_attention_dim
+        if settings.addition_embed_type == "text_time":
+            numbers = 6
+            width_pooled = settings.projection_class_embeddings_input_dim - numbers * settings.addition_time_embed_dim
+            pooled = torch.empty(pictures, width_pooled)
+    hidden = torch.empty(pictures, base.text_length, width)
+    return torch.empty(pictures, channels, side, side), Told(steps, hidden, pooled, base.resolution)
 
 
 def training_memory(
@@ -190,26 +227,34 @@ def training_memory(
     bytes_per_weight: int = 2,
     gradient_checkpointing: bool = False,
     lora_layers: str = "attention",
+    cached: bool = False,
+    quantization: str | None = None,
 ) -> dict[str, int]:
-    """Bytes by purpose for training the UNet's adapters; `batch` counts all pictures, instance and class;
+    """Bytes by purpose for training the denoiser's adapters; `batch` counts all pictures, instance and class;
     `lora_layers` is as in `adapters.lora_targets`.
 
-    "weights": all frozen parts; "adapters": float32 weights, gradients and AdamW's two moments; "activations": what
-    else is alive at the highest moment of the UNet's forward and backward pass. Libraries, the CUDA context and
-    fragmentation come on top.
+    "weights": all frozen parts, or the denoiser alone where embeddings and latents are `cached` and the other parts
+    rest beside the device; with `quantization`, a key of `QUANTIZED`, the linear layers of its blocks are in fewer
+    bits. "adapters": float32 weights, gradients and AdamW's two moments. "activations": what else is alive at the
+    highest moment of the denoiser's forward and backward pass. Libraries, the CUDA context and fragmentation come on
+    top.
     """
+    network = NETWORKS[base.network]
     with torch.device("meta"), _fused_attention():
-        unet = UNet2DConditionModel(**base.unet).requires_grad_(False)
-        unet.add_adapter(LoraConfig(r=rank, target_modules=lora_targets(unet, lora_layers)))
+        denoiser = network.network_class(**base.denoiser).requires_grad_(False)
+        frozen = sum(tensor.numel() for tensor in (*denoiser.parameters(), *denoiser.buffers()))
+        fewer = 0.0 if quantization is None else bytes_per_weight - QUANTIZED[quantization]
+        saved = fewer * sum(layer.weight.numel() for layer in network.linear_layers(denoiser).values())
+        denoiser.add_adapter(LoraConfig(r=rank, target_modules=lora_targets(denoiser, lora_layers)))
         if gradient_checkpointing:
-            unet.enable_gradient_checkpointing()
-        adapters = sum(p.numel() for _, p in trainable_parameters(unet))
-        frozen = sum(p.numel() for p in unet.parameters() if not p.requires_grad)
-        inputs = _unet_inputs(unet, base, batch)
+            denoiser.enable_gradient_checkpointing()
+        adapters = sum(p.numel() for _, p in trainable_parameters(denoiser))
+        noisy, told = _inputs(base, denoiser, batch)
         with LiveTensors() as live:
-            unet.train()(**inputs).sample.square().mean().backward()
+            network.call(denoiser.train(), noisy, told).square().mean().backward()
+    others = 0 if cached else base.text_parameters + base.vae_parameters
     return {
-        "weights": bytes_per_weight * (frozen + base.text_parameters + base.vae_parameters),
+        "weights": bytes_per_weight * (frozen + others) - round(saved),
         "adapters": 4 * 4 * adapters,
         # At the highest moment, early in the backward pass, next to no gradient of an adapter is there yet.
         "activations": bytes_per_weight * live.peak,
@@ -219,17 +264,20 @@ def training_memory(
 def drawing_memory(base: Base, *, pictures: int = 4, bytes_per_weight: int = 2) -> dict[str, int]:
     """Bytes that drawing so many pictures at once takes besides the weights, at the highest moment of each part.
 
-    "unet": a solver's step, with guidance two predictions a picture. "vae": the autoencoder makes pictures of latents,
-    all at once; 0 in pixel space. Class images, validation and the check of the adapter's file draw alike.
+    "denoiser": a solver's step, with guidance two predictions a picture, or one where the network is told how strong
+    guidance is. "vae": the autoencoder makes pictures of latents, all at once; 0 in pixel space. Class images,
+    validation and the check of the adapter's file draw alike.
     """
+    network = NETWORKS[base.network]
     with torch.device("meta"), torch.no_grad(), _fused_attention():
-        unet = UNet2DConditionModel(**base.unet).eval()
-        inputs = _unet_inputs(unet, base, 2 * pictures)
+        denoiser = network.network_class(**base.denoiser).eval()
+        guided = 1 if denoiser.config.get("guidance_embeds") else 2
+        noisy, told = _inputs(base, denoiser, guided * pictures)
         with LiveTensors() as live:
-            unet(**inputs)
-        found = {"unet": bytes_per_weight * live.peak, "vae": 0}
+            network.call(denoiser, noisy, told)
+        found = {"denoiser": bytes_per_weight * live.peak, "vae": 0}
         if base.vae is not None:
-            vae, side = AutoencoderKL(**base.vae).eval(), unet.config.sample_size
+            vae, side = AutoencoderKL(**base.vae).eval(), noisy.shape[-1]
             latents = torch.empty(pictures, vae.config.latent_channels, side, side)
             with LiveTensors() as live:
                 vae.decode(latents)
@@ -238,18 +286,20 @@ def drawing_memory(base: Base, *, pictures: int = 4, bytes_per_weight: int = 2) 
 
 
 def peak_memory(
-    base: Base, *, pictures: int = 4, bytes_per_weight: int = 2, **training: int | bool | str
+    base: Base, *, pictures: int = 4, bytes_per_weight: int = 2, **training: int | bool | str | None
 ) -> dict[str, int]:
     """Bytes at the highest moment of each phase of a run: "training", "drawing", "decoding".
 
     `pictures` are drawn at once (`sample_batch_size`); `training` are options of `training_memory`. A card must hold
-    the largest of them; libraries and the CUDA context come on top.
+    the largest of them; libraries and the CUDA context come on top. What is drawn needs all parts, whatever rests in
+    training.
     """
     step = training_memory(base, bytes_per_weight=bytes_per_weight, **training)
     drawing = drawing_memory(base, pictures=pictures, bytes_per_weight=bytes_per_weight)
     kept = step["weights"] + step["adapters"]  # what is drawn after training has the optimizer beside it
+    rested = bytes_per_weight * (base.text_parameters + base.vae_parameters) if training.get("cached") else 0
     return {
         "training": kept + step["activations"],
-        "drawing": kept + drawing["unet"],
-        "decoding": kept + drawing["vae"] + (4 - bytes_per_weight) * base.vae_parameters * base.vae_overflows,
+        "drawing": kept + rested + drawing["denoiser"],
+        "decoding": kept + rested + drawing["vae"] + (4 - bytes_per_weight) * base.vae_parameters * base.vae_overflows,
     }

@@ -77,7 +77,7 @@ def clean_latents(components: Components, batch: dict[str, Any], seed: int) -> t
         pixels = batch["pixel_values"].to(device)
         if components.vae is None:
             return pixels
-        parameters = torch.stack([posterior_parameters(components.vae, picture) for picture in pixels])
+        parameters = torch.stack([posterior_parameters(components.vae, picture) for picture in pixels]).to(device)
     posterior = DiagonalGaussianDistribution(parameters.float())
     shape = posterior.mean.shape[1:]
     noise = _per_sample(batch, seed, POSTERIOR, lambda g: torch.randn(shape, generator=g)).to(device)
@@ -264,7 +264,10 @@ def train(
     check_start(config)
     with alone(Path(config.output_dir)), own_precision():
         run = _begin(config, components, dataset)
-        return _loop(run, on_step, on_validation, on_pace)
+        try:
+            return _loop(run, on_step, on_validation, on_pace)
+        finally:
+            components.to(run.accelerator.device)  # what rested
 
 
 def ended(config: DreamBoothConfig, log: Sequence[Mapping[str, Any]]) -> bool:
@@ -328,12 +331,16 @@ class _Run:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def to_training(self) -> None:
-        """Switch the adapters' dropout on."""
+        """Switch the adapters' dropout on; what no step needs leaves the device, until something is drawn."""
         for module in adapted_modules(self.components).values():
             train_mode(module)
+        if self.components.device.type != "cpu":
+            for name in idle_parts(self.components, self.dataset, self.prompt_embeds):
+                self.components.modules()[name].to("cpu")
 
     def to_evaluation(self) -> None:
-        """Switch it off."""
+        """Switch it off, and have every part on the device."""
+        self.components.to(self.accelerator.device)
         for module in adapted_modules(self.components).values():
             module.eval()
 
@@ -379,6 +386,14 @@ class _Run:
         further |= {"schedule": self.schedule.last_epoch, "line": self.log[-1]}
         folder = self.output_dir / f"checkpoint-{step}"
         save_checkpoint(folder, self.components, self.optimizer, step, self.identity, **further)
+
+
+def idle_parts(
+    components: Components, dataset: DreamBoothDataset | Mixture, prompt_embeds: Mapping | None
+) -> list[str]:
+    """The parts that no step needs: text encoders where prompts are encoded already, the VAE where pictures are."""
+    idle = [] if prompt_embeds is None else list(components.text_encoders())
+    return [*idle, "vae"] if components.vae is not None and dataset.latents else idle
 
 
 def _begin(config: DreamBoothConfig, components: Components, dataset: DreamBoothDataset | Mixture) -> _Run:

@@ -210,7 +210,6 @@ def from_references(
             image=images[part],
             strength=strength,
             num_inference_steps=sampling.num_inference_steps,
-            guidance_scale=sampling.guidance_scale,
             generator=[torch.Generator().manual_seed(seed) for seed in seeds[part]],
             **options,
         ).images

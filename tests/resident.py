@@ -58,8 +58,8 @@ def _peak(work) -> int:
 def measured(phase: str) -> int:
     """The rise of one phase, the models being there and everything that is loaded at first use having been loaded."""
     torch.manual_seed(0)
-    width = BASE.unet["cross_attention_dim"]
-    unet = UNet2DConditionModel(**BASE.unet).requires_grad_(False)
+    width = BASE.denoiser["cross_attention_dim"]
+    unet = UNet2DConditionModel(**BASE.denoiser).requires_grad_(False)
     vae = AutoencoderKL(**BASE.vae).requires_grad_(False).eval()
 
     def inputs(pictures: int, side: int) -> tuple[torch.Tensor, ...]:
@@ -70,19 +70,19 @@ def measured(phase: str) -> int:
         if phase == "checkpointing":
             unet.enable_gradient_checkpointing()
 
-        def work(pictures: int = PICTURES, side: int = BASE.unet["sample_size"]) -> None:
+        def work(pictures: int = PICTURES, side: int = BASE.denoiser["sample_size"]) -> None:
             unet.train()(*inputs(pictures, side)).sample.square().mean().backward()
 
     elif phase == "drawing":
 
         @torch.no_grad()
-        def work(pictures: int = 2 * PICTURES, side: int = BASE.unet["sample_size"]) -> None:
+        def work(pictures: int = 2 * PICTURES, side: int = BASE.denoiser["sample_size"]) -> None:
             unet.eval()(*inputs(pictures, side))
 
     else:
 
         @torch.no_grad()
-        def work(pictures: int = PICTURES, side: int = BASE.unet["sample_size"]) -> None:
+        def work(pictures: int = PICTURES, side: int = BASE.denoiser["sample_size"]) -> None:
             vae.decode(torch.randn(pictures, 4, side, side))
 
     work(1, 8)
@@ -95,7 +95,7 @@ def planned(phase: str) -> int:
         return training_memory(
             BASE, rank=4, batch=PICTURES, bytes_per_weight=4, gradient_checkpointing=phase == "checkpointing"
         )["activations"]
-    return drawing_memory(BASE, pictures=PICTURES, bytes_per_weight=4)["unet" if phase == "drawing" else "vae"]
+    return drawing_memory(BASE, pictures=PICTURES, bytes_per_weight=4)["denoiser" if phase == "drawing" else "vae"]
 
 
 if __name__ == "__main__":

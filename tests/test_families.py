@@ -15,6 +15,7 @@ from families import FAMILIES, write
 
 from dbnb import export
 from dbnb.adapters import adapted_modules, add_adapters, trainable_parameters
+from dbnb.checkpoints import check_resume
 from dbnb.config import AdapterSettings, DreamBoothConfig, Objective
 from dbnb.dataset import (
     NOISE,
@@ -27,7 +28,7 @@ from dbnb.dataset import (
 )
 from dbnb.models import embed_prompts, load_components
 from dbnb.prior import class_images
-from dbnb.training import batch_at, precompute_embeds, train, training_step
+from dbnb.training import batch_at, idle_parts, precompute_embeds, train, training_step
 from dbnb.validation import from_references, validation_images
 
 TEXT_ENCODERS = {
@@ -41,8 +42,10 @@ TEXT_ENCODERS = {
     "sd35": "CLIPTextModelWithProjection, CLIPTextModelWithProjection",
     "flux": "CLIPTextModel, T5EncoderModel",
     "schnell": "CLIPTextModel, T5EncoderModel",
+    "z_image": "Qwen3Model",
 }
-FLOWS = {"sd3": "transformer", "sd35": "transformer", "flux": "transformer", "schnell": "transformer"}
+FLOWS = dict.fromkeys(("sd3", "sd35", "flux", "schnell", "z_image"), "transformer")
+LENGTHS = dict.fromkeys(FLOWS, 16) | {"z_image": 64}  # its tokens are letters here
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -79,7 +82,7 @@ def settings(family, tmp_path):
         validation_steps=0,
         num_class_images=3,
         sample_batch_size=3,
-        tokenizer_max_length=16 if family[0] in FLOWS else None,
+        tokenizer_max_length=LENGTHS.get(family[0]),
     )
 
 
@@ -96,11 +99,11 @@ def test_parts_are_what_the_checkpoint_says(family, base):
     add_adapters(base, AdapterSettings(rank=2, train_text_encoder=True))
     adapted = {name: list(base.text_encoders()) for name in TEXT_ENCODERS}
     adapted |= dict.fromkeys(("sd3", "sd35"), ["text_encoder", "text_encoder_2"])
-    adapted |= dict.fromkeys(("flux", "schnell"), ["text_encoder"])
+    adapted |= dict.fromkeys(("flux", "schnell"), ["text_encoder"]) | {"z_image": []}
     assert set(adapted_modules(base)) == {FLOWS.get(name, "unet"), *adapted[name]}
     layers = (n.split(".lora_A")[0] for n, _ in trainable_parameters(base.denoiser) if "lora_A" in n)
     added = {"if": {"add_k_proj", "add_v_proj"}, "if2": {"add_k_proj", "add_v_proj"}}
-    added |= dict.fromkeys(FLOWS, {"add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"})
+    added |= dict.fromkeys(("sd3", "sd35", "flux", "schnell"), {"add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"})
     targets = {layer.rsplit(".", 1)[-1] for layer in layers}
     assert targets == {"to_q", "to_k", "to_v", "0"} | added.get(name, set())
 
@@ -118,6 +121,10 @@ def test_prompts_are_embedded_as_the_pipeline_does_it(family, base, settings):
         elif name in ("if", "if2"):
             expected, _ = pipeline.encode_prompt(prompts, do_classifier_free_guidance=False)
             assert hidden.shape[1] == 77
+        elif name == "z_image":
+            encoded, _ = pipeline.encode_prompt(list(prompts), do_classifier_free_guidance=False)
+            assert hidden.shape[1] == 512 and [len(words) for words in encoded] == [len(w[w.any(-1)]) for w in hidden]
+            expected = torch.nn.utils.rnn.pad_sequence([*encoded, hidden[0]], batch_first=True)[:2]
         elif name in FLOWS:
             further = {"do_classifier_free_guidance": False} if name in ("sd3", "sd35") else {}
             prompts_3 = {"prompt_3": prompts} if name in ("sd3", "sd35") else {}
@@ -164,6 +171,10 @@ def _answered(name, base, noisy, sigmas, hidden, pooled):
     """What a transformer says about noisy latents, asked as its own pipeline asks."""
     if name in ("sd3", "sd35"):
         return base.denoiser(noisy, hidden, pooled, sigmas * 1000).sample
+    if name == "z_image":
+        prompts = [words[: int(words.any(-1).sum())] for words in hidden]
+        pictures = [picture[:, None] for picture in noisy]
+        return -torch.cat(base.denoiser(pictures, 1 - sigmas, prompts, return_dict=False)[0], dim=1).transpose(0, 1)
     count, channels, height, width = noisy.shape
     tokens = base.denoiser(
         FluxPipeline._pack_latents(noisy, count, channels, height, width),
@@ -196,7 +207,7 @@ def test_the_loss_of_a_flow_is_the_one_written_out(family, base, small, objectiv
             training_step(base, batch_at(small, 0, 2), seed=0, objective=Objective(weighting_scheme="mode"))
         return
     batch = batch_at(small, 0, 2)
-    options = dict(seed=0, objective=objective, prior_loss_weight=0.7, tokenizer_max_length=16)
+    options = dict(seed=0, objective=objective, prior_loss_weight=0.7, tokenizer_max_length=LENGTHS[name])
     record = training_step(base, batch, **options)
 
     def share(generator):
@@ -225,13 +236,15 @@ def test_the_loss_of_a_flow_is_the_one_written_out(family, base, small, objectiv
     s = sigmas.view(-1, 1, 1, 1)
     noisy = (1 - s) * latents + s * noise
     assert torch.allclose(noisy, record.noisy_latents, atol=1e-5)
-    hidden, pooled = embed_prompts(base, batch["prompts"], max_length=16)
+    hidden, pooled = embed_prompts(base, batch["prompts"], max_length=LENGTHS[name])
     errors = weigh(s) * (_answered(name, base, noisy, sigmas, hidden, pooled) - (noise - latents)) ** 2
     loss = errors[:2].mean() + 0.7 * errors[2:].mean()
     assert record.loss.item() == pytest.approx(loss.item(), rel=1e-4)
 
-    known = precompute_embeds(base, small.distinct_prompts(), max_length=16)
+    known = precompute_embeds(base, small.distinct_prompts(), max_length=LENGTHS[name])
     cache_latents(small, base.vae)
+    assert idle_parts(base, small, None) == ["vae"]
+    assert idle_parts(base, small, known) == [*base.text_encoders(), "vae"]
     cached = training_step(base, batch_at(small, 0, 2), prompt_embeds=known, **options)
     assert cached.loss.item() == pytest.approx(loss.item(), rel=1e-4)
 
@@ -251,6 +264,10 @@ def test_training_resumes_and_the_adapter_reloads_to_the_same_picture(
     for part, module in adapted_modules(models[0]).items():
         other = adapted_modules(models[1])[part].state_dict()
         assert all(torch.equal(value, other[key]) for key, value in module.state_dict().items())
+    if family[0] in FLOWS:
+        with pytest.raises(ValueError, match="objective was .* and is {'weighting_scheme': 'mode'}"):
+            other = dataclasses.replace(config, weighting_scheme="mode")
+            check_resume(dataclasses.replace(other, resume_from_checkpoint=str(tmp_path / "checkpoint-1")))
     adapter = export.save_adapters(models[0], tmp_path)
     assert export.verify_reload(models[0], adapter, concept, config.sampling) <= 2
     plain = validation_images(base, concept, config.sampling, count=2, sets=("subject",))

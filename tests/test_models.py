@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
+from families import write
 from huggingface_hub import errors
 from safetensors.torch import load_file
 
@@ -68,6 +69,22 @@ def test_a_base_of_another_kind_is_named(copy):
         load_components(copy)
 
 
+def test_a_missing_t5_is_said_and_another_task_is_named(tmp_path):
+    folder = write("sd3", tmp_path / "base")
+    shutil.rmtree(folder / "text_encoder_3")  # as those who save 9 GB have it
+    components = load_components(folder)
+    assert components.absent() == ["text_encoder_3"] and "absent: its tokens are zeros" in str(components)
+    hidden = encode_prompts(components, ["a dog"], max_length=5)
+    assert hidden.shape == (1, 29, 64) and not hidden[:, 24:].any()
+    assert build_pipeline(components).text_encoder_3 is None
+    with pytest.raises(AttributeError, match="denoises with a transformer"):
+        _ = components.unet
+    path = folder / "model_index.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"_class_name": "StableDiffusion3InpaintPipeline"}))
+    with pytest.raises(ValueError, match="is a StableDiffusion3InpaintPipeline: known are"):
+        load_components(folder)
+
+
 def test_weights_that_could_run_code_are_not_read(copy):
     path = copy / "unet" / "diffusion_pytorch_model.safetensors"
     torch.save(load_file(path), path.with_suffix(".bin"))
@@ -91,6 +108,14 @@ def test_a_folder_without_preset_gets_its_familys(tmp_path):
     assert suggestion(unet={"sample_size": 64}) == PRESETS["if"]
     assert suggestion(unet={}, vae=vae) == PRESETS["sd15"]
     assert suggested(str(miniature.path())) == PRESETS["miniature"]
+    sd3 = {"_class_name": "SD3Transformer2DModel", "sample_size": 64}
+    assert suggestion(transformer=sd3, vae=vae, text_encoder_2={}) == PRESETS["sd35"] | {"resolution": 512}
+    small = suggestion(transformer=sd3 | {"sample_size": 8}, vae=vae, text_encoder_2={})
+    assert small == PRESETS["miniature"] | {"weighting_scheme": "logit_normal"}
+    flux = {"_class_name": "FluxTransformer2DModel", "guidance_embeds": True}
+    assert suggestion(transformer=flux, vae=vae, text_encoder_2={}) == PRESETS["flux"]
+    schnell = flux | {"guidance_embeds": False}
+    assert suggestion(transformer=schnell, vae=vae) == PRESETS["flux"] | {"num_inference_steps": 4}
 
 
 def test_a_mistyped_base_is_said_to_be_that(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -10,11 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import AutoencoderKL
 from peft import LoraConfig
 
 from dbnb.adapters import lora_targets
-from dbnb.planner import BASES, CARDS, Base, LiveTensors, drawing_memory, peak_memory, training_memory
+from dbnb.denoisers import NETWORKS, Told
+from dbnb.planner import BASES, CARDS, QUANTIZED, Base, LiveTensors, drawing_memory, peak_memory, training_memory
 
 SMALL = Base(
     dict(
@@ -33,21 +35,64 @@ SMALL = Base(
 )
 
 
+SMALL_FLOWS = [
+    Base(
+        dict(
+            num_layers=2,
+            attention_head_dim=8,
+            num_attention_heads=4,
+            joint_attention_dim=48,
+            caption_projection_dim=32,
+            pooled_projection_dim=32,
+            qk_norm="rms_norm",
+            dual_attention_layers=(0,),
+        ),
+        256,
+        1000,
+        2000,
+        text_length=24,
+        network="SD3Transformer2DModel",
+    ),
+    Base(
+        dict(
+            in_channels=16,
+            num_layers=1,
+            num_single_layers=2,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=48,
+            pooled_projection_dim=32,
+            axes_dims_rope=(4, 6, 6),
+            guidance_embeds=True,
+        ),
+        256,
+        1000,
+        2000,
+        text_length=24,
+        network="FluxTransformer2DModel",
+    ),
+]
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("lora_layers", ["attention", "all"])
-def test_the_plan_is_what_is_alive_in_a_real_training_step(lora_layers, checkpointing):
-    unet = UNet2DConditionModel(**SMALL.unet).requires_grad_(False)
-    unet.add_adapter(LoraConfig(r=4, target_modules=lora_targets(unet, lora_layers)))
+@pytest.mark.parametrize("base", [SMALL, *SMALL_FLOWS], ids=lambda base: base.network)
+def test_the_plan_is_what_is_alive_in_a_real_training_step(base, lora_layers, checkpointing):
+    network = NETWORKS[base.network]
+    denoiser = network.network_class(**base.denoiser).requires_grad_(False)
+    denoiser.add_adapter(LoraConfig(r=4, target_modules=lora_targets(denoiser, lora_layers)))
     if checkpointing:
-        unet.enable_gradient_checkpointing()
-    inputs = (torch.randn(4, 4, 32, 32), torch.tensor([1, 2, 3, 4]), torch.randn(4, 24, 48))
+        denoiser.enable_gradient_checkpointing()
+    told = Told(torch.tensor([1, 2, 3, 4]), torch.randn(4, 24, 48), torch.randn(4, 32), 256)
+    noisy = torch.randn(4, denoiser.config.in_channels // network.packed, 32, 32)
     with LiveTensors() as live:
-        unet.train()(*inputs).sample.square().mean().backward()
+        network.call(denoiser.train(), noisy, told).square().mean().backward()
     options = dict(lora_layers=lora_layers, gradient_checkpointing=checkpointing)
-    plan = training_memory(SMALL, rank=4, batch=4, bytes_per_weight=4, **options)
+    plan = training_memory(base, rank=4, batch=4, bytes_per_weight=4, **options)
     assert plan["activations"] == pytest.approx(4 * live.peak, rel=0.1)
-    trainable = sum(p.numel() for p in unet.parameters() if p.requires_grad)
-    frozen = sum(p.numel() for p in unet.parameters() if not p.requires_grad)
+    trainable = sum(p.numel() for p in denoiser.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in denoiser.parameters() if not p.requires_grad)
+    frozen += sum(buffer.numel() for buffer in denoiser.buffers())
     assert plan["adapters"] == 16 * trainable and plan["weights"] == 4 * (frozen + 3000)
 
 
@@ -72,10 +117,19 @@ def test_the_peaks_of_a_run_hold_all_that_is_there_at_once():
     step, drawing = training_memory(SMALL, batch=2), drawing_memory(SMALL, pictures=4)
     peaks = peak_memory(SMALL, pictures=4, batch=2)
     assert peaks["training"] == sum(step.values()) and drawing["vae"] == 0
-    assert peaks["drawing"] == step["weights"] + step["adapters"] + drawing["unet"]
+    assert peaks["drawing"] == step["weights"] + step["adapters"] + drawing["denoiser"]
+    resting = peak_memory(SMALL, pictures=4, batch=2, cached=True)
+    assert peaks["training"] - resting["training"] == 2 * 3000 and peaks["drawing"] == resting["drawing"]
     twice = drawing_memory(SMALL, pictures=8)
-    assert twice["unet"] == pytest.approx(2 * drawing["unet"], rel=0.02)
+    assert twice["denoiser"] == pytest.approx(2 * drawing["denoiser"], rel=0.02)
     assert 12 in CARDS
+
+
+def test_a_network_that_is_told_its_guidance_draws_with_one_prediction_a_picture():
+    told = next(base for base in SMALL_FLOWS if base.denoiser.get("guidance_embeds"))
+    untold = dataclasses.replace(told, denoiser=told.denoiser | {"guidance_embeds": False})
+    one, two = (drawing_memory(base, pictures=8)["denoiser"] for base in (told, untold))
+    assert two == pytest.approx(2 * one, rel=0.05)
 
 
 @pytest.mark.slow
@@ -101,10 +155,31 @@ def test_published_sizes_and_what_checkpointing_saves():
 
 def test_every_base_has_its_published_size_and_activations_in_proportion_to_the_pictures():
     published = {"Stable Diffusion 2.1": 865_910_724, "Stable Diffusion XL": 2_567_463_684, "DeepFloyd IF": 4.3e9}
+    published |= {"Stable Diffusion 3.5 medium": 2.47e9, "FLUX.1 [dev]": 11.9e9}
     for name, parameters in published.items():
         base = BASES[name]
         plan = training_memory(base, batch=2, bytes_per_weight=1, gradient_checkpointing=True)
-        unet = plan["weights"] - base.text_parameters - base.vae_parameters
-        assert unet == pytest.approx(parameters, rel=0.002), name
+        denoiser = plan["weights"] - base.text_parameters - base.vae_parameters
+        assert denoiser == pytest.approx(parameters, rel=0.002), name
         twice = training_memory(base, batch=4, bytes_per_weight=1, gradient_checkpointing=True)
         assert twice["activations"] == pytest.approx(2 * plan["activations"], rel=0.05), name
+    for name, base in BASES.items():
+        if base.vae is not None:
+            with torch.device("meta"):
+                vae = AutoencoderKL(**base.vae)
+            assert sum(p.numel() for p in vae.parameters()) == base.vae_parameters, name
+
+
+@pytest.mark.parametrize("base", [SMALL, *SMALL_FLOWS], ids=lambda base: base.network)
+def test_what_rests_and_what_is_in_fewer_bits_is_not_counted_in_full(base):
+    whole = training_memory(base, batch=2)
+    alone = training_memory(base, batch=2, cached=True)
+    assert whole["weights"] - alone["weights"] == 2 * 3000
+    blocks = NETWORKS[base.network].blocks
+    denoiser = NETWORKS[base.network].network_class(**base.denoiser)
+    layers = [m for n, m in denoiser.named_modules() if isinstance(m, torch.nn.Linear) and blocks.fullmatch(n)]
+    for kind, size in QUANTIZED.items():
+        fewer = training_memory(base, batch=2, cached=True, quantization=kind)
+        saved = (2 - size) * sum(layer.weight.numel() for layer in layers)
+        assert saved > 0 and alone["weights"] - fewer["weights"] == pytest.approx(saved, abs=1)
+        assert fewer["activations"] == alone["activations"]

@@ -138,12 +138,35 @@ TABLE = [
     ("--concepts two.json --instance_data_dir kohya", "instance_data_dir is told of each concept", "loading"),
     ("--hub_model_id a/b/c", "hub_model_id='a/b/c' is no repository", "loading"),
     ("--hub_model_id sks--dog", "hub_model_id='sks--dog' is no repository", "loading"),
+    ("--weighting_scheme mode", "weighting_scheme=mode is for bases that are trained by flow matching", "loading"),
+    ("--weighting_scheme cosine", "weighting_scheme='cosine' is none of none, logit_normal, mode", "loading"),
+    ("--logit_mean 0.5", "logit_mean=0.5 is for bases that are trained by flow matching", "loading"),
+    ("--logit_std 2", "logit_std=2.0 is for bases that are trained by flow matching", "loading"),
+    ("--logit_std 0", "logit_std=0.0 must be above 0", "loading"),
+    ("--mode_scale 1", "mode_scale=1.0 is for bases that are trained by flow matching", "loading"),
+    ("--precondition_outputs", "precondition_outputs=True is for bases that are trained by flow matching", "loading"),
+    ("--base {flux} --snr_gamma 5", "snr_gamma=5.0 is for diffusion models", "loading"),
+    ("--base {flux} --noise_offset 0.1", "noise_offset=0.1 is for diffusion models", "loading"),
+    ("--base {flux} --logit_mean 1", "logit_mean=1.0 needs weighting_scheme='logit_normal', not 'none'", "loading"),
+    ("--base {sd3} --mode_scale 1", "mode_scale=1.0 needs weighting_scheme='mode', not 'logit_normal'", "loading"),
+    ("--base {z_image} --train_text_encoder", "train_text_encoder: this base's pipeline loads no adapters", "loading"),
+    ("--base {flux} --export kohya", "export='kohya' is for bases with a UNet", "loading"),
+    ("--base {flux} --tokenizer_max_length 513", "tokenizer_max_length=513 must be from 2 to 512", "loading"),
+    ("--base {flux} --resolution 36", "resolution=36 must be a multiple of 8 for this base: take 32 or 40", "loading"),
+    ("--base {sd3} --resolution 128", "resolution=128 must be at most 96 for this base", "loading"),
 ]
 
 
+@pytest.fixture(scope="session")
+def flows(tmp_path_factory):
+    """Family -> the folder of a base that is trained by flow matching."""
+    return {name: write(name, tmp_path_factory.mktemp(name)) for name in ("sd3", "flux", "z_image")}
+
+
 @pytest.mark.parametrize("arguments, words, moment", TABLE, ids=lambda value: str(value)[:40])
-def test_what_cannot_work_is_refused_by_name_in_time(refusal, arguments, words, moment):
-    assert words in refusal(arguments.split(), moment)
+def test_what_cannot_work_is_refused_by_name_in_time(refusal, request, arguments, words, moment):
+    folders = request.getfixturevalue("flows") if "{" in arguments else {}
+    assert words in refusal(arguments.format(**folders).split(), moment)
 
 
 NUMBERS = {

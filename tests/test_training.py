@@ -19,6 +19,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from diffusers import DDPMScheduler
 from safetensors.torch import load_file
 
+from dbnb import training
 from dbnb.adapters import adapted_modules, add_adapters, trainable_parameters
 from dbnb.checkpoints import checkpoints, load_checkpoint, prune_checkpoints, run_identity
 from dbnb.config import DreamBoothConfig, Objective
@@ -547,3 +548,26 @@ def test_an_interrupt_at_the_last_step_is_not_forgotten(config, dataset):
     with pytest.raises(KeyboardInterrupt):
         train(config, components, dataset, on_step=interrupt)
     assert [path.name for path in checkpoints(Path(config.output_dir))] == ["checkpoint-2"]
+
+
+@pytest.mark.parametrize("text", [False, True], ids=["text-frozen", "text-trained"])
+def test_what_no_step_needs_leaves_the_device_and_comes_back(components, dataset, config, monkeypatch, text):
+    add_adapters(components, rank=2, train_text_encoder=text)
+    moves: list[tuple[str, str]] = []
+    for name, module in components.modules().items():
+        monkeypatch.setattr(module, "to", lambda place, name=name: moves.append((name, torch.device(place).type)))
+    elsewhere = property(lambda self: types.SimpleNamespace(type="cuda"))  # a step is never reached
+    begin = training._begin
+
+    def begun(*arguments):
+        run = begin(*arguments)
+        monkeypatch.setattr(type(components), "device", elsewhere)
+        monkeypatch.setattr(training, "_gradients", lambda *_: 1 / 0)
+        return run
+
+    monkeypatch.setattr(training, "_begin", begun)
+    with pytest.raises(ZeroDivisionError):
+        train(dataclasses.replace(config, train_text_encoder=text), components, dataset)
+    everything = [(name, "cpu") for name in components.modules()]
+    idle = [("vae", "cpu")] if text else [("text_encoder", "cpu"), ("vae", "cpu")]
+    assert moves == [*everything, *idle, *everything]

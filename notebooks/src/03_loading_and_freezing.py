@@ -82,7 +82,7 @@ print("parts:", ", ".join(components.modules()), "| trainable parameters:", len(
 # NBVAL_CHECK_OUTPUT
 large = BASES["Stable Diffusion 1.5"]
 with torch.device("meta"):
-    large_unet = UNet2DConditionModel(**large.unet)
+    large_unet = UNet2DConditionModel(**large.denoiser)
 sizes = {name: sum(p.numel() for p in module.parameters()) for name, module in components.modules().items()}
 large_sizes = dict(text_encoder=large.text_parameters, vae=large.vae_parameters)
 large_sizes["unet"] = sum(p.numel() for p in large_unet.parameters())
