@@ -6,7 +6,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from families import no_safety_checker, schedule
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -52,7 +60,7 @@ def _stable_diffusion():
         vae=AutoencoderKL(**base.vae, sample_size=base.resolution),
         text_encoder=CLIPTextModel(_clip(768, 12, 12)),
         tokenizer=_words(),
-        unet=UNet2DConditionModel(**base.unet),
+        unet=UNet2DConditionModel(**base.denoiser),
         scheduler=schedule(),
         **no_safety_checker(),
     )
@@ -66,13 +74,33 @@ def _stable_diffusion_xl():
         tokenizer=_words(),
         text_encoder_2=CLIPTextModelWithProjection(_clip(1280, 32, 20, projection_dim=1280, hidden_act="gelu")),
         tokenizer_2=_words(),
-        unet=UNet2DConditionModel(**base.unet),
+        unet=UNet2DConditionModel(**base.denoiser),
         scheduler=schedule(),
         add_watermarker=False,
     )
 
 
-PUBLISHED = {"Stable Diffusion 1.5": _stable_diffusion, "Stable Diffusion XL": _stable_diffusion_xl}
+def _stable_diffusion_3_5():
+    """Without its T5, which its pipeline does not need."""
+    base = BASES["Stable Diffusion 3.5 medium"]
+    return StableDiffusion3Pipeline(
+        vae=AutoencoderKL(**base.vae, sample_size=base.resolution, scaling_factor=1.5305, shift_factor=0.0609),
+        text_encoder=CLIPTextModelWithProjection(_clip(768, 12, 12, projection_dim=768)),
+        tokenizer=_words(),
+        text_encoder_2=CLIPTextModelWithProjection(_clip(1280, 32, 20, projection_dim=1280, hidden_act="gelu")),
+        tokenizer_2=_words(),
+        text_encoder_3=None,
+        tokenizer_3=None,
+        transformer=SD3Transformer2DModel(**base.denoiser),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+    )
+
+
+PUBLISHED = {
+    "Stable Diffusion 1.5": _stable_diffusion,
+    "Stable Diffusion XL": _stable_diffusion_xl,
+    "Stable Diffusion 3.5 medium": _stable_diffusion_3_5,
+}
 
 
 def write(name: str, folder: Path, *, dtype: torch.dtype = torch.bfloat16, device: str = "cpu") -> dict[str, int]:

@@ -24,7 +24,7 @@ SETTINGS = {
     "no turns (`OMP_WAIT_POLICY=PASSIVE`)": {"OMP_WAIT_POLICY": "PASSIVE"},
     "one thread (`OMP_NUM_THREADS=1`)": {"OMP_NUM_THREADS": "1"},
 }
-_ROUNDS, _STEPS = 3, 25
+_ROUNDS, _STEPS = 2, 25
 
 
 def _steps() -> list[float]:

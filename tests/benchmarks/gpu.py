@@ -140,6 +140,7 @@ def measure(
             bytes_per_weight=4 if setting.precision == "no" else 2,
             gradient_checkpointing=config.gradient_checkpointing,
             lora_layers=config.lora_layers,
+            cached=config.pre_compute_text_embeddings,
         )
         forecast = f"{sum(parts.values()) / _GIB:.1f} GiB"
     adapter = save_adapters(components, folder)
