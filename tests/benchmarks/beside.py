@@ -21,8 +21,8 @@ SETTINGS = {
     "threads that spin, as libgomp has them": {"GOMP_SPINCOUNT": "10000000000"},
     "10,000 turns": {"GOMP_SPINCOUNT": "10000"},
     "1,000 turns (dbnb's default)": {"GOMP_SPINCOUNT": "1000"},
-    "no turns (`OMP_WAIT_POLICY=PASSIVE`)": {"OMP_WAIT_POLICY": "PASSIVE"},
-    "one thread (`OMP_NUM_THREADS=1`)": {"OMP_NUM_THREADS": "1"},
+    "no turns (OMP_WAIT_POLICY=PASSIVE)": {"OMP_WAIT_POLICY": "PASSIVE"},
+    "one thread (OMP_NUM_THREADS=1)": {"OMP_NUM_THREADS": "1"},
 }
 _ROUNDS, _STEPS = 2, 25
 
