@@ -14,8 +14,8 @@ from types import ModuleType
 # transformers announces at import what it does without torchvision, which nothing here needs.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 # PyTorch's threads wait for each other in a loop that never lets go of the core. Where another program wants that core,
-# a training step took several times as long (`tests/benchmarks/beside.py`); threads that sleep after a thousand turns cost
-# it a few percent when they are alone. libgomp reads this once, when torch is loaded.
+# a training step takes several times as long (`tests/benchmarks/beside.py`); threads that sleep after a thousand turns
+# cost it a little when they are alone. libgomp reads this once, when torch is loaded.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 

@@ -28,7 +28,7 @@ def record(name: str, table: Table, note: str = "") -> None:
     machine = f"{os.cpu_count()} cores ({platform.machine()}), torch {torch.__version__.split('+')[0]}"
     results[name] = {"machine": machine, "note": note, "rows": [dict(row) for row in table]}
     with whole(RESULTS) as temporary:
-        temporary.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
+        temporary.write_text(json.dumps(dict(sorted(results.items())), indent=1) + "\n")
     print(f"\n{table.markdown()}\n\n{machine}. {note}".rstrip())
 
 
