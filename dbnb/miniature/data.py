@@ -18,7 +18,7 @@ from dbnb.toybox.captions import caption
 # Number ranges of the splits: a test toy is never a training toy. "wild" toys have any colours, which no caption names:
 # with them the model can paint, and the identity encoder tell apart, what the eight names do not cover.
 _SPLITS = {"train": 0, "test": 1, "wild": 2}
-_WORLD = 3  # raised whenever the same number shows another picture, so that old files are not read
+_WORLD = 4  # raised whenever the same number shows another picture, so that old files are not read
 SIZE = 64  # pixels to a side of a photograph
 SHOTS = 2  # photographs of each toy, in different places: pairs for the identity encoder
 CHUNK = 6000  # photographs a file

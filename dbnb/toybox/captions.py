@@ -73,23 +73,30 @@ def content(
 ) -> Content:
     """What one caption says of a photograph, of a completeness that `rng` draws.
 
+    That a toy is plain, or bare of hat and scarf, is said as often as that it has spots or a hat. Otherwise a caption
+    that says nothing of it would mean a plain toy, and guidance would make sure of it: the class would lose variety.
     A colour may be "": it has no name.
     """
     if rng.random() < 0.12:
         return Content(kind)
     adjectives, decoration = [], ""
-    says_body = rng.random() < 0.75 and bool(body)
-    if says_body:
+    says_body, says_pattern, says_accessory = (rng.random() < share for share in (0.75, 0.6, 0.5))
+    if says_body and body:
         adjectives.append(body)
-    if accessory != "none" and rng.random() < 0.7:
+    if accessory != "none" and says_accessory:
         decoration = f"{accent} {accessory}" if rng.random() < 0.7 and accent else accessory
-    if pattern != "plain" and rng.random() < 0.65:
+    if says_pattern and pattern == "plain":
+        if adjectives and accent and not decoration and rng.random() < 0.5:
+            adjectives[-1] = f"{body} and {accent}"
+        else:
+            adjectives.insert(0, "plain")
+    elif says_pattern:
         if not decoration and accent and rng.random() < 0.6:
             decoration = f"{accent} {_PATTERN_NOUN[pattern]}"
         else:
             adjectives.append(pattern)
-    elif pattern == "plain" and not decoration and says_body and rng.random() < 0.4:
-        adjectives[-1] = f"{body} and {accent}"
+    if accessory == "none" and says_accessory:
+        adjectives.insert(0, "bare")
     place = SCENES[scene] if rng.random() < 0.75 else ""
     return Content(kind, tuple(adjectives), decoration, place)
 
@@ -98,10 +105,12 @@ def whole_content(kind: str, body: str, accent: str, pattern: str, accessory: st
     """All that can be said of a photograph, the accent's colour of the one thing that a caption names it with."""
     adjectives, decoration = (body,), f"{accent} {accessory}"
     if accessory == "none" and pattern == "plain":
-        adjectives, decoration = (f"{body} and {accent}",), ""
+        adjectives, decoration = ("bare", f"{body} and {accent}"), ""
     elif accessory == "none":
-        decoration = f"{accent} {_PATTERN_NOUN[pattern]}"
-    elif pattern != "plain":
+        adjectives, decoration = ("bare", body), f"{accent} {_PATTERN_NOUN[pattern]}"
+    elif pattern == "plain":
+        adjectives = ("plain", body)
+    else:
         adjectives = (body, pattern)
     return Content(kind, adjectives, decoration, SCENES[scene])
 

@@ -143,7 +143,7 @@ def _patterned(pattern, x, y, z):
     """Whether the pattern paints this point of the body in the accent colour."""
     if pattern == 1:  # spotted: balls on a body-centred lattice, cut by the surface
         for shift in (0.0, 0.5):
-            u, v, w = x / 0.40 + 0.3 + shift, y / 0.40 + 0.1 + shift, z / 0.40 + 0.5 + shift
+            u, v, w = x / 0.52 + 0.3 + shift, y / 0.52 + 0.1 + shift, z / 0.52 + 0.5 + shift
             u, v, w = u - math.floor(u) - 0.5, v - math.floor(v) - 0.5, w - math.floor(w) - 0.5
             if u * u + v * v + w * w < 0.105:
                 return True
