@@ -72,8 +72,9 @@ print("this machine:", "a CUDA device" if torch.cuda.is_available() else "no CUD
 #
 # Four things: the frozen **weights**; the **adapters** with their gradients and two moments of AdamW each, in `float32`;
 # the **[activations](../docs/glossary.md#activations)** that the backward pass will need; and what the libraries take. The first three follow from shapes.
-# `training_memory` builds the UNet without storage from its published config, runs one forward pass of it, and counts
-# what would be kept. Each base is asked once; the answer is kept.
+# `training_memory` builds the UNet, or the transformer that newer bases have in its place, without storage from its
+# published config, runs one step of it, and counts what would be alive at its highest moment. Each base is asked once; the
+# answer is kept.
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -100,7 +101,7 @@ print("known:", ", ".join(f"{name} ({base.resolution} px)" for name, base in BAS
 # %%
 def short(name: str) -> str:
     """A base's name and size, for a figure."""
-    return f"{name.replace('Stable Diffusion', 'SD')}\n{BASES[name].resolution} px"
+    return f"{name.replace('Stable Diffusion', 'SD').replace(' medium', '')}\n{BASES[name].resolution} px"
 
 
 plans = {name: memory(name) for name in BASES}
@@ -114,8 +115,9 @@ plots.show(
 )
 
 # %% [markdown]
-# **What you should see**: no: activations for Stable Diffusion 2.1 and XL; weights for 1.5, and by far for DeepFloyd IF, whose
-# text encoder is so large. Adapters are nearly nothing everywhere. What is frozen needs no gradients and no moments, and that is why
+# **What you should see**: no: activations for Stable Diffusion 2.1 and XL; weights for 1.5 and for the three bases with a T5,
+# a text encoder of billions of parameters (DeepFloyd IF, Stable Diffusion 3.5, FLUX.1), of which FLUX.1 has the largest
+# network as well. Adapters are nearly nothing everywhere. What is frozen needs no gradients and no moments, and that is why
 # LoRA fits where fine-tuning does not. How much would fine-tuning take for the UNet's weights, gradients and moments in
 # `float32`?
 
@@ -198,15 +200,25 @@ print(f"{without:.3f} s a step, with checkpointing {with_it:.3f} s: {with_it / w
 
 
 # %%
-def largest_batch(name: str, gib: float, checkpointing: bool = False, scale: float = 1.0) -> int:
-    """The largest even number of pictures a step that fits; `scale` 2 is float32 instead of half precision."""
-    plan = memory(name, checkpointing)
+def largest_batch(name: str, gib: float, checkpointing: bool = False, scale: float = 1.0, resting: bool = False) -> int:
+    """The largest even number of pictures a step that fits; `scale` 2 is float32 instead of half precision, and while
+    they are `resting`, text encoders and VAE are not on the card, which must hold them before and after."""
+    plan, base = memory(name, checkpointing), BASES[name]
     free = gib - LIBRARIES - plan["adapters"] - scale * plan["weights"]
-    return max(0, int(free / (scale * plan["activations"])) * 2)
+    if free < 0:
+        return 0
+    free += resting * 2 * scale * (base.text_parameters + base.vae_parameters) / GIB
+    return int(free / (scale * plan["activations"])) * 2
 
 
+# %%
 rows = Table()
-ways = {"half precision": (False, 1.0), "and checkpointing": (True, 1.0), "float32, checkpointing": (True, 2.0)}
+ways = {
+    "half precision": (False, 1.0),
+    "and checkpointing": (True, 1.0),
+    "and encoders that rest": (True, 1.0, True),
+    "float32, checkpointing": (True, 2.0),
+}
 for name in BASES:
     for label, way in ways.items():
         cells = {card: str(largest_batch(name, size, *way) or "does not fit") for card, size in cards.items()}
@@ -219,11 +231,11 @@ assert largest_batch(SD, 8, True) >= 2, "not even one photograph and one class i
 print(f"{SD} and 8 GB: fits in half precision with checkpointing")
 
 # %% [markdown]
-# These plans are for adapters on attention. A text encoder that is trained too adds little. Latents that are kept from the start (notebook 05) let the VAE rest, but it
-# stays loaded, as the text encoder does, and a large one (DeepFloyd IF has a T5 of billions of parameters) can outweigh the
-# UNet.
+# These plans are for adapters on attention. A text encoder that is trained too adds little. Where prompts are encoded once
+# and latents are kept from the start (notebook 05), no step needs text encoders and VAE: they leave the card, and return for
+# every picture that is drawn. So all weights must fit in any case, and what their rest wins is room for a larger batch.
 #
-# This is arithmetic, checked against the memory of real steps (a test of this project does so on a small UNet), and
+# This is arithmetic, checked against the memory of real steps (tests of this project do so on small networks), and
 # not a measurement on each card: leave a margin.
 #
 # ## What changes for a real base
