@@ -147,8 +147,8 @@ class DreamBoothConfig:
     )
 
     resolution: int | None = _option(None, "side of the square training images, pixels", at_least=1, at_most=8192)
-    center_crop: bool = _option(True, "crop the middle; otherwise a random square, drawn anew each time")
-    random_flip: bool = _option(False, "mirror half of the images, drawn anew each time")
+    center_crop: bool = _option(True, "crop the middle; otherwise another random square each time")
+    random_flip: bool = _option(False, "mirror half of the images, other ones each time")
     pre_compute_text_embeddings: bool = _option(True, "encode each prompt once, where the text encoder is frozen")
     tokenizer_max_length: int | None = _option(None, "tokens a prompt is padded to", at_least=1)
 

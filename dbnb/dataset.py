@@ -41,7 +41,7 @@ class DreamBoothDataset(Dataset):
     """Sample n pairs one instance image with one class image; which ones, how cropped and flipped, n and seed decide.
 
     n counts samples over the whole run: step k of batch size B takes k*B to k*B + B - 1. Each image is seen once an
-    epoch, in an order drawn anew for every epoch. Of several instance prompts each sample draws one.
+    epoch, in another order every epoch. Of several instance prompts each sample draws one.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class DreamBoothDataset(Dataset):
         return int(order[n % count]), bool(flip)
 
     def prompt(self, half: str, n: int) -> str:
-        """The prompt of sample n: its picture's caption, or of several prompts one drawn anew for every sample."""
+        """The prompt of sample n: its picture's caption, or of several prompts one drawn for every sample."""
         if half == "instance" and self.captions and (caption := self.captions[self.draw(half, n)[0]]):
             return caption
         choices = self.prompts[half]
@@ -168,7 +168,7 @@ class DreamBoothDataset(Dataset):
 
     @property
     def fixed_crop(self) -> bool:
-        """Whether each image always gives the same pixels (but for flips), so that its latents can be cached."""
+        """Whether each image always gives the same pixels (except for flips), so that its latents can be cached."""
         return self.center_crop or all(min(i.size) == max(i.size) == self.size for v in self.images.values() for i in v)
 
 
@@ -183,7 +183,7 @@ class Mixture(Dataset):
         shares = tuple(shares) or (1,) * len(parts)
         divisor = math.gcd(*shares)
         self.parts, self.shares = tuple(parts), tuple(share // divisor for share in shares)
-        # Whoever has had least of its share comes next, so that no concept waits for the end of the round.
+        # The one that has had least of its share comes next, so that no concept waits for the end of the round.
         had, self.turns = [0] * len(self.parts), []
         for _ in range(sum(self.shares)):
             k = min(range(len(had)), key=lambda k: ((had[k] + 1) / self.shares[k], k))

@@ -163,7 +163,7 @@ def load_adapter(pipeline: DiffusionPipeline, adapter: Path) -> None:
 
 
 def reload_pipeline(components: Components, adapter: Path) -> DiffusionPipeline:
-    """A fresh pipeline of plain diffusers with the saved adapter: what whoever downloads it will have.
+    """A fresh pipeline of plain diffusers with the saved adapter: what anyone who downloads it will have.
 
     Only the parts that carry an adapter are read again; the others are shared with `components`.
     """

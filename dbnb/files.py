@@ -30,7 +30,7 @@ def cache_dir() -> Path:
 def whole(path: Path) -> Iterator[Path]:
     """A name beside `path` to write to: it takes the place of `path` when the block ends well, and goes otherwise.
 
-    Whoever may read what is written here may read this file too: safetensors would keep others out.
+    Anyone who may read what is written here may read this file too: safetensors would keep others out.
     """
     temporary = path.with_name(f".{uuid.uuid4().hex}{path.suffix}")
     try:

@@ -1,4 +1,4 @@
-"""What is in a LoRA file, whoever wrote it: its layers under any of the names in use, and the base it was made for."""
+"""What is in a LoRA file: its layers, under any of the names in use, and the base it was made for."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ def _pixels(images: Sequence[Image.Image], size: int, normalization: tuple) -> t
 def load_encoders(base: Path) -> Encoders:
     """The encoders that ship with a base (the miniature's), else DINO and CLIP from the hub or its cache.
 
-    Raises OSError where those cannot be had: metrics are then left out, with that reason.
+    Raises OSError where those are not available: metrics are then left out, with that reason.
     """
     if (base / "identity").is_dir():
         return Encoders(

@@ -29,7 +29,7 @@ _LOOK = 128  # pixels along the shorter side: enough to tell pictures apart
 SHOWN = 512  # pixels along the shorter side: more than figures and encoders look at
 
 
-# EXIF's orientations (tag 0x0112) but for the upright one, and what turns them back.
+# EXIF's orientations (tag 0x0112) except for the upright one, and what turns them back.
 _TURN_BACK = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,

@@ -109,16 +109,18 @@ def class_images(
     class_data_dir: str | Path | None = None,
     **changed: Any,
 ) -> ClassImages:
-    """`num_class_images` pictures of the class: one's own first, the rest from the cache, drawn where missing.
+    """`num_class_images` pictures of the class: your own first, the rest from the cache, drawn where missing.
 
-    A `class_data_dir` that is empty or does not exist yet holds no picture of one's own, which `reason` then says.
+    A `class_data_dir` that is empty or does not exist yet holds no picture of your own, which `reason` then says.
     Decisions: "own", "reuse", "top up", "generate". Images are PNG, named by index, each from (seed, index). Raises
     ValueError where adapters are in place, or the base can only enlarge pictures, and OSError where the cache cannot be
     written. The fields of `sampling` can be given by name instead.
     """
     sampling = sampling_of(sampling, **changed)
     if adapted_modules(components):
-        raise ValueError("Class images show what the base knows: draw them before add_adapters, or load the base anew.")
+        raise ValueError(
+            "Class images show what the base knows: draw them before add_adapters, or load the base again."
+        )
     own: list[Path] = []
     about_own = ""
     if class_data_dir is not None:
@@ -193,7 +195,7 @@ def _draw_missing(components: Components, recipe: ClassImageRecipe, wanted: Sequ
             )
             refused = []
             for (index, seed), image in zip(wanting, images, strict=True):
-                if image.info["blackened"]:  # never trained on: drawn anew, from another noise
+                if image.info["blackened"]:  # never trained on: drawn again, from another noise
                     refused.append((index, image_seed(seed, attempt)))
                     continue
                 path = folder / wanted[index]

@@ -35,7 +35,7 @@ def converted(path: Path) -> Path:
     """The pipeline's folder that a checkpoint in one file becomes; made once, by diffusers' own reader.
 
     Raises ValueError where it is no whole checkpoint of Stable Diffusion 1, 2 or XL, and FileNotFoundError where the
-    configs for it cannot be had, OSError where the cache cannot be written; nothing is left in it then.
+    configs for it are not available, OSError where the cache cannot be written; nothing is left in it then.
     """
     import torch
     from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline

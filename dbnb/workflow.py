@@ -330,7 +330,7 @@ def _run(config: DreamBoothConfig) -> Result:
         if not processes().is_main_process:
             log = train(config, components, session.dataset)
             interrupted = not ended(config, log)
-            if interrupted:  # whoever ends first, with an exit code that is not 0, has the launcher end the others
+            if interrupted:  # the first to end with an error has the launcher end the others
                 processes().wait_for_everyone()
             return Result(output_dir / export.WEIGHT_NAME, log, None, components, interrupted)
         print(components)
@@ -397,7 +397,7 @@ def _finish(
     adapter = export.save_adapters(components, output_dir)
     if config.export == "kohya":
         export.save_kohya(components, output_dir)
-    if not ended(config, log):  # interrupted: whoever did it does not wait for pictures
+    if not ended(config, log):  # interrupted: the user does not wait for pictures
         processes().wait_for_everyone()
         return Result(adapter, log, None, components, interrupted=True)
     if before:

@@ -69,7 +69,7 @@ def numbers(found: Any, shape: tuple[int, ...], what: str) -> torch.Tensor:
 
 
 def close(found: Any, right: Any) -> bool:
-    """Whether two numbers or tensors are equal but for rounding."""
+    """Whether two numbers or tensors are equal except for rounding."""
     found, right = torch.as_tensor(found).double(), torch.as_tensor(right).double()
     return found.shape == right.shape and torch.allclose(found, right, rtol=1e-4, atol=1e-5)
 

@@ -81,7 +81,7 @@ def names_of(labels: np.ndarray) -> dict[str, str]:
 
 
 def caption_of(labels: np.ndarray, rng: np.random.Generator) -> str:
-    """A row of labels, (6,) -> one caption, drawn anew each time: a picture has many captions."""
+    """A row of labels, (6,) -> one caption, another one each time: a picture has many captions."""
     return caption(**names_of(labels), rng=rng)
 
 

@@ -205,7 +205,7 @@ def side_of(pipeline) -> int:
 
 
 def drawings(pipeline, prompts: list[str], seed: int = 5, **changed) -> np.ndarray:
-    """One picture a prompt, of the base's size, at the default `Sampling` but for `changed`: (N, H, W, 3) uint8."""
+    """One picture a prompt, of the base's size, at the default `Sampling` except for `changed`: (N, H, W, 3) uint8."""
     sampling = dataclasses.replace(DreamBoothConfig().sampling, seed=seed, resolution=side_of(pipeline), **changed)
     seeds = [image_seed(sampling.seed, index) for index in range(len(prompts))]
     images = draw_images(pipeline, prompts, seeds, sampling)

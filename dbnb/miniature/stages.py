@@ -155,7 +155,7 @@ def train_clip(data: Photographs, stage: Stage):
 
 
 def jitter(pictures: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
-    """Blur some pictures, (B, 3, H, W), and add noise: the encoders shall judge drawings fairly, which are softer."""
+    """Blur some pictures, (B, 3, H, W), and add noise: the encoders must judge drawings fairly, which are softer."""
     softer = F.interpolate(F.avg_pool2d(pictures, 2), scale_factor=2, mode="bilinear", align_corners=False)
     amount = torch.rand(len(pictures), 1, 1, 1, generator=rng)
     mixed = pictures + amount * (softer - pictures)

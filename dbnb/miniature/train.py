@@ -93,7 +93,7 @@ def restore(name: str, models: nn.Module, folder: Path) -> nn.Module:
 
 
 def settle(model: nn.Module, images: np.ndarray, seed: int) -> nn.Module:
-    """Measure the batch norms' statistics anew on `images`, (N, H, W, 3) uint8.
+    """Measure the batch norms' statistics again, on `images`, (N, H, W, 3) uint8.
 
     Those of training belong to other weights than the average.
     """

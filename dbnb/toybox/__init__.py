@@ -70,7 +70,7 @@ def pixels(toy: Toy, *, scene: str, seed: int, size: int = 64, supersample: int 
         raise ValueError(f"Scene {scene!r} is unknown: choose one of {', '.join(SCENES)}.")
     if size < 8 or supersample < 1:
         raise ValueError(f"size={size}, supersample={supersample}: size must be at least 8 and supersample at least 1.")
-    from dbnb.toybox.render import render  # numba takes a second to import: only whoever renders pays for it
+    from dbnb.toybox.render import render  # numba takes a second to import: only a caller that renders pays for it
 
     body, accent = np.array(rgb(toy.body)), np.array(rgb(toy.accent))
     scene_number, pattern = list(SCENES).index(scene), (*PATTERNS, PATCHED).index(toy.pattern)

@@ -24,7 +24,7 @@ def write_toy(toy: Toy, folder: Path) -> Path:
     """Photograph a toy as the sample subject is: five pictures in `photos`, six others in `references`.
 
     Returns the folder of the five, to train on. Raises ValueError, before anything is written, where other files are in
-    one of the two: whoever trains on it would train on them.
+    one of the two: anyone who trains on it would train on them.
     """
     folder = Path(folder)
     for name, shots in PICTURES.items():

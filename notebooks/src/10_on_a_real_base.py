@@ -211,6 +211,7 @@ def largest_batch(name: str, gib: float, checkpointing: bool = False, scale: flo
     return int(free / (scale * plan["activations"])) * 2
 
 
+# %%
 rows = Table()
 ways = {
     "half precision": (False, 1.0),
