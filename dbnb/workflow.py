@@ -169,12 +169,18 @@ def prepare(
         tokenizer_max_length=config.tokenizer_max_length,
         objective=config.objective,
         train_text_encoder=config.train_text_encoder,
+        quantization=config.quantization,
         export=config.export,
     )
     tokenizer, lowercase = read_tokenizer(base), text_architecture(base)[1].lowercase
     for concept in concepts:
         concept.check_tokens(tokenizer, lowercase=lowercase)
-    components = load_components(base, weight_dtype=dtype_of(config.mixed_precision), variant=config.variant)
+    components = load_components(
+        base,
+        weight_dtype=dtype_of(config.mixed_precision),
+        variant=config.variant,
+        quantization=config.quantization,
+    )
     components.to(processes().device)  # CUDA, or Apple's MPS, where there is one
     for concept in concepts:
         tokens = token_report(components.tokenizer, concept.identifier)

@@ -16,7 +16,8 @@ from peft import LoraConfig
 
 from dbnb.adapters import lora_targets
 from dbnb.denoisers import NETWORKS, Told
-from dbnb.planner import BASES, CARDS, QUANTIZED, Base, LiveTensors, drawing_memory, peak_memory, training_memory
+from dbnb.planner import BASES, CARDS, Base, LiveTensors, drawing_memory, peak_memory, training_memory, weight_memory
+from dbnb.quantization import QUANTIZATIONS
 
 SMALL = Base(
     dict(
@@ -175,11 +176,13 @@ def test_what_rests_and_what_is_in_fewer_bits_is_not_counted_in_full(base):
     whole = training_memory(base, batch=2)
     alone = training_memory(base, batch=2, cached=True)
     assert whole["weights"] - alone["weights"] == 2 * 3000
-    blocks = NETWORKS[base.network].blocks
+    blocks, fewer_texts = NETWORKS[base.network].blocks, dataclasses.replace(base, text_fewer_bits={"int8": 700})
     denoiser = NETWORKS[base.network].network_class(**base.denoiser)
     layers = [m for n, m in denoiser.named_modules() if isinstance(m, torch.nn.Linear) and blocks.fullmatch(n)]
-    for kind, size in QUANTIZED.items():
+    for kind, how in QUANTIZATIONS.items():
         fewer = training_memory(base, batch=2, cached=True, quantization=kind)
-        saved = (2 - size) * sum(layer.weight.numel() for layer in layers)
+        saved = (2 - how.bytes_per_weight) * sum(layer.weight.numel() for layer in layers)
         assert saved > 0 and alone["weights"] - fewer["weights"] == pytest.approx(saved, abs=1)
         assert fewer["activations"] == alone["activations"]
+    whole, fewer = (weight_memory(one, quantization="int8") for one in (base, fewer_texts))
+    assert whole - fewer == 700
