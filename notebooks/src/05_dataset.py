@@ -15,8 +15,8 @@
 # **What you will learn**: how instance and class images are paired; crops and flips; which results can be kept between
 # steps, when, and what that saves. Afterwards you can rebuild any step of any run on its own.
 #
-# **What you need**: notebooks [01](01_instance_data.ipynb) to [03](03_loading_and_freezing.ipynb). About 25 seconds on two
-# CPU cores if an earlier notebook has drawn the class images; half a minute more if not.
+# **What you need**: notebooks [01](01_instance_data.ipynb) to [03](03_loading_and_freezing.ipynb). About two minutes on two
+# CPU cores, most of it for two short trainings; half a minute later, when their results are kept.
 #
 # ---
 
@@ -51,18 +51,22 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image, ImageOps
 
-from dbnb import plots, workflow
+from dbnb import plots, toybox, workflow
 from dbnb.adapters import add_adapters
 from dbnb.concept import Concept
 from dbnb.config import DreamBoothConfig
-from dbnb.dataset import CROP, DreamBoothDataset, cache_latents, seeded
+from dbnb.dataset import CROP, DreamBoothDataset, cache_latents, loss_weights, seeded
+from dbnb.miniature.evaluate import Judge
 from dbnb.models import load_components
 from dbnb.prior import class_images
+from dbnb.toybox.sample import PICTURES, SAMPLE_TOY
 from dbnb.training import batch_at, precompute_embeds, training_step
+from dbnb.validation import draw
 
 workflow.quiet_libraries()
 
@@ -119,7 +123,7 @@ plots.show(
 
 # %% [markdown]
 # **What you should see**: each photograph twice, once in samples 0 to 4, once in 5 to 9, in another order. Every image is
-# seen once before any is seen again, and the order is shuffled anew each time.
+# seen once before any is seen again, and the order is shuffled again each time.
 #
 # ## The batch
 #
@@ -127,6 +131,11 @@ plots.show(
 # second**. The loss later cuts the batch in the middle. Interleave the pictures by mistake while the prompts stay grouped,
 # and half of the subject is trained under the class prompt, without any error: it has happened to well-known scripts more
 # than once (notebook 09 does it on purpose).
+#
+# Why one batch, and not a step for the toy and then a step for the class? Because a step follows one gradient. In a joint
+# batch that gradient is a compromise: towards the toy, but not in a direction that the class objects to. Steps in turn
+# would first move the class word towards the toy and then back again, and AdamW's averages, which remember the last steps,
+# would mix the two anyway. One batch of eight is also cheaper than two of four.
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -155,7 +164,7 @@ plots.show(
 # ## Crops and flips
 #
 # A photograph is made smaller until its shorter side has `resolution` pixels. What its longer side has too much is cut off:
-# around the middle, or at a place drawn anew each time. Mirroring half of the pictures is an option as well. Both make
+# around the middle, or at another random place each time. Mirroring half of the pictures is an option as well. Both make
 # five pictures go further; both can also show the model what is not so.
 #
 # Our photographs are square. So, to have something to cut, here they are as a wide camera would have taken them:
@@ -206,6 +215,32 @@ def by_hand(n: int) -> Image.Image:
 
 print("the crops are those draws:", all(by_hand(n) == crops[n] for n in range(6)))
 print(f"mirrored, of a thousand: {sum(one.draw('instance', n)[1] for n in range(1000)) / 1000:.1f}")
+
+# %% [markdown]
+# Do such crops cut the dog? For a rendered toy we know exactly which pixels are the toy (`toybox.mask`), so we can count.
+# **Predict**: in how many of a thousand random crops is more than a tenth of the dog missing, for this photograph, and for
+# a panorama twice as wide as high with the same dog in its middle?
+
+# %%
+whole_mask = toybox.mask(SAMPLE_TOY, seed=PICTURES["photos"][0][1], size=256).crop((0, 40, 256, 232))
+columns = np.asarray(whole_mask.resize(photograph.size, Image.Resampling.BOX), dtype=float).sum(axis=0)
+margin = (2 * photograph.height - photograph.width) // 2
+
+
+def share_cut(columns: np.ndarray) -> float:
+    """In how many of a thousand random crops more than a tenth of the toy's pixels is missing."""
+    room = len(columns) - one.size + 1
+    starts = [int(torch.randint(room, (), generator=seeded(one.seed, CROP, 0, n))) for n in range(1000)]
+    kept = [columns[start : start + one.size].sum() / columns.sum() for start in starts]
+    return sum(share < 0.9 for share in kept) / len(kept)
+
+
+print(f"this photograph: {share_cut(columns):.0%}, a panorama: {share_cut(np.pad(columns, margin)):.0%}")
+
+# %% [markdown]
+# The wider the picture, the more often the dog is cut, and no message says so. A cut dog is trained under the same prompt
+# as a whole one, and so `sks dog` comes to mean half a dog, too. That is why `center_crop` is on by default. The safest way
+# is to crop your photographs yourself, around the subject.
 
 # %% [markdown]
 # ## A step is a number
@@ -362,6 +397,115 @@ with torch.no_grad():
 print("equal to a millionth:", max(losses) - min(losses) < 1e-6)
 
 # %% [markdown]
+# ## Captions of your own
+#
+# So far all photographs share one prompt. But what a prompt does not mention goes to the identifier: if the dog wears a hat
+# in two of five photographs, `a photo of sks dog` has to explain the hat as well. A caption that says `with a hat` takes
+# that off the identifier's hands.
+#
+# People keep captions in three forms, and `--captions` reads all of them: a text file beside the picture (`01.txt`), a
+# `metadata.jsonl` with `file_name` and `text` as Hugging Face's datasets have it, or a folder's name as kohya's trainer uses
+# it (`10_sks dog`: ten repeats, under the prompt `sks dog`). Each caption must contain the identifier.
+
+# %%
+# NBVAL_CHECK_OUTPUT
+captioned = tempfile.TemporaryDirectory()
+for path, (scene, _) in zip(concept.paths, PICTURES["photos"], strict=True):
+    photograph = Image.open(path)
+    photograph.save(Path(captioned.name, path.name))
+    if path.stem != "05":
+        Path(captioned.name, f"{path.stem}.txt").write_text(f"a photo of sks dog {toybox.SCENES[scene]}")
+with_captions = Concept.from_folder(captioned.name, "sks", "dog", captions=True)
+print(with_captions.report().splitlines()[-1])
+own = DreamBoothDataset.of_concept(with_captions, prior.paths, size=config.resolution, seed=config.seed)
+for n in range(5):
+    print(f"sample {n}: picture {own.draw('instance', n)[0] + 1}, {own[n]['instance_prompt']!r}")
+captioned.cleanup()
+
+# %% [markdown]
+# The picture without a caption keeps the instance prompt. Without the option nothing changes, but the report says that
+# captions are there.
+#
+# ## Masks: what counts as the subject
+#
+# The background of your photographs is trained on as well. With five different backgrounds that hardly matters: what they
+# have in common is the toy. But what if all your photographs were taken on the same carpet? Let us do exactly that, and put
+# the toy on the beach in all five.
+#
+# A *mask* says which pixels are the subject: `dog.mask.png` beside `dog.png`, white on the subject, or the alpha channel of
+# a picture that was cut out. With `--masked_loss` each place of the latents counts by how much of it is masked.
+
+# %%
+beach = Path(tempfile.mkdtemp())
+for number, (_, seed) in enumerate(PICTURES["photos"], start=1):
+    toybox.photograph(SAMPLE_TOY, scene="beach", seed=seed, size=256).save(beach / f"{number:02d}.png")
+    toybox.mask(SAMPLE_TOY, seed=seed, size=256).save(beach / f"{number:02d}.mask.png")
+on_beach = Concept.from_folder(beach, "sks", "dog", resolution=config.resolution)
+masked = DreamBoothDataset.of_concept(on_beach, prior.paths, masked=True, size=config.resolution, seed=config.seed)
+batch, side = batch_at(masked, 0, 5), config.resolution // components.downsampling
+weights = loss_weights(batch, side, side)
+
+# %%
+columns = {
+    "photograph": [picture(pixels) for pixels in batch["pixel_values"][:5]],
+    "mask": [picture(2 * mask.expand(3, -1, -1) - 1) for mask in batch["masks"]],
+    "weights of the loss": [
+        Image.fromarray((255 * (w[0] / weights.max())).byte().numpy()).convert("RGB") for w in weights[:5]
+    ],
+}
+plots.show(
+    plots.image_rows(
+        list(columns.values()),
+        labels=list(columns),
+        inches=1.2,
+        title="What is black in the last row gives no gradient",
+    ),
+    alt="Three rows of five: the toy on the beach, its white silhouette, and the same silhouette on a coarse grid",
+)
+print(
+    f"places that count: {(weights[:5] > 0).float().mean():.0%}; the mean weight of a picture: {weights[:5].mean():.2f}"
+)
+
+# %% [markdown]
+# The weights of one picture have a mean of 1, so that a small subject does not count less than a large one. Class images
+# have no masks: everything in them counts.
+#
+# Now two short trainings on these five photographs, without and with masks. **Predict**: you then ask for `a photo of sks
+# dog`, and no place. Where will the dog stand?
+
+# %%
+judge, drawn = Judge(components.base), {}
+for masked_loss in (False, True):
+    settings = DreamBoothConfig(instance_data_dir=str(beach), masked_loss=masked_loss, max_train_steps=150)
+    session = workflow.trained(settings)
+    drawn[masked_loss] = draw(session.components, [on_beach.instance_prompt] * 24, settings.sampling)
+on_the_beach = {
+    masked_loss: (judge(np.stack([np.asarray(image) for image in images]))[:, 5] == list(toybox.SCENES).index("beach"))
+    for masked_loss, images in drawn.items()
+}
+
+# %%
+assert on_the_beach[True].mean() < on_the_beach[False].mean()
+plots.show(
+    plots.image_rows(
+        [drawn[False][:8], drawn[True][:8]],
+        labels=["without masks", "with masks"],
+        inches=1.1,
+        title="'a photo of sks dog': with masks far fewer dogs stand on the beach",
+    ),
+    alt="Above, the toy on the beach nearly every time; below, the toy in several places, with stains here and there",
+)
+for masked_loss, found in on_the_beach.items():
+    print(f"{'with' if masked_loss else 'without'} masks: {found.mean():.0%} of {len(found)} pictures show a beach")
+
+# %% [markdown]
+# **What you should see**: without masks the beach has become part of what `sks dog` means. With masks it appears far less
+# often. It does not disappear: each place of the latents is computed from its neighbours too, so that what is learned on the
+# toy's outline reaches a little beyond it. And where the loss does not count nothing corrects the model, which shows as
+# stains in the background. So masks do not replace varied photographs, but they are the first thing to try when all your
+# photographs have the same background.
+
+# %% [markdown]
 # ## Exercises
 #
 # ### Exercise A: a batch in two halves (6 minutes)
@@ -405,7 +549,7 @@ check_05a(collate)
 # ### Exercise B: an order without a memory (10 minutes)
 #
 # Which image does sample n show? Every image comes once before any comes again; each round (an *[epoch](../docs/glossary.md#epoch)*) has a random order of its
-# own; and the answer follows from n and the seed alone, so that sample 1,000 can be had without the 999 before it.
+# own; and the answer follows from n and the seed alone, so that you get sample 1,000 without going through the 999 before it.
 
 # %%
 from dbnb.exercises import check_05b
