@@ -51,22 +51,18 @@ import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image, ImageOps
 
-from dbnb import plots, toybox, workflow
+from dbnb import plots, workflow
 from dbnb.adapters import add_adapters
 from dbnb.concept import Concept
 from dbnb.config import DreamBoothConfig
-from dbnb.dataset import CROP, DreamBoothDataset, cache_latents, loss_weights, seeded
-from dbnb.miniature.evaluate import Judge
+from dbnb.dataset import CROP, DreamBoothDataset, cache_latents, seeded
 from dbnb.models import load_components
 from dbnb.prior import class_images
-from dbnb.toybox.sample import PICTURES, SAMPLE_TOY
 from dbnb.training import batch_at, precompute_embeds, training_step
-from dbnb.validation import draw
 
 workflow.quiet_libraries()
 
@@ -222,6 +218,11 @@ print(f"mirrored, of a thousand: {sum(one.draw('instance', n)[1] for n in range(
 # a panorama twice as wide as high with the same dog in its middle?
 
 # %%
+import numpy as np
+
+from dbnb import toybox
+from dbnb.toybox.sample import PICTURES, SAMPLE_TOY
+
 whole_mask = toybox.mask(SAMPLE_TOY, seed=PICTURES["photos"][0][1], size=256).crop((0, 40, 256, 232))
 columns = np.asarray(whole_mask.resize(photograph.size, Image.Resampling.BOX), dtype=float).sum(axis=0)
 margin = (2 * photograph.height - photograph.width) // 2
@@ -436,6 +437,8 @@ captioned.cleanup()
 # a picture that was cut out. With `--masked_loss` each place of the latents counts by how much of it is masked.
 
 # %%
+from dbnb.dataset import loss_weights
+
 beach = Path(tempfile.mkdtemp())
 for number, (_, seed) in enumerate(PICTURES["photos"], start=1):
     toybox.photograph(SAMPLE_TOY, scene="beach", seed=seed, size=256).save(beach / f"{number:02d}.png")
@@ -474,6 +477,9 @@ print(
 # dog`, and no place. Where will the dog stand?
 
 # %%
+from dbnb.miniature.evaluate import Judge
+from dbnb.validation import draw
+
 judge, drawn = Judge(components.base), {}
 for masked_loss in (False, True):
     settings = DreamBoothConfig(instance_data_dir=str(beach), masked_loss=masked_loss, max_train_steps=150)
