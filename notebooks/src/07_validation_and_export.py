@@ -119,9 +119,9 @@ plots.show(
 )
 
 # %% [markdown]
-# **What you should see**: places stay what they were before training, also those without a photograph, and the dog in them
-# is the toy. Look at the night most closely: no photograph was dark, and dark pictures are the first to look overdone (the
-# section on strength has a remedy). One pair at a time, changed in place, shows best what moved (in a live notebook):
+# **What you should see**: the place that was asked for, also where there is no photograph of it, and in it the toy. Look at
+# the night most closely: no photograph was dark, and dark pictures are the first to look overdone (the section on strength
+# has a remedy). One pair at a time, changed in place, shows best what moved (in a live notebook):
 
 # %%
 widgets.before_after(before.scenes, after.scenes, places)
@@ -306,7 +306,7 @@ stored = json.loads(header["lora_adapter_metadata"])
 print("ranks and alphas:", {key: stored[key] for key in sorted(stored) if key.endswith((".r", ".lora_alpha"))})
 
 # %% [markdown]
-# Why alpha matters: the change is $\frac{\alpha}{r} BA$. The file holds $A$ and $B$; whoever does not know $\alpha$ takes
+# Why alpha matters: the change is $\frac{\alpha}{r} BA$. The file holds $A$ and $B$; a program that does not know $\alpha$ takes
 # $\alpha = r$, and with `alpha = 2 * rank` half of the training is gone, without an error. Notebook 09 shows the
 # pictures.
 #
@@ -352,7 +352,7 @@ plots.show(
 # %%
 # NBVAL_CHECK_OUTPUT
 assert difference <= 2, f"another picture: {difference}"
-print("reloads to the same picture, but for rounding")
+print("reloads to the same picture, except for rounding")
 
 # %% [markdown]
 # `export.verify_reload` is this comparison as a function, and `python -m dbnb` makes it at the end of every run.
@@ -394,8 +394,8 @@ widgets.browse({f"{s:g}": by_strength[s][0] for s in strengths}, "strength")
 
 # %% [markdown]
 # **What you should see**: a passage from some dog to the toy, often through dogs that are half of each. Beyond 1, contrasts
-# are overdone, and likeness gains little or falls. Where a result is a little overtrained, 0.8 is a cheap
-# remedy. Two claims that can fail:
+# are overdone. Where a result is a little overtrained, 0.8 is a cheap remedy. Two claims that can fail, and the strength at
+# which likeness is highest here:
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -404,7 +404,33 @@ assert curve[1.0] > curve[0.0], curve
 assert curve[1.5] - curve[1.0] < curve[1.0] - curve[0.0], curve
 print("1 is nearer to the toy than 0; beyond 1 there is less to win")
 
+# %%
+print(f"highest likeness: {max(curve.values()):.2f}, at strength {max(curve, key=curve.get):g}")
+
 # %% [markdown]
+# ## Strength and checkpoint together
+#
+# A result that is a little overtrained can be mended in two ways: by a lower strength, or by an earlier checkpoint. The
+# training above has kept a checkpoint after each quarter of its steps, and `validation.grid` draws one prompt from one noise
+# for each of them at several strengths. **Predict**: does the last checkpoint at half strength look like one from halfway?
+
+# %%
+from dbnb.validation import grid
+
+by_step = grid(session.components, session.config.output_dir, concept.instance_prompt, config.sampling, seed=3)
+plots.show(
+    plots.grid(by_step, title="One noise: later checkpoints downwards, more strength to the right"),
+    alt="A grid of dogs: from a blend of toy and other dog at the upper left to the toy at the lower right",
+)
+near = {key: likeness([image]) for key, image in by_step.items()}
+step, factor = max(near, key=near.get)
+print(f"nearest to the photographs: step {step} at strength {factor:g}, likeness {near[step, factor]:.2f}")
+
+# %% [markdown]
+# **What you should see**: both ways lead from other dogs to the toy, but they differ. An early checkpoint has learned the
+# colours and not yet the pattern, and more strength exaggerates what it has. A late one at half strength knows the whole toy
+# and mixes it with another dog. (Which checkpoint is best on the whole, the class included, is measured in notebook 08.)
+#
 # ## Which half does what?
 #
 # The default of the miniature leaves the text encoder frozen. To see what its adapters can do, this is a second training
@@ -544,7 +570,7 @@ check_07a(set_strength)
 #
 # <details><summary>Hint 2</summary>
 #
-# If you multiply the scale that is there, two calls with 0.5 leave a quarter. Compute it anew from alpha and rank.
+# If you multiply the scale that is there, two calls with 0.5 leave a quarter. Compute it again from alpha and rank.
 # </details>
 #
 # <details><summary>Solution</summary>

@@ -192,7 +192,7 @@ print("no look-alike is as near to the photographs as the toy itself")
 #
 # ## Two functions
 #
-# Two functions make all numbers: the mean cosine between two groups, and the mean distance (1 - cosine) within one.
+# Two of them make all numbers: the mean cosine between two groups, and the mean distance (1 - cosine) within one.
 # **Predict** their values for three equal vectors, and for four that have nothing in common:
 
 # %%
@@ -346,7 +346,7 @@ def base_with_vector_of(word: str) -> str:
 
 # %% [markdown]
 # What follows trains one row (or takes its training from the cache), draws, and measures. Pictures are drawn from the same
-# noise whatever the training's seed. For an identifier with another meaning, or none, the floor has to be drawn anew: it is
+# noise whatever the training's seed. For an identifier with another meaning, or none, the floor has to be drawn again: it is
 # what the base draws for *that* prompt.
 
 
@@ -394,7 +394,7 @@ print(f"{len(there)} trainings of {len(RUNS)} are stored; computed on: {file['ma
 # %% [markdown]
 # Do not believe a table that you cannot recompute. The default with seed 0 has just been measured. Each training in
 # `recompute`, a row and a seed, is run now, on your machine; `recompute = RUNS` runs all (about half an hour on two cores).
-# With `store = True` the file is written anew.
+# With `store = True` the file is written again.
 
 # %%
 recompute = [("100 steps", 0)]
@@ -561,6 +561,40 @@ plots.show(
 # colour and the pattern with the row above, picture by picture: the colour is learned before the pattern. What is smallest in
 # the photographs is learned last.
 #
+# ## Which checkpoint is best?
+#
+# Fidelity alone would always ask for more steps, and the class alone for none. Three shares say what a state of the model has
+# gained and kept, each 1 at best: how far the subject has come from floor to ceiling, how much of the class is kept (its
+# variety, and its distance from the toy), and how well pictures still fit their prompts. Their harmonic mean is high only
+# where all three are. The training above has kept a checkpoint after each quarter. **Predict**: which one wins?
+
+# %%
+from dbnb.checkpoints import checkpoints, load_weights
+from dbnb.selection import shares, trade_off
+
+found = {}
+for folder in checkpoints(Path(session.config.output_dir)):
+    step = load_weights(folder, session.components)
+    images = validation_images(session.components, concept, config.sampling, count=COUNT, sets=SETS[:3])
+    measures = metrics.evaluate(encoders, images, photographs, concept.class_prompt)
+    found[step] = shares(measures, numbers["before"], numbers["ceiling"])
+values = {step: trade_off(share) for step, share in found.items()}
+best = max(values, key=values.get)
+
+# %%
+points = {0: (1.0, 0.0)} | {step: (share["prior_kept"], share["subject_gained"]) for step, share in found.items()}
+plots.show(
+    plots.trade_off(points, values, chosen=best),
+    alt="Left: the way from the base, upwards with little loss of the class. Right: the trade-off over the steps",
+)
+Table({"step": str(step)} | {name: f"{value:.2f}" for name, value in share.items()} for step, share in found.items())
+
+# %% [markdown]
+# `python -m dbnb --select best` does this during a training, with a few pictures at each validation step, and exports the
+# best step instead of the last; `--patience 3` stops when three measured steps in a row were no better. By default the last
+# step is exported. With a learning rate that falls to zero, as here, the last steps change little, so that there is seldom
+# much between them; with a constant rate, or three times as many steps, there can be.
+#
 # ## Does it copy?
 #
 # A training can also reach a high fidelity by giving back its photographs. For each picture of the subject by place, look
@@ -571,7 +605,7 @@ clip_real, clip_drawn, clip_further = (encoders.clip_features(p) for p in (photo
 nearest = (clip_drawn @ clip_real.T).argmax(1)
 plots.show(
     plots.image_rows(
-        [after.scenes[:8], [photographs[int(i)].resize((64, 64)) for i in nearest]],
+        [after.scenes[:8], [photographs[int(i)].resize(after.scenes[0].size) for i in nearest]],
         labels=["drawn", "nearest photograph"],
         titles=[SCENES[name] for name in after.scene_names[:8]],
         title="The nearest photograph shares the toy, and the place where it has it",
