@@ -441,7 +441,7 @@ _ARROWS = (
     ("07", "08"),
 )
 _BOX = (1.5, 0.62)  # inches
-_HERE = "#D55E00"
+HERE = "#D55E00"
 
 
 def _box(axis: Any, center: tuple[float, float], size: tuple[float, float], text: str, *, here: bool = False) -> None:
@@ -451,8 +451,8 @@ def _box(axis: Any, center: tuple[float, float], size: tuple[float, float], text
             (center[0] - size[0] / 2, center[1] - size[1] / 2),
             *size,
             boxstyle="round,pad=0,rounding_size=0.08",
-            facecolor=_HERE if here else "white",
-            edgecolor=_HERE if here else "0.4",
+            facecolor=HERE if here else "white",
+            edgecolor=HERE if here else "0.4",
             lw=1.2,
             zorder=2,
         )
@@ -493,13 +493,11 @@ def course_map(here: str) -> Figure:
         else:
             _arrow(axis, (x0 + _BOX[0] / 2, y0), (x1 - _BOX[0] / 2, y1))
     if here == "00":
-        axis.add_patch(FancyBboxPatch((0.12, 0.1), 8.96, 2.5, boxstyle="round,pad=0", fill=False, ec=_HERE, lw=2))
-        axis.text(
-            4.6, 2.78, "you are here: all of it, in one go", ha="center", va="center", color=_HERE, fontsize=LABEL
-        )
+        axis.add_patch(FancyBboxPatch((0.12, 0.1), 8.96, 2.5, boxstyle="round,pad=0", fill=False, ec=HERE, lw=2))
+        axis.text(4.6, 2.78, "you are here: all of it, in one go", ha="center", va="center", color=HERE, fontsize=LABEL)
     else:
         x, y = places[here]
-        axis.text(x, y + 0.41, "you are here", ha="center", va="center", color=_HERE, fontsize=LABEL, zorder=3)
+        axis.text(x, y + 0.41, "you are here", ha="center", va="center", color=HERE, fontsize=LABEL, zorder=3)
     return figure
 
 

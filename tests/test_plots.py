@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgb
 from matplotlib.text import Text
 from PIL import Image
 
@@ -91,6 +92,39 @@ def test_any_words_in_a_figure_are_text_and_end_nothing(words):
     for figure in figures:  # warnings are errors here
         assert plots.html(figure, alt=words).alt == words
         assert not [text for text in figure.findobj(Text) if words in text.get_text() and text.get_parse_math()]
+
+
+@pytest.mark.parametrize("number", ["00", "00b", *(f"{n:02d}" for n in range(1, 11))])
+def test_the_map_of_the_course_fills_one_box_or_frames_all(number, monkeypatch):
+    figure = plots.course_map(number)
+    filled = [patch for patch in figure.axes[0].patches if patch.get_facecolor()[:3] == to_rgb(plots.HERE)]
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    texts = {text.get_text(): text.get_window_extent(renderer) for text in figure.axes[0].texts if text.get_text()}
+    assert len(filled) == (number != "00") and len(texts) == 12
+    for box in texts.values():
+        assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1
+    shown = []
+    monkeypatch.setattr("IPython.display.display", shown.append)
+    plots.you_are_here(number)
+    assert f"You are here: {number}, " in shown[0].alt
+
+
+def test_the_map_knows_the_notebooks_that_there_are():
+    with pytest.raises(ValueError, match="no notebook '11'"):
+        plots.course_map("11")
+
+
+def test_a_unet_is_drawn_from_its_config():
+    network = load_components("miniature").unet
+    figure = plots.unet(network, title="A UNet")
+    words = " ".join(text.get_text() for text in figure.axes[0].texts)
+    blocks = len(network.config.down_block_types) + len(network.config.up_block_types) + 1
+    assert words.count("channels") == blocks == len(figure.axes[0].patches)
+    with_attention = 1 + sum(
+        "CrossAttn" in kind for kind in (*network.config.down_block_types, *network.config.up_block_types)
+    )
+    marks = [line.get_marker() for line in figure.axes[0].lines]
+    assert marks.count("o") == marks.count("D") == blocks + 1 and marks.count("s") == with_attention + 1  # and a key
 
 
 def test_a_shown_figure_has_a_text_and_is_small(monkeypatch):

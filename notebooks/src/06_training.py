@@ -64,7 +64,6 @@ from dbnb.dataset import DreamBoothDataset, cache_latents
 from dbnb.models import encode_prompts, load_components
 from dbnb.pictures import inspect_images
 from dbnb.prior import class_images
-from dbnb.tables import Table
 from dbnb.training import batch_at, clean_latents, held_out_loss, training_step
 from dbnb.validation import draw
 
@@ -544,6 +543,8 @@ plots.show(
 # frozen weights of the base come on top for the adapters.
 
 # %%
+from dbnb.tables import Table
+
 trained = {"adapters": (components, parameters), "all weights": (full, everything)}
 comparison = Table()
 for name, (model, numbers) in trained.items():
