@@ -40,6 +40,7 @@ if importlib.util.find_spec("dbnb") is None:
         raise SystemExit("dbnb is not here: open this notebook inside the project, set DBNB_SOURCE, or pip install it.")
     subprocess.run([sys.executable, "-m", "pip", "install", "-q", DBNB_SOURCE or str(projects[0])], check=True)
     importlib.invalidate_caches()
+importlib.import_module("dbnb")  # before torch, whose threads it keeps from spinning
 
 # %% [markdown]
 # The new module is `dbnb.dataset`.
@@ -65,6 +66,7 @@ from dbnb.prior import class_images
 from dbnb.training import batch_at, precompute_embeds, training_step
 
 workflow.quiet_libraries()
+plots.you_are_here("05")
 
 # %% [markdown]
 # Steps 1 to 3, as the notebooks before this one did them:

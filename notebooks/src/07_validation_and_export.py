@@ -42,6 +42,7 @@ if importlib.util.find_spec("dbnb") is None:
         raise SystemExit("dbnb is not here: open this notebook inside the project, set DBNB_SOURCE, or pip install it.")
     subprocess.run([sys.executable, "-m", "pip", "install", "-q", DBNB_SOURCE or str(projects[0])], check=True)
     importlib.invalidate_caches()
+importlib.import_module("dbnb")  # before torch, whose threads it keeps from spinning
 
 # %% [markdown]
 # The new modules are `dbnb.validation` and `dbnb.export`.
@@ -66,6 +67,7 @@ from dbnb.toybox import SCENES
 from dbnb.validation import SENTENCES, draw, from_references, validation_images
 
 workflow.quiet_libraries()
+plots.you_are_here("07")
 
 # %% [markdown]
 # The training is that of notebook 00: the same settings, so it comes from the cache if you have been there.

@@ -44,6 +44,7 @@ if importlib.util.find_spec("dbnb") is None:
         raise SystemExit("dbnb is not here: open this notebook inside the project, set DBNB_SOURCE, or pip install it.")
     subprocess.run([sys.executable, "-m", "pip", "install", "-q", DBNB_SOURCE or str(projects[0])], check=True)
     importlib.invalidate_caches()
+importlib.import_module("dbnb")  # before torch, whose threads it keeps from spinning
 
 # %% [markdown]
 # The new module is `dbnb.metrics`.
@@ -69,6 +70,7 @@ from dbnb.toybox import SCENES
 from dbnb.validation import validation_images
 
 workflow.quiet_libraries()
+plots.you_are_here("08")
 
 # %% [markdown]
 # The training of notebook 00, and what is drawn before and after it: `COUNT` pictures of the subject, as many by place (all
