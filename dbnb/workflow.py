@@ -269,19 +269,20 @@ def trained(config: DreamBoothConfig, *, tell: Callable[[object], None] = lambda
     """Steps 1 to 6; what an identical run has left in the cache is loaded instead of trained again.
 
     The cached run is a run like any other, in a folder named by all that decides its weights: the base, the pictures,
-    the prompts, the settings. A checkpoint is kept after each quarter of the steps: a run that was killed goes on from
-    the last one. Raises KeyboardInterrupt where training was interrupted; a checkpoint is there then too.
+    the prompts, the settings. A checkpoint is kept after each quarter of the steps (third, half): a run that was
+    killed goes on from the last one. Raises KeyboardInterrupt where training was interrupted; a checkpoint is there then too.
     """
     session = prepare(config, tell=tell)
     (cache_dir() / "runs").mkdir(parents=True, exist_ok=True)
     decides = run_identity(config, session.components, session.dataset) | versions()
     decides["max_train_steps"] = config.max_train_steps
     key = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
+    parts = next(number for number in (4, 3, 2, 1) if config.max_train_steps % number == 0)  # the last step has one too
     session.config = dataclasses.replace(
         config,
         output_dir=str(cache_dir() / "runs" / key),
         resume_from_checkpoint="latest",
-        checkpointing_steps=max(1, config.max_train_steps // 4),
+        checkpointing_steps=config.max_train_steps // parts,
         checkpoints_total_limit=None,
     )
     with FileLock(cache_dir() / "runs" / f"{key}.lock"):  # a second notebook waits for the first one's run
