@@ -269,8 +269,8 @@ def trained(config: DreamBoothConfig, *, tell: Callable[[object], None] = lambda
     """Steps 1 to 6; what an identical run has left in the cache is loaded instead of trained again.
 
     The cached run is a run like any other, in a folder named by all that decides its weights: the base, the pictures,
-    the prompts, the settings. A checkpoint is kept after each quarter of the steps (third, half): a run that was
-    killed goes on from the last one. Raises KeyboardInterrupt where training was interrupted; a checkpoint is there then too.
+    the prompts, the settings. A checkpoint is kept after each quarter of the steps (third, half): a run that was killed
+    goes on from the last one. Raises KeyboardInterrupt where training was interrupted; a checkpoint is there then too.
     """
     session = prepare(config, tell=tell)
     (cache_dir() / "runs").mkdir(parents=True, exist_ok=True)
