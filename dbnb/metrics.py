@@ -19,6 +19,7 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import Image, ImageOps
 from transformers import AutoModel, CLIPModel, CLIPTokenizer
 
+from dbnb import miniature
 from dbnb.models import Components, upcast
 from dbnb.tables import Table
 from dbnb.toybox.scenes import SCENES
@@ -71,8 +72,11 @@ def _pixels(images: Sequence[Image.Image], size: int, normalization: tuple) -> t
 def load_encoders(base: Path) -> Encoders:
     """The encoders that ship with a base (the miniature's), else DINO and CLIP from the hub or its cache.
 
-    Raises OSError where those are not available: metrics are then left out, with that reason.
+    Other bases that were trained on the toy world, of which their `training.json` tells, are measured by the
+    miniature's. Raises OSError where those are not available: metrics are then left out, with that reason.
     """
+    if (base / "training.json").is_file() and not (base / "identity").is_dir():
+        base = miniature.path()
     if (base / "identity").is_dir():
         return Encoders(
             AutoModel.from_pretrained(base / "identity").float().eval(),
