@@ -696,7 +696,7 @@ check_04b(merged)
 # No: the base's weights stay as they are; alpha scales only the change.
 # </details>
 #
-# <details><summary>C. So that the strength of the change need not be tuned anew for another rank.</summary>
+# <details><summary>C. So that the strength of the change need not be tuned again for another rank.</summary>
 #
 # Right: with more rows in A the sum BA has more terms; the factor keeps its scale in check.
 # </details>

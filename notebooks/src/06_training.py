@@ -271,11 +271,8 @@ plots.show(
 
 # %%
 for half, values in zip(("subject", "class"), errors.chunk(2), strict=True):
-    at = {int(t): f"{error:.2f}" for t, error in zip(timesteps, values, strict=False)}
-    print(
-        f"{half}: smallest error at t = {int(timesteps[values.argmin()])}, largest at t = {int(timesteps[values.argmax()])}",
-        at,
-    )
+    smallest, largest = (int(timesteps[position]) for position in (values.argmin(), values.argmax()))
+    print(f"{half}: smallest error at t = {smallest}, largest at t = {largest}")
 
 # %% [markdown]
 # At a small $t$ there is hardly any noise to find, and at a large $t$ hardly any picture. In between, both help each
@@ -448,9 +445,8 @@ assert -dogs < mine, f"the class lost as much as the subject won: {fell}"
 print("learned the photographs, learned the toy, and lost less of the class than was won on the photographs")
 
 # %%
-print(
-    f"lost on the class: {-dogs:.3f}, {'more' if -dogs > others else 'less'} than was won on further photographs: {others:.3f}"
-)
+comparison = "more" if -dogs > others else "less"
+print(f"lost on the class: {-dogs:.3f}, {comparison} than was won on further photographs: {others:.3f}")
 
 # %% [markdown]
 # **Predict**: at which step does the dog take on the toy's colour? When do the spots come?
