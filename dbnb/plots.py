@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 import json
 import math
 import textwrap
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from itertools import accumulate
@@ -66,10 +67,61 @@ def html(figure: Figure, alt: str) -> Shown:
 
     `view = display(html(figure, alt), display_id=True)` shows it, `view.update(html(another, alt))` puts another there.
     """
+    return Shown(f'<img alt="{escape(alt)}" src="data:image/webp;base64,{_webp(figure)}">', alt)
+
+
+def _webp(picture: Image.Image | _Figure) -> str:
+    """A figure or picture as WebP in base64; small pictures keep every pixel."""
     file = io.BytesIO()
-    figure.savefig(file, format="webp", pil_kwargs={"quality": 85, "method": 6})
-    data = base64.b64encode(file.getvalue()).decode()
-    return Shown(f'<img alt="{escape(alt)}" src="data:image/webp;base64,{data}">', alt)
+    if isinstance(picture, _Figure):
+        picture.savefig(file, format="webp", pil_kwargs={"quality": 85, "method": 6})
+    else:
+        picture.save(file, format="webp", lossless=picture.width <= _SMALL_PICTURE, quality=85, method=6)
+    return base64.b64encode(file.getvalue()).decode()
+
+
+_ONE_OF = """<style>
+.dbnb-one-of {{ position: relative; padding-left: {side}px; min-height: {height}px; line-height: 1.7 }}
+.dbnb-one-of input {{ position: absolute; opacity: 0 }}
+.dbnb-one-of label {{ padding: 0 .4em; border: 1px solid #8888; border-radius: .3em; cursor: pointer }}
+.dbnb-one-of input:checked + label {{ background: #0072B2; color: white }}
+.dbnb-one-of input:focus-visible + label {{ outline: 2px solid #E69F00 }}
+.dbnb-one-of label + img {{ display: none; position: absolute; left: 0; top: 0; image-rendering: pixelated }}
+.dbnb-one-of input:checked + label + img {{ display: block }}
+</style>"""
+
+
+def one_of(groups: Mapping[str, Mapping[str, Image.Image | _Figure]], alt: str, *, width: int = 256) -> Shown:
+    """Pictures in one place, of which one is seen at a time: group -> name -> picture.
+
+    Plain HTML, which needs neither a kernel nor a script: names are buttons, and the arrow keys go through them. Where
+    a page's style is taken away, as on GitHub, all pictures follow each other, each behind its name.
+    """
+    data, height = {}, 0
+    for group, pictures in groups.items():
+        for name, picture in pictures.items():
+            if not isinstance(picture, _Figure):
+                height = max(height, round(width * picture.height / picture.width))
+                if picture.width > _SMALL_PICTURE:  # a small one the browser enlarges, without a blur
+                    picture = picture.resize((width, round(width * picture.height / picture.width)))
+            else:
+                height = max(height, round(width * picture.get_figheight() / picture.get_figwidth()))
+            data[group, name] = _webp(picture)
+    key = hashlib.sha256("".join(data.values()).encode()).hexdigest()[:8]  # no two views of a page share their buttons
+    lines, number = [], 0
+    for group, pictures in groups.items():
+        frames = []
+        for name in pictures:
+            said, chosen = escape(f"{group} {name}".strip()), " checked" * (number == 0)
+            frames.append(
+                f'<input type="radio" name="{key}" id="{key}-{number}"{chosen}>'
+                f'<label for="{key}-{number}">{escape(name)}</label>'
+                f'<img alt="{said}" width="{width}" src="data:image/webp;base64,{data[group, name]}">'
+            )
+            number += 1
+        lines.append(f"<div>{escape(group)} {' '.join(frames)}</div>")
+    style = _ONE_OF.format(side=width + 16, height=height)
+    return Shown(f'{style}<div class="dbnb-one-of" role="group" aria-label="{escape(alt)}">{"".join(lines)}</div>', alt)
 
 
 def show(figure: Figure, alt: str) -> None:
@@ -293,6 +345,42 @@ def scatter(points: Mapping[str, tuple[float, float]], *, xlabel: str, ylabel: s
     axis.margins(0.1)
     axis.grid(alpha=0.3)
     figure.legend(loc="outside right center", frameon=False, fontsize=LABEL)
+    return figure
+
+
+@_all_text_is_text
+def intervals(
+    panels: Mapping[str, Mapping[str, tuple[float, float]]], *, faint: Collection[str] = (), title: str = ""
+) -> Figure:
+    """Panels side by side with the same rows, each a value with the half-width of its interval, and a line at 0.
+
+    `panels` is the label of a panel's axis -> row -> (value, half-width); the rows in `faint` are drawn hollow.
+    """
+    names = list(dict.fromkeys(name for rows in panels.values() for name in rows))
+    figure = Figure(figsize=(2.4 + 3.0 * len(panels), 1.0 + 0.26 * len(names)), dpi=_DPI, layout="constrained")
+    for i, (label, rows) in enumerate(panels.items()):
+        axis = figure.add_subplot(1, len(panels), i + 1)
+        axis.axvline(0.0, color="0.3", lw=1, ls="--")
+        for y, name in enumerate(names):
+            if name in rows:
+                value, half = rows[name]
+                away = abs(value) > half
+                axis.errorbar(
+                    value,
+                    y,
+                    xerr=half if math.isfinite(half) else None,
+                    fmt="o",
+                    ms=5,
+                    mfc="white" if name in faint else None,
+                    color=PALETTE[1] if away else PALETTE[0],
+                    capsize=3,
+                    lw=1.2,
+                )
+        axis.set_yticks(range(len(names)), names if i == 0 else [""] * len(names), fontsize=LABEL)
+        axis.set_ylim(len(names) - 0.4, -0.6)
+        axis.set_xlabel(label)
+        axis.grid(alpha=0.3, axis="x")
+    figure.suptitle(title, fontsize=TITLE)
     return figure
 
 
