@@ -215,9 +215,10 @@ print("the crops are those draws:", all(by_hand(n) == crops[n] for n in range(6)
 print(f"mirrored, of a thousand: {sum(one.draw('instance', n)[1] for n in range(1000)) / 1000:.1f}")
 
 # %% [markdown]
-# Do such crops cut the dog? For a rendered toy we know exactly which pixels are the toy (`toybox.mask`), so we can count.
-# **Predict**: in how many of a thousand random crops is more than a tenth of the dog missing, for this photograph, and for
-# a panorama twice as wide as high with the same dog in its middle?
+# Look at the crops again: in most of them the muzzle or the tail touches the edge or is cut. For a rendered toy we know
+# exactly which pixels are the toy (`toybox.mask`), so we can count how often that happens. **Predict**: in how many of a
+# thousand random crops is more than a hundredth of the dog missing, and in how many more than a tenth? And in a panorama
+# twice as wide as high, with the same dog in its middle?
 
 # %%
 import numpy as np
@@ -230,15 +231,17 @@ columns = np.asarray(whole_mask.resize(photograph.size, Image.Resampling.BOX), d
 margin = (2 * photograph.height - photograph.width) // 2
 
 
-def share_cut(columns: np.ndarray) -> float:
-    """In how many of a thousand random crops more than a tenth of the toy's pixels is missing."""
+def missing(columns: np.ndarray) -> np.ndarray:
+    """The share of the toy's pixels that is missing, for each of a thousand random crops."""
     room = len(columns) - one.size + 1
     starts = [int(torch.randint(room, (), generator=seeded(one.seed, CROP, 0, n))) for n in range(1000)]
-    kept = [columns[start : start + one.size].sum() / columns.sum() for start in starts]
-    return sum(share < 0.9 for share in kept) / len(kept)
+    return np.array([1 - columns[start : start + one.size].sum() / columns.sum() for start in starts])
 
 
-print(f"this photograph: {share_cut(columns):.0%}, a panorama: {share_cut(np.pad(columns, margin)):.0%}")
+for name, toy in (("this photograph", columns), ("a panorama", np.pad(columns, margin))):
+    lost = missing(toy)
+    print(f"{name:15} more than 1 % missing in {(lost > 0.01).mean():.0%} of the crops, ", end="")
+    print(f"more than 10 % in {(lost > 0.1).mean():.0%}")
 
 # %% [markdown]
 # The wider the picture, the more often the dog is cut, and no message says so. A cut dog is trained under the same prompt
@@ -412,23 +415,38 @@ print("equal to a millionth:", max(losses) - min(losses) < 1e-6)
 
 # %%
 # NBVAL_CHECK_OUTPUT
-captioned = tempfile.TemporaryDirectory()
-for path, (scene, _) in zip(concept.paths, PICTURES["photos"], strict=True):
-    photograph = Image.open(path)
-    photograph.save(Path(captioned.name, path.name))
-    if path.stem != "05":
-        Path(captioned.name, f"{path.stem}.txt").write_text(f"a photo of sks dog {toybox.SCENES[scene]}")
-with_captions = Concept.from_folder(captioned.name, "sks", "dog", captions=True)
-print(with_captions.report().splitlines()[-1])
-own = DreamBoothDataset.of_concept(with_captions, prior.paths, size=config.resolution, seed=config.seed)
-for n in range(5):
-    print(f"sample {n}: picture {own.draw('instance', n)[0] + 1}, {own[n]['instance_prompt']!r}")
-captioned.cleanup()
+import json
+import shutil
+
+forms = {form: Path(tempfile.mkdtemp(), form) for form in ("text files", "one list", "10_sks dog")}
+captions = {
+    path.name: f"a photo of sks dog {toybox.SCENES[scene]}"
+    for path, (scene, _) in zip(concept.paths, PICTURES["photos"], strict=True)
+}
+for path in forms.values():
+    shutil.copytree(concept.paths[0].parent, path)
+for name in list(captions)[:4]:  # one is left out
+    (forms["text files"] / name).with_suffix(".txt").write_text(captions[name])
+lines = [json.dumps({"file_name": name, "text": text}) for name, text in captions.items()]
+(forms["one list"] / "metadata.jsonl").write_text("\n".join(lines))
+for form, path in forms.items():
+    for use in (False, True):
+        print(f"{form}:", Concept.from_folder(path, "sks", "dog", captions=use).report().splitlines()[-1].strip())
 
 # %% [markdown]
-# The picture without a caption keeps the instance prompt. Without the option nothing changes, but the report says that
-# captions are there.
-#
+# A run prints this line with its report on the photographs. Without the option it says that captions are there, and trains
+# under the instance prompt. A photograph without a caption keeps the instance prompt in any case:
+
+# %%
+# NBVAL_CHECK_OUTPUT
+with_captions = Concept.from_folder(forms["text files"], "sks", "dog", captions=True)
+own = DreamBoothDataset.of_concept(with_captions, prior.paths, size=config.resolution, seed=config.seed)
+for n in range(5):
+    print(f"sample {n}: {with_captions.paths[own.draw('instance', n)[0]].name}, {own[n]['instance_prompt']!r}")
+for path in forms.values():
+    shutil.rmtree(path.parent)
+
+# %% [markdown]
 # ## Masks: what counts as the subject
 #
 # The background of your photographs is trained on as well. With five different backgrounds that hardly matters: what they
@@ -446,34 +464,54 @@ for number, (_, seed) in enumerate(PICTURES["photos"], start=1):
     toybox.photograph(SAMPLE_TOY, scene="beach", seed=seed, size=256).save(beach / f"{number:02d}.png")
     toybox.mask(SAMPLE_TOY, seed=seed, size=256).save(beach / f"{number:02d}.mask.png")
 on_beach = Concept.from_folder(beach, "sks", "dog", resolution=config.resolution)
-masked = DreamBoothDataset.of_concept(on_beach, prior.paths, masked=True, size=config.resolution, seed=config.seed)
-batch, side = batch_at(masked, 0, 5), config.resolution // components.downsampling
-weights = loss_weights(batch, side, side)
+
+# %% [markdown]
+# A mask goes wherever its photograph goes: it is cropped at the same place, mirrored with it, and then averaged over the
+# pixels that each place of the latents stands for. To see that, here are the same photographs in a wide format, with random
+# crops and flips:
 
 # %%
-columns = {
-    "photograph": [picture(pixels) for pixels in batch["pixel_values"][:5]],
-    "mask": [picture(2 * mask.expand(3, -1, -1) - 1) for mask in batch["masks"]],
-    "weights of the loss": [
+wide = Path(tempfile.mkdtemp())
+for path in beach.iterdir():  # photographs and masks
+    Image.open(path).crop((0, 40, 256, 232)).save(wide / path.name)
+masked = DreamBoothDataset.of_concept(
+    Concept.from_folder(wide, "sks", "dog", resolution=config.resolution),
+    prior.paths,
+    masked=True,
+    size=config.resolution,
+    seed=config.seed,
+    center_crop=False,
+    random_flip=True,
+)
+batch, side = batch_at(masked, 0, 5), config.resolution // components.downsampling
+weights = loss_weights(batch, side, side)
+shutil.rmtree(wide)
+
+# %%
+rows = {
+    "photograph,\ncropped and flipped": [picture(pixels) for pixels in batch["pixel_values"][:5]],
+    "its mask": [picture(2 * mask.expand(3, -1, -1) - 1) for mask in batch["masks"]],
+    f"weights of the loss,\n{side} x {side} places": [
         Image.fromarray((255 * (w[0] / weights.max())).byte().numpy()).convert("RGB") for w in weights[:5]
     ],
 }
 plots.show(
     plots.image_rows(
-        list(columns.values()),
-        labels=list(columns),
+        list(rows.values()),
+        labels=list(rows),
         inches=1.2,
         title="What is black in the last row gives no gradient",
     ),
-    alt="Three rows of five: the toy on the beach, its white silhouette, and the same silhouette on a coarse grid",
+    alt="Three rows of five: the toy on the beach, some mirrored, its white silhouette, and the silhouette on a coarse grid",
 )
 print(
     f"places that count: {(weights[:5] > 0).float().mean():.0%}; the mean weight of a picture: {weights[:5].mean():.2f}"
 )
 
 # %% [markdown]
-# The weights of one picture have a mean of 1, so that a small subject does not count less than a large one. Class images
-# have no masks: everything in them counts.
+# **What you should see**: silhouettes that lie on the toy, also where it is cut or mirrored. The weights of one picture have
+# a mean of 1, so that a small subject does not count less than a large one. Class images have no masks: everything in them
+# counts.
 #
 # Now two short trainings on these five photographs, without and with masks. **Predict**: you then ask for `a photo of sks
 # dog`, and no place. Where will the dog stand?

@@ -18,9 +18,9 @@
 # can say of two of your own results which is better, at what, and how sure you are.
 #
 # **What you need**: notebooks [02](02_prior_preservation.ipynb) and [07](07_validation_and_export.ipynb). No GPU. On two
-# CPU cores about two minutes, plus a minute and a half for the training of notebook [00](00_start_here.ipynb) where it is not
-# in the cache yet. The trainings of the comparison take about half an hour; their numbers come from a file, and one of them
-# is computed again while you watch.
+# CPU cores about three minutes, plus a minute and a half for the training of notebook [00](00_start_here.ipynb) where it is
+# not in the cache yet. The trainings of the comparison take about half an hour; their numbers come from a file. One of them is
+# trained, drawn and measured again here, so that you can compare.
 #
 # ---
 
@@ -256,10 +256,40 @@ Table(
 )
 
 # %% [markdown]
-# The paper's names: *DINO* is `subject_fidelity` with another encoder, *CLIP-I* and *CLIP-T* are `clip_i` and `clip_t`, *PRES* is
-# `class_subject_similarity`. Its *DIV* is not in the table: it is the mean distance, by LPIPS (a network trained to judge pictures as people do), between pictures of the
-# **subject** under one prompt, and asks whether the subject is always drawn in the same pose. `class_diversity` asks it of
-# the **class**, in the space of the [identity encoder](../docs/glossary.md#identity-encoder), since a class that has lost its variety is what we fear here.
+# The paper's names: *DINO* is `subject_fidelity` with another encoder, *CLIP-I* and *CLIP-T* are `clip_i` and `clip_t`, *PRES*
+# is `class_subject_similarity`. `class_diversity` asks how varied the **class** is, in the space of the
+# [identity encoder](../docs/glossary.md#identity-encoder), since a class that has lost its variety is what we fear here.
+#
+# The paper's *DIV* is another question: is the **subject** always drawn in the same pose? It is the mean distance between
+# pictures of one prompt by LPIPS (Zhang et al., 2018), which compares what a network sees at each place of two pictures, stage
+# by stage. `perceptual_diversity` computes that from the stages of the identity encoder, without the weights by which LPIPS is
+# fitted to human judgement, so its numbers can be compared with each other only. Photographs show the scale: the toy in
+# one pose in front of eight backgrounds, and in eight poses. **Predict**: where will the pictures after training lie?
+
+# %%
+from dbnb.metrics import perceptual_diversity
+
+one_pose = [toybox.photograph(SAMPLE_TOY, scene=scene, seed=100, size=64) for scene in SCENES]
+sets = {"one pose,\neight places": one_pose, "eight poses,\neight places": taken["the same toy"]}
+sets |= {"after training": after.subject, "other dogs": before.subject}
+varied = {name: perceptual_diversity(encoders.stages(pictures)) for name, pictures in sets.items()}
+plots.show(
+    plots.bars(
+        {name: {"DIV": value} for name, value in varied.items()},
+        ylabel="mean perceptual distance",
+        title="How varied are pictures of one prompt?",
+    ),
+    alt="Four bars of perceptual diversity: the toy in one pose, in eight poses, drawn after training, and other dogs",
+)
+share = (varied["after training"] - varied["one pose,\neight places"]) / (
+    varied["eight poses,\neight places"] - varied["one pose,\neight places"]
+)
+print(f"from one pose (0 %) to eight (100 %), the drawn pictures are at {share:.0%}")
+
+# %% [markdown]
+# **What you should see**: a low first bar, since only the background changes there. Pictures that are drawn in different poses
+# lie near the second bar; a training that has learned one photograph by heart would lie near or below the first. Other dogs
+# differ in colour and pattern too.
 #
 # ## How sure is a number?
 #
@@ -305,7 +335,9 @@ print("the base's similarity lies below the error bar")
 # Two of the rows need a word. *Identifier 'red'* is an identifier that has a meaning. *Identifier unheard* is the opposite:
 # in a copy of the base, the vector of `sks` is replaced by that of `a`. To this text encoder `a photo of sks dog` is the very
 # same prompt as `a photo of a dog`. The rows in `REPEATED` are trained with three seeds each. Another seed changes everything
-# that is drawn by chance in a training: the class images, the adapters' beginning, the order of the pictures, the noise.
+# that is drawn by chance in a training: the class images, the adapters' initial values, the order of the pictures, the noise.
+# All trainings are of one subject, and each is measured by `COUNT` pictures a set; the paper has thirty subjects and three
+# thousand pictures. So what follows is true of this toy on this base.
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -395,8 +427,9 @@ print(f"{len(there)} trainings of {len(RUNS)} are stored; computed on: {file['ma
 
 # %% [markdown]
 # Do not believe a table that you cannot recompute. The default with seed 0 has just been measured. Each training in
-# `recompute`, a row and a seed, is run now, on your machine; `recompute = RUNS` runs all (about half an hour on two cores).
-# With `store = True` the file is written again.
+# `recompute`, a row and a seed, is repeated now, on your machine: trained (or taken from your cache, where you have trained it
+# before), drawn and measured. `recompute = RUNS` repeats all (about half an hour on two cores). With `store = True` the file is
+# written again.
 
 # %%
 recompute = [("100 steps", 0)]
@@ -437,23 +470,32 @@ for name, seed in twice:
 print("what was stored can be computed again" if stored else "nothing is stored")
 
 # %% [markdown]
-# The whole table. Where no rows are stored, it holds what was computed here. A row with several seeds shows their mean and,
-# after ±, their standard deviation. Read a difference between two rows against these.
+# The whole table. Where no rows are stored, it holds what was computed here. After ± stands the standard deviation over
+# seeds. A row with a single seed has none of its own: in brackets it borrows that of the other rows together.
 
 
 # %%
+def values_of(name: str, column: str) -> list[float]:
+    """A row's numbers, one a seed."""
+    return [run["numbers"].get(column, float("nan")) for run in rows[name].values()]
+
+
 def over_seeds(name: str, column: str) -> tuple[float, float]:
-    """Mean and standard deviation (0 for a single seed) of a number over a row's seeds."""
-    values = [run["numbers"].get(column, float("nan")) for run in rows[name].values()]
-    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+    """Mean and standard deviation of a number over a row's seeds; with one seed, that of all repeated rows together."""
+    several = [values for values in (values_of(other, column) for other in rows) if len(values) > 1]
+    own = [values_of(name, column)] if len(rows[name]) > 1 else several
+    squares = sum(statistics.variance(values) * (len(values) - 1) for values in own)
+    spread = (squares / sum(len(values) - 1 for values in own)) ** 0.5 if own else 0.0
+    return statistics.mean(values_of(name, column)), spread
 
 
 def as_text(name: str, column: str) -> str:
     """The number as the table shows it."""
     mean, spread = over_seeds(name, column)
-    return f"{mean:.2f}" + (f" ± {spread:.2f}" if len(rows[name]) > 1 else "")
+    return f"{mean:.2f} " + (f"± {spread:.2f}" if len(rows[name]) > 1 else f"(± {spread:.2f})")
 
 
+# %%
 rows = {name: fresh.get(name, {}) | stored.get(name, {}) for name in ROWS if name in fresh | stored}
 Table(
     {"training": name, "seeds": str(len(runs))}
@@ -463,13 +505,39 @@ Table(
 )
 
 # %% [markdown]
-# **What you should see**: first compare *default* with *attention only*, the same steps and the same rank. The difference in
-# fidelity is what the adapters on convolutions and feed-forward layers are worth on this base (notebook 04 shows the
-# pictures); see whether it is larger than the spread of the seeds. Then *identifier unheard*: the same prompt stands for the
-# toy in one half of each batch and for all dogs in the other, so the model has to answer with a mixture, and neither `sks dog`
-# nor `dog` can be right. *Text encoder trained* has a second set of adapters and gains nothing by them here, where the
-# identifier is heard anyway. And *no prior preservation* draws the toy, but hardly anything else: look at its class diversity and at how much its class
-# is like the subject.
+# Which of these rows differ from the default by more than chance? Every row shares its seeds with the default, and so its
+# class images and its noise: compare them seed by seed, and take the mean of the differences. `paired_differences` does so,
+# with a 95 % interval after Student (three seeds make it wide; a single seed, drawn hollow, borrows the spread of the others).
+# An interval that reaches over 0 leaves open whether there is any difference. **Predict** which do not.
+
+# %%
+from dbnb.metrics import paired_differences
+
+asked = {"subject fidelity": columns[0], "class diversity": columns[2]}
+runs = {
+    c: {name: {seed: run["numbers"][c] for seed, run in rows[name].items()} for name in rows} for c in asked.values()
+}
+apart = {label: paired_differences(runs[column], "default") for label, column in asked.items()}
+plots.show(
+    plots.intervals(
+        {f"{label}, minus the default's": differences for label, differences in apart.items()},
+        faint=[name for name in rows if len(rows[name]) == 1],
+        title="Orange: further from the default than chance explains",
+    ),
+    alt="Rows with intervals around their difference from the default, in subject fidelity and in class diversity",
+)
+for label, differences in apart.items():
+    clear = {name: abs(mean) > half for name, (mean, half) in differences.items()}
+    print(f"{label} differs for {', '.join(name for name in clear if clear[name])}")
+    print(f"  and is not clear for {', '.join(name for name in clear if not clear[name])}")
+
+# %% [markdown]
+# **What you should see**: *attention only* has the same steps and the same rank as the default, and less fidelity: the
+# difference is what adapters on convolutions and feed-forward layers are worth on this base (notebook 04 shows the pictures).
+# *Identifier unheard*: the same prompt stands for the toy in one half of each batch and for all dogs in the other, so the model
+# answers with a mixture, and neither `sks dog` nor `dog` can be right. *Text encoder trained* has a second set of adapters and
+# nothing to show for it here, where the identifier is heard anyway. And *no prior preservation* draws the toy, but hardly
+# anything else. Of the rows that are "not clear" nothing is claimed: to settle them takes more seeds.
 #
 # Do fidelity and variety pull against each other, or does one setting give both? Both in one figure: the best place is at
 # the upper right.
@@ -484,18 +552,19 @@ figure = plots.scatter(
     title=f"Best is the upper right; least of the class is left by '{poorest}'",
 )
 for name, (x, y) in points.items():
-    if len(rows[name]) > 1:
-        spreads = [over_seeds(name, column)[1] for column in (columns[0], columns[2])]
-        figure.axes[0].errorbar(x, y, xerr=spreads[0], yerr=spreads[1], fmt="none", ecolor="0.5", lw=1, zorder=0)
+    spreads = [over_seeds(name, column)[1] for column in (columns[0], columns[2])]
+    own = len(rows[name]) > 1
+    cross = dict(fmt="none", ecolor="0.5" if own else "0.8", lw=1 if own else 0.7, zorder=0)
+    figure.axes[0].errorbar(x, y, xerr=spreads[0], yerr=spreads[1], **cross)
 plots.show(
     figure,
     alt="Each training as a point: fidelity to the right, preserved class diversity upwards; crosses show the seeds' spread",
 )
 
 # %% [markdown]
-# **What you should see**: the crosses are the standard deviations over seeds, for the rows that have several. Points whose
-# distance is no larger than such a cross do not differ in any way that you could rely on. The points that lie clearly
-# away from the upper right corner are the ones to remember: each of them names something that a good training needs.
+# **What you should see**: the crosses are standard deviations over seeds, pale where they are borrowed. Points whose distance
+# is no larger than their crosses do not differ in any way that you could rely on. The points that lie clearly away from the
+# upper right corner are the ones to remember: each of them names something that a good training needs.
 #
 # Steps and ranks by themselves:
 
@@ -505,22 +574,25 @@ for what, setting, default in (("steps", "max_train_steps", config.max_train_ste
     at = {ROWS[name].get(setting, default): name for name in rows if name == "default" or setting in ROWS[name]}
     x = sorted(at)
     for measured, column in (("fidelity", columns[0]), ("diversity", columns[2])):
-        means = [over_seeds(at[value], column)[0] for value in x]
-        lines[f"{measured} by {what}"] = ([value / default for value in x], means)
+        means, spreads = zip(*(over_seeds(at[value], column) for value in x), strict=True)
+        lines[f"{measured} by {what}"] = ([value / default for value in x], means, spreads)
+figure = plots.curves(
+    {name: line[:2] for name, line in lines.items()},
+    xlabel="setting, as a multiple of the default",
+    ylabel="share",
+    title=f"1 is the default: {config.max_train_steps} steps, rank {config.rank}",
+)
+for x, means, spreads in lines.values():
+    figure.axes[0].errorbar(x, means, yerr=spreads, fmt="none", ecolor="0.6", lw=0.8, capsize=2, zorder=0)
 plots.show(
-    plots.curves(
-        lines,
-        xlabel="setting, as a multiple of the default",
-        ylabel="share",
-        title=f"1 is the default: {config.max_train_steps} steps, rank {config.rank}",
-    ),
+    figure,
     alt="Fidelity and diversity against the number of steps and against the rank, as multiples of the defaults",
 )
 
 # %% [markdown]
-# **What you should see**: the first *steps* bring most of the fidelity, and later ones less and less, at the same price a step.
-# Beyond the default neither more steps nor a higher rank brings anything that is larger than the spread of the seeds. Far
-# below it both cost fidelity, and a rank of 2 costs the class something as well.
+# **What you should see**: the first *steps* bring most of the fidelity, later ones less and less, at the same price a step. Far
+# below the default, fewer steps or a lower rank cost fidelity. Whatever else the lines seem to say, such as a rise beyond the
+# default, is smaller than the bars, which are standard deviations over seeds, and so no result.
 #
 # *The identifier `red`* may look as good as any other in this table. But the word is lost: asked for a red dog, this model
 # now draws the toy. No column asks for that. A table answers only what it was asked.
@@ -567,35 +639,69 @@ plots.show(
 #
 # Fidelity alone would always ask for more steps, and the class alone for none. Three shares say what a state of the model has
 # gained and kept, each 1 at best: how far the subject has come from floor to ceiling, how much of the class is kept (its
-# variety, and its distance from the toy), and how well pictures still fit their prompts. Their harmonic mean is high only
-# where all three are. The training above has kept a checkpoint after each quarter. **Predict**: which one wins?
+# variety, or its distance from the toy, whichever is less), and how well pictures still fit their prompts. The trade-off is
+# their harmonic mean, which is high only where all three are:
+#
+# $$ \text{trade-off} = \frac{3}{1/\text{gained} + 1/\text{class kept} + 1/\text{prompt kept}} $$
+#
+# `python -m dbnb --select best` draws a few pictures at each validation step, measures them by this rule (`Progress`), and
+# exports the `best_step` instead of the last one. Here it is applied afterwards, to the checkpoints that two trainings have
+# kept after each quarter of their steps: the default, and the one without prior preservation. **Predict**: which checkpoint
+# wins in each?
 
 # %%
 from dbnb.checkpoints import checkpoints, load_weights
-from dbnb.selection import shares, trade_off
+from dbnb.progress import Progress
+from dbnb.progress import figure as trade_off_figure
+from dbnb.selection import best_step
 
-found = {}
-for folder in checkpoints(Path(session.config.output_dir)):
-    step = load_weights(folder, session.components)
-    images = validation_images(session.components, concept, config.sampling, count=COUNT, sets=SETS[:3])
-    measures = metrics.evaluate(encoders, images, photographs, concept.class_prompt)
-    found[step] = shares(measures, numbers["before"], numbers["ceiling"])
-values = {step: trade_off(share) for step, share in found.items()}
-best = max(values, key=values.get)
+
+def measured_checkpoints(one: workflow.Session) -> list[dict[str, float]]:
+    """What a run with `--select best` logs, for each of a training's checkpoints."""
+    with tempfile.TemporaryDirectory() as folder:
+        there = dataclasses.replace(one.config, output_dir=folder)  # for the pictures that it saves
+        known = dict(before=[before], references=[further], encoders=encoders)
+        progress = Progress(there, one.components, [concept], one.dataset, **known)
+        steps = (load_weights(path, one.components) for path in checkpoints(Path(one.config.output_dir)))
+        return [{"step": step} | progress(step) for step in steps]
+
+
+without_class = workflow.trained(dataclasses.replace(config, with_prior_preservation=False))
+logs = {"default": measured_checkpoints(session), "no prior preservation": measured_checkpoints(without_class)}
 
 # %%
-points = {0: (1.0, 0.0)} | {step: (share["prior_kept"], share["subject_gained"]) for step, share in found.items()}
+for name, log in logs.items():
+    chosen, last = best_step(log), log[-1]
+    best = next(line for line in log if line["step"] == chosen)
+    print(
+        f"{name}: step {chosen} has the best trade-off, {best['trade_off']:.2f}; the last step has {last['trade_off']:.2f}"
+    )
 plots.show(
-    plots.trade_off(points, values, chosen=best),
-    alt="Left: the way from the base, upwards with little loss of the class. Right: the trade-off over the steps",
+    trade_off_figure(logs["default"], best_step(logs["default"])),
+    alt="The default. Left: the way from the base, upwards with little loss of the class. Right: trade-off over the steps",
 )
-Table({"step": str(step)} | {name: f"{value:.2f}" for name, value in share.items()} for step, share in found.items())
+
+# %%
+log = logs["no prior preservation"]
+plots.show(
+    trade_off_figure(log, best_step(log)),
+    alt="Without prior preservation. Left: the way from the base leads to the left, away from the class. Right: trade-off",
+)
+Table(
+    {"training": name, "step": str(line["step"])}
+    | {
+        key.replace("_", " "): f"{line[key]:.2f}"
+        for key in ("subject_gained", "prior_kept", "prompt_kept", "trade_off")
+    }
+    for name, log in logs.items()
+    for line in log
+)
 
 # %% [markdown]
-# `python -m dbnb --select best` does this during a training, with a few pictures at each validation step, and exports the
-# best step instead of the last; `--patience 3` stops when three measured steps in a row were no better. By default the last
-# step is exported. With a learning rate that falls to zero, as here, the last steps change little, so that there is seldom
-# much between them; with a constant rate, or three times as many steps, there can be.
+# **What you should see**: with prior preservation the way leads nearly straight up. Its learning rate falls to zero, so the
+# last checkpoints hardly differ, and which of them wins is a matter of few pictures. Without prior preservation each step that
+# gains more of the toy loses more of the class, and the rule picks the step at which both are least bad. `--patience 3` stops a
+# run when three measured steps in a row were no better than the best. By default the last step is exported.
 #
 # ## Does it copy?
 #
