@@ -585,7 +585,8 @@ def course_map(here: str) -> Figure:
         axis.text(4.6, 2.78, "you are here: all of it, in one go", ha="center", va="center", color=HERE, fontsize=LABEL)
     else:
         x, y = places[here]
-        axis.text(x, y + 0.41, "you are here", ha="center", va="center", color=HERE, fontsize=LABEL, zorder=3)
+        side = -1 if _COURSE[here][1][1] == 2 else 1  # below the last row: an arrow goes up from it
+        axis.text(x, y + 0.41 * side, "you are here", ha="center", va="center", color=HERE, fontsize=LABEL, zorder=3)
     return figure
 
 

@@ -196,7 +196,7 @@ print("suggested:", {base: suggested(base)["lora_layers"] for base in ("miniatur
 print("text encoder:", ", ".join(components.architecture.lora_targets))
 
 # %% [markdown]
-# (`add_k_proj` and `add_v_proj` exist only in DeepFloyd IF; other bases have no such layers.)
+# (Among UNets, only that of DeepFloyd IF has `add_k_proj` and `add_v_proj`.)
 #
 # **Dual** means that there is one set of adapters on the UNet and, if you ask for it, another on the text encoder,
 # each with its own rank and alpha. By default the miniature and the large bases leave the text encoder frozen: where
@@ -417,8 +417,8 @@ plots.show(
 # %% [markdown]
 # **What you should see**: a large share of the change is not the same as a large share of the likeness. The directions
 # that are small in size still carry features of the toy: the fidelity in the labels says how many of them are needed.
-# A training with a low rank from the beginning does better than an adapter that was cut down afterwards, since it can
-# use the few directions that it has; notebook 08 measures ranks that way.
+# Cutting an adapter down is not the same as training with a low rank, which can use its few directions differently;
+# notebook 08 measures that.
 #
 # ## Which layers moved?
 #

@@ -97,6 +97,7 @@ good = workflow.trained(config)
 base, concept = load_components(config.base), good.concept
 SUBJECT, CLASS = concept.instance_prompt, concept.class_prompt
 BEACH = f"{SUBJECT} {toybox.SCENES['beach']}"
+COUNT = 5  # pictures a row
 SHORT = dict(max_train_steps=60, learning_rate=2e-3, lr_scheduler="constant", num_class_images=20)
 models, drawings = {"base": base, "good": good.components}, {}
 encoders = metrics.load_encoders(base.base)
@@ -107,9 +108,9 @@ folder = Path(temporary.name)
 
 # %%
 def drawn(name: str, prompt: str = SUBJECT) -> list:
-    """Six pictures by one of the models, always from the same noise; each is drawn once."""
+    """Pictures by one of the models, always from the same noise; each is drawn once."""
     if (name, prompt) not in drawings:
-        drawings[name, prompt] = draw(models[name], [prompt] * 6, config.sampling)
+        drawings[name, prompt] = draw(models[name], [prompt] * COUNT, config.sampling)
     return drawings[name, prompt]
 
 
@@ -253,7 +254,7 @@ plots.show(
 # %%
 pipeline = export.reload_pipeline(good.components, export.save_adapters(good.components, folder))
 pipeline.disable_lora()
-drawings["disabled", SUBJECT] = draw(good.components, [SUBJECT] * 6, config.sampling, pipeline=pipeline)
+drawings["disabled", SUBJECT] = draw(good.components, [SUBJECT] * COUNT, config.sampling, pipeline=pipeline)
 disabled = any(getattr(layer, "disable_adapters", False) for layer in pipeline.unet.modules())
 print("loaded:", pipeline.get_list_adapters(), "| active:", pipeline.get_active_adapters(), "| disabled:", disabled)
 plots.show(
@@ -293,7 +294,9 @@ for name, times in (("4 x rank", 1 / 4), ("1", config.rank)):  # B for this alph
     without_alpha[name] = folder / f"alpha {name}.safetensors"
     save_file({key: value * (times if "lora_B" in key else 1) for key, value in tensors.items()}, without_alpha[name])
     broken = export.reload_pipeline(good.components, without_alpha[name])
-    drawings[f"alpha {name}, lost", SUBJECT] = draw(good.components, [SUBJECT] * 6, config.sampling, pipeline=broken)
+    drawings[f"alpha {name}, lost", SUBJECT] = draw(
+        good.components, [SUBJECT] * COUNT, config.sampling, pipeline=broken
+    )
     try:
         export.verify_reload(good.components, without_alpha[name], concept, config.sampling)
     except ValueError as error:
@@ -372,7 +375,9 @@ plots.show(
 
 # %%
 scales = (config.guidance_scale, 7.5, 15.0)
-rows = [draw(good.components, [SUBJECT] * 6, dataclasses.replace(config.sampling, guidance_scale=g)) for g in scales]
+rows = [
+    draw(good.components, [SUBJECT] * COUNT, dataclasses.replace(config.sampling, guidance_scale=g)) for g in scales
+]
 plots.show(
     plots.image_rows(rows, labels=[f"guidance {g:g}" for g in scales], title="Fried: the same adapter, the same noise"),
     alt="Three rows of the toy: sound at the suggested guidance, with harder contrasts at 7.5, fried at 15",
@@ -610,12 +615,14 @@ def called_dogs(images: list) -> float:
 shares = [
     called_dogs([load_image(path) for path in found[:20]]) for found in (sorted(stale.iterdir()), good.prior.paths)
 ]
-print("called dogs by CLIP: {:.0%} of the left over images, {:.0%} of those drawn by the base".format(*shares))
+print(
+    "called dogs by CLIP: {:.0%} of the images that were left over, {:.0%} of those drawn by the base".format(*shares)
+)
 
 # %%
 longer = SHORT | dict(max_train_steps=100, class_data_dir=str(stale))
 models["cats as class"] = workflow.trained(dataclasses.replace(config, **longer)).components
-print("dogs by CLIP, of six:", {name: round(6 * called_dogs(drawn(name, CLASS))) for name in ("good", "cats as class")})
+print("called dogs by CLIP:", {name: f"{called_dogs(drawn(name, CLASS)):.0%}" for name in ("good", "cats as class")})
 compare(
     "good",
     "cats as class",
@@ -721,7 +728,7 @@ plots.show(
 
 # %%
 sizes = (config.resolution, config.resolution // 2, config.resolution * 3 // 2)
-rows = [draw(base, [CLASS] * 6, dataclasses.replace(config.sampling, resolution=size)) for size in sizes]
+rows = [draw(base, [CLASS] * COUNT, dataclasses.replace(config.sampling, resolution=size)) for size in sizes]
 plots.show(
     plots.image_rows(
         [[picture.resize((192, 192), 0) for picture in row] for row in rows],
@@ -783,7 +790,7 @@ factors, rows = (1.0, 0.18215, 4.0), []
 other = load_components(config.base)
 for factor in factors:
     other.vae.register_to_config(scaling_factor=factor)
-    rows.append(draw(other, [CLASS] * 6, config.sampling))
+    rows.append(draw(other, [CLASS] * COUNT, config.sampling))
 latents = torch.stack([dataset.latents["class", i, False] for i in range(len(paths))]).chunk(2, dim=1)[0]
 print(
     f"standard deviation of the miniature's latents, at its factor of {base.vae.config.scaling_factor:g}: {latents.std():.2f}"
@@ -820,7 +827,7 @@ for number in (float("nan"), value):
     if number != value:
         _ = list(steps(broken, [batch_at(dataset, 0, 4)], rate=1e-4))
 with np.errstate(invalid="ignore"):  # a nan has no grey level: that is what we want to see
-    compare("good", "after one nan", title="black", alt="Above the teal toy; below six black squares")
+    compare("good", "after one nan", title="black", alt="Above the teal toy; below black squares")
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -895,7 +902,7 @@ Table({"SDXL, besides the weights": name, "memory": f"{size / 2**30:.1f} GiB"} f
 # %%
 rows = ("no class images", "base", "cats as class", "mixed up", "good")
 figure = plots.image_rows([drawn(name, CLASS) for name in rows], labels=list("ABCDE"), title="Five models: who is who?")
-plots.show(figure, alt="Five rows of six pictures, labelled A to E, for the reader to tell apart")
+plots.show(figure, alt="Five rows of pictures, labelled A to E, for the reader to tell apart")
 temporary.cleanup()
 
 # %% [markdown]
