@@ -8,7 +8,7 @@ gradients on their way back, and with checkpointing the block that is just recom
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, ModelMixin
 from peft import LoraConfig
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from dbnb.adapters import lora_targets, trainable_parameters
 from dbnb.denoisers import NETWORKS, Told
@@ -145,6 +144,15 @@ BASES = {
 }
 
 
+def _tensors(values: Iterable) -> Iterator[torch.Tensor]:
+    """The tensors among an operation's arguments or results, also those in lists; torch's own walk is much slower."""
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors(value)
+
+
 class LiveTensors(TorchDispatchMode):
     """Within it, every tensor that an operation makes is followed to its end; `peak` is the most elements at once.
 
@@ -157,11 +165,11 @@ class LiveTensors(TorchDispatchMode):
         self._known: dict[int, weakref.ref] = {}
 
     def __torch_dispatch__(self, function, types, arguments=(), options=None):
-        before = {t.untyped_storage()._cdata for t in tree_leaves((arguments, options)) if isinstance(t, torch.Tensor)}
-        result = function(*arguments, **(options or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
-                self._follow(tensor, before)
+        options = options or {}
+        before = {t.untyped_storage()._cdata for t in _tensors((*arguments, *options.values()))}
+        result = function(*arguments, **options)
+        for tensor in _tensors((result,)):
+            self._follow(tensor, before)
         return result
 
     def _follow(self, tensor: torch.Tensor, before: set[int]) -> None:
@@ -244,13 +252,17 @@ def weight_memory(
     base: Base, *, bytes_per_weight: int = 2, cached: bool = False, quantization: str | None = None
 ) -> int:
     """Bytes of all frozen parts; the options are those of `training_memory`."""
-    network = NETWORKS[base.network]
     with torch.device("meta"):
-        denoiser = network.network_class(**base.denoiser)
-    in_blocks = sum(layer.weight.numel() for layer in network.linear_layers(denoiser).values())
-    parameters = sum(tensor.numel() for tensor in (*denoiser.parameters(), *denoiser.buffers()))
+        denoiser = NETWORKS[base.network].network_class(**base.denoiser)
     others = 0 if cached else _others(base, bytes_per_weight, quantization)
-    return others + _in_fewer_bits(parameters, in_blocks, bytes_per_weight, quantization)
+    return others + _denoiser_memory(base, denoiser, bytes_per_weight, quantization)
+
+
+def _denoiser_memory(base: Base, denoiser: ModelMixin, bytes_per_weight: int, quantization: str | None) -> int:
+    """Bytes of the denoiser's weights, before it has adapters."""
+    in_blocks = sum(layer.weight.numel() for layer in NETWORKS[base.network].linear_layers(denoiser).values())
+    parameters = sum(tensor.numel() for tensor in (*denoiser.parameters(), *denoiser.buffers()))
+    return _in_fewer_bits(parameters, in_blocks, bytes_per_weight, quantization)
 
 
 def training_memory(
@@ -275,6 +287,7 @@ def training_memory(
     network = NETWORKS[base.network]
     with torch.device("meta"), _fused_attention():
         denoiser = network.network_class(**base.denoiser).requires_grad_(False)
+        weights = _denoiser_memory(base, denoiser, bytes_per_weight, quantization)
         denoiser.add_adapter(LoraConfig(r=rank, target_modules=lora_targets(denoiser, lora_layers)))
         if gradient_checkpointing:
             denoiser.enable_gradient_checkpointing()
@@ -282,9 +295,8 @@ def training_memory(
         noisy, told = _inputs(base, denoiser, batch)
         with LiveTensors() as live:
             network.call(denoiser.train(), noisy, told).square().mean().backward()
-    options = dict(bytes_per_weight=bytes_per_weight, cached=cached, quantization=quantization)
     return {
-        "weights": weight_memory(base, **options),
+        "weights": weights + (0 if cached else _others(base, bytes_per_weight, quantization)),
         "adapters": 4 * 4 * adapters,
         # At the highest moment, early in the backward pass, next to no gradient of an adapter is there yet.
         "activations": bytes_per_weight * live.peak,

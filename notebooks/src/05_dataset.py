@@ -47,7 +47,6 @@ importlib.import_module("dbnb")  # before torch, whose threads it keeps from spi
 
 # %%
 import collections
-import statistics
 import tempfile
 import time
 from pathlib import Path
@@ -228,7 +227,6 @@ from dbnb.toybox.sample import PICTURES, SAMPLE_TOY
 
 whole_mask = toybox.mask(SAMPLE_TOY, seed=PICTURES["photos"][0][1], size=256).crop((0, 40, 256, 232))
 columns = np.asarray(whole_mask.resize(photograph.size, Image.Resampling.BOX), dtype=float).sum(axis=0)
-margin = (2 * photograph.height - photograph.width) // 2
 
 
 def missing(columns: np.ndarray) -> np.ndarray:
@@ -238,10 +236,14 @@ def missing(columns: np.ndarray) -> np.ndarray:
     return np.array([1 - columns[start : start + one.size].sum() / columns.sum() for start in starts])
 
 
-for name, toy in (("this photograph", columns), ("a panorama", np.pad(columns, margin))):
-    lost = missing(toy)
-    print(f"{name:15} more than 1 % missing in {(lost > 0.01).mean():.0%} of the crops, ", end="")
-    print(f"more than 10 % in {(lost > 0.1).mean():.0%}")
+# %%
+for name, lost in (
+    ("this photograph", missing(columns)),
+    ("a panorama", missing(np.pad(columns, photograph.height - photograph.width // 2))),
+):
+    print(
+        f"{name}: over 1 % missing in {(lost > 0.01).mean():.0%} of the crops, over 10 % in {(lost > 0.1).mean():.0%}"
+    )
 
 # %% [markdown]
 # The wider the picture, the more often the dog is cut, and no message says so. A cut dog is trained under the same prompt
@@ -344,6 +346,8 @@ print({prompt: tuple(hidden.shape) for prompt, (hidden, _) in embeddings.items()
 # noisy: compare, do not quote. **Predict**: which saves more, keeping latents or keeping text embeddings?
 
 # %%
+import statistics
+
 add_adapters(components, config.adapters)
 ways = {
     "nothing kept": (dataset, None),

@@ -50,7 +50,6 @@ importlib.import_module("dbnb")  # before torch, whose threads it keeps from spi
 # %%
 import functools
 import pathlib
-import tempfile
 import time
 
 import torch
@@ -60,7 +59,7 @@ from dbnb.adapters import adapted_modules, add_adapters, train_mode, trainable_p
 from dbnb.config import DreamBoothConfig
 from dbnb.dataset import DreamBoothDataset, cache_latents
 from dbnb.models import load_components
-from dbnb.planner import BASES, CARDS, training_memory, weight_memory
+from dbnb.planner import BASES, CARDS, peak_memory, training_memory, weight_memory
 from dbnb.presets import PRESETS
 from dbnb.tables import Table
 from dbnb.training import batch_at, training_step
@@ -205,6 +204,9 @@ print(f"{without:.3f} s a step, with checkpointing {with_it:.3f} s: {with_it / w
 # %%
 @functools.cache
 def weights(name: str, quantization: str | None) -> float:
+    """GiB of all frozen parts."""
+    if quantization is None:
+        return memory(name)["weights"]
     return weight_memory(BASES[name], quantization=quantization) / GIB
 
 
@@ -266,6 +268,23 @@ Table(
 )
 
 # %% [markdown]
+# And the card of this machine, or where there is none, one with 16 GB, such as the T4 that Colab gives away. A step is not
+# the only thing that needs room: pictures are drawn before and after, and the VAE decodes them. `peak_memory` gives the highest
+# moment of each phase, for one pair of pictures and drawing four at once.
+
+# %%
+if torch.cuda.is_available():
+    card = torch.cuda.get_device_properties(0)
+    card_name, card_gib = card.name, card.total_memory / GIB
+else:
+    card_name, card_gib = "a card of 16 GB", 16.0
+print(f"{card_name}, {card_gib:.0f} GiB")
+for name in BASES:
+    print(f"  {short(name).replace(chr(10), ', '):16} {recipe(name, card_gib)}")
+peaks = peak_memory(BASES[SD], batch=2, gradient_checkpointing=True)
+print(f"{SD} with checkpointing:", ", ".join(f"{phase} {size / GIB:.1f} GiB" for phase, size in peaks.items()))
+
+# %% [markdown]
 # This is arithmetic, checked against the memory of real steps (tests of this project do so on small networks), and
 # not a measurement on each card: leave a margin. **No cell of this notebook has been run on a published checkpoint or on a
 # GPU yet**; what has been tested are small random checkpoints of each family on a processor.
@@ -290,9 +309,17 @@ print({base: f"{rates['miniature'] / rate:.0f} times lower" for base, rate in ra
 #
 # ## From photographs to an adapter
 #
-# **On Colab or another machine with a GPU**: choose a runtime with a GPU, run the first cell of this notebook, and put what
-# must not be lost onto your Drive. Trainings keep a checkpoint after each quarter of their steps in `DBNB_CACHE`; if the
-# connection drops, run the notebook again, and the training goes on from the last one. Do this before the other cells:
+# **Install.** On Colab, choose a runtime with a GPU, and run the first cell of this notebook: torch for CUDA is there already.
+# On a machine of your own, from the project's folder:
+#
+# ```bash
+# pip install -e ".[jupyter]"               # without the constraints of linux-cpu.txt, which would bring a torch for CPUs
+# pip install -e ".[jupyter,quantization]"  # and this for a base in 4 bits
+# ```
+#
+# **Keep what must not be lost.** Trainings keep a checkpoint after each quarter of their steps in the folder `DBNB_CACHE`. With
+# that folder on your Drive, a dropped connection costs little: run the notebook again, and the training goes on from the last
+# checkpoint. Do this before all other cells (not run on Colab by this project yet):
 #
 # ```python
 # import os
@@ -302,7 +329,7 @@ print({base: f"{rates['miniature'] / rate:.0f} times lower" for base, rate in ra
 # os.environ["DBNB_CACHE"] = "/content/drive/MyDrive/dbnb"
 # ```
 #
-# And the photographs, three to ten of them:
+# **Photographs**, three to ten of them, from your computer to the Drive:
 #
 # ```python
 # from dbnb.pictures import save_uploads
@@ -310,10 +337,12 @@ print({base: f"{rates['miniature'] / rate:.0f} times lower" for base, rate in ra
 # save_uploads(files.upload(), "/content/drive/MyDrive/my photographs")
 # ```
 #
-# **The cell to change.** On a GPU, take out the `#` and put in your folder, your class word and what the recipe above says of
-# your card.
+# **The cell to change.** On a GPU, remove the `#` and put in your folder, your class word and what the plan above says of your
+# card. (These settings have not been run on a published checkpoint yet.)
 
 # %%
+import tempfile
+
 settings = dict(base="miniature", class_word="dog", identifier="sks")
 results = tempfile.mkdtemp()
 # settings = dict(base="sd15", instance_data_dir="/content/drive/MyDrive/my photographs", class_word="dog", identifier="sks")
@@ -321,15 +350,30 @@ results = tempfile.mkdtemp()
 # results = "/content/drive/MyDrive/my dog"
 config = DreamBoothConfig(**settings)
 print(f"{config.base}: {config.max_train_steps} steps, {config.resolution} px, precision {config.mixed_precision!r}")
-if torch.cuda.is_available():
-    card = torch.cuda.get_device_properties(0)
-    print(f"{card.name}: {card.total_memory / GIB:.0f} GiB")
 
 # %% [markdown]
-# And from here on nothing changes. The training is the same call as in notebook 00, whatever the base:
+# And from here on nothing changes, whatever the base. **The training** is the call of notebook 00. It shows four pictures after
+# each quarter, always from the same noise: stop it as soon as they no longer get better. Here, the training of notebook 00 comes
+# from the cache, so that the way is drawn from its checkpoints afterwards.
 
 # %%
-session = workflow.trained(config)
+from dbnb.validation import draw, grid
+
+
+def look(session: workflow.Session, step: int) -> None:
+    """Pictures on the way, as the training goes on."""
+    pictures = draw(session.components, [session.concept.instance_prompt] * 4, config.sampling)
+    plots.show(plots.show_images(pictures, title=f"step {step}"), alt=f"Four pictures after {step} steps")
+
+
+session = workflow.trained(config, on_checkpoint=look)
+way = grid(
+    session.components, session.config.output_dir, session.concept.instance_prompt, config.sampling, strengths=(1.0,)
+)
+plots.show(
+    plots.show_images(list(way.values()), titles=[f"step {step}" for step, _ in way], title="The way to the subject"),
+    alt="One picture at each checkpoint, from the same noise: colours come first, the pattern later",
+)
 
 # %% [markdown]
 # **Before and after**, from the same noise. At strength 0 the adapters change nothing, so that one model draws both.
@@ -396,22 +440,22 @@ for path in sorted(pathlib.Path(results).iterdir()):
 #
 # ## When the result is not good
 #
-# Look at the pictures first, then change one thing. The numbers lead into notebook
-# [09](09_when_it_goes_wrong.ipynb), which shows each of these faults and how to check for it.
+# Look at the pictures first, then change one thing. The links lead into notebook [09](09_when_it_goes_wrong.ipynb), which shows
+# each of these faults and how to check for it.
 #
 # | what you see | what to change first |
 # |---|---|
-# | any dog, the subject only now and then | twice as many steps; then twice the learning rate (09: 1) |
-# | the base's picture, as if nothing had been trained | the identifier in the prompt; whether the file fits the base (09: 2, 3) |
-# | burnt colours, hard contrasts | half the learning rate, or strength 0.7 (09: 5); a lower guidance scale (09: 6) |
-# | always the pose or the background of a photograph | fewer steps, more varied photographs, masks (09: 8, 9) |
-# | every dog is the subject | class images, and `prior_loss_weight` 1 (09: 10) |
-# | black pictures | `mixed_precision="bf16"`, the safety checker (09: 20) |
-# | out of memory | the recipe above (09: 21) |
+# | any dog, the subject only now and then | twice as many steps; then twice the [learning rate](09_when_it_goes_wrong.ipynb#1-the-learning-rate-is-too-low) |
+# | the base's picture, as if nothing had been trained | the identifier in the [prompt](09_when_it_goes_wrong.ipynb#3-the-adapter-is-off-or-nobody-asks-for-it); whether the [file fits](09_when_it_goes_wrong.ipynb#2-the-file-does-not-fit) the base |
+# | burnt colours, hard contrasts | half the [learning rate](09_when_it_goes_wrong.ipynb#5-the-learning-rate-is-too-high), or strength 0.7; a lower [guidance scale](09_when_it_goes_wrong.ipynb#6-the-guidance-is-too-high) |
+# | always the pose or the background of a photograph | [fewer steps](09_when_it_goes_wrong.ipynb#8-learned-by-heart), more varied photographs, [masks](09_when_it_goes_wrong.ipynb#9-the-background-was-learned-too) |
+# | every dog is the subject | [class images](09_when_it_goes_wrong.ipynb#10-there-are-no-class-images), and `prior_loss_weight` 1 |
+# | black pictures | `mixed_precision="bf16"`, the [safety checker](09_when_it_goes_wrong.ipynb#20-black-pictures-from-a-sound-adapter) |
+# | `CUDA out of memory` | the recipe above, and its [three phases](09_when_it_goes_wrong.ipynb#21-out-of-memory) |
 #
 # ## Two subjects in one adapter
 #
-# `--concepts` names a file that tells of each subject what the command's own options tell of one: photographs, identifier and
+# `--concepts` names a file that says for each subject what the command's own options say for one: photographs, identifier and
 # class word. Each batch then holds all of them, each with class images of its own. **Predict**: will a dog and a cat mix?
 
 # %%
@@ -447,6 +491,19 @@ metrics.likeness_table(likeness)
 # %% [markdown]
 # **What you should see**: each row of the table is highest under its own name. Two subjects of one class, such as two dogs,
 # are harder to keep apart, since they share a class word; give them more steps.
+#
+# The subjects take turns, sample by sample, so a batch holds all of them only if it has a pair for each. What does that cost
+# in memory? Not more adapters, but more pictures a step:
+
+# %%
+for pairs in (1, 2, 4):
+    peaks = peak_memory(BASES[SD], batch=2 * pairs, gradient_checkpointing=True)
+    print(
+        f"{pairs} pairs, {SD}: {max(peaks.values()) / GIB + LIBRARIES:.1f} GiB in all, most of it in {max(peaks, key=peaks.get)}"
+    )
+
+# %% [markdown]
+# (Two subjects have been trained on the miniature only, not on a published checkpoint.)
 #
 # ## How long will it take?
 #
