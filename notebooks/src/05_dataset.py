@@ -160,9 +160,9 @@ plots.show(
 #
 # ## Crops and flips
 #
-# A photograph is made smaller until its shorter side has `resolution` pixels. What its longer side has too much is cut off:
-# around the middle, or at another random place each time. Mirroring half of the pictures is an option as well. Both make
-# five pictures go further; both can also show the model what is not so.
+# A photograph is scaled down until its shorter side has `resolution` pixels. The excess of its longer side is cut off: around
+# the middle, or at another random place each time. Mirroring half of the pictures is an option as well. Both make more of five
+# pictures, and both can teach the model something wrong.
 #
 # Our photographs are square. So, to have something to cut, here they are as a wide camera would have taken them:
 
@@ -253,9 +253,9 @@ for name, lost in (
 # %% [markdown]
 # ## A step is a number
 #
-# So which pictures come, how they are cropped, whether they are mirrored: all of it is computed from the seed and the
-# number of the sample, and from nothing else. There is no generator that moves on. **Predict**: step 137, built twice,
-# the second time by a dataset that has never been used?
+# Which pictures are drawn, how they are cropped and whether they are mirrored: all of it is computed from the seed and the
+# number of the sample, and from nothing else. No generator carries a state from one step to the next. **Predict**: if step 137
+# is built twice, the second time by a dataset that has never been used, will the two be equal?
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -271,7 +271,7 @@ print("equal:", torch.equal(batch_at(used, 137, 4)["pixel_values"], batch_at(fre
 #
 # ## Computed once: latents
 #
-# With a fixed crop the VAE says the same of a picture at every step. So it is asked once, before training.
+# With a fixed crop the VAE gives the same answer for a picture at every step, so it is asked once, before training.
 
 # %%
 cached = DreamBoothDataset(
@@ -289,8 +289,8 @@ print(f"{count} pictures encoded in {encoding:.1f} s; each now is {tuple(cached.
 
 # %% [markdown]
 # Twice as many channels as latents have: what is kept is the *[posterior](../docs/glossary.md#posterior)*, a mean and a (logarithm of the) variance of each
-# number, not one sample of it. Each step still draws its own. **Predict**: the mean of one photograph decoded, and
-# three samples. Will you see a difference?
+# number, not one sample of it. Each step still draws its own. **Predict**: will you see a difference between the decoded mean
+# of one photograph and three decoded samples?
 
 # %%
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
@@ -342,8 +342,9 @@ print({prompt: tuple(hidden.shape) for prompt, (hidden, _) in embeddings.items()
 # %% [markdown]
 # ## What it saves
 #
-# The same six steps in four ways, forward and backward; each bar is the median of one step's time. These machines are
-# noisy: compare, do not quote. **Predict**: which saves more, keeping latents or keeping text embeddings?
+# The same six steps are taken in four ways, forward and backward; each bar is the median of one step's time. Such times vary
+# with what else a machine does: compare them, do not quote them. **Predict**: which saves more, keeping latents or keeping text
+# embeddings?
 
 # %%
 import statistics
@@ -395,7 +396,7 @@ print(f"saved in {config.max_train_steps} steps: {(config.max_train_steps - even
 # %% [markdown]
 # **What you should see**: the lines cross early; from there on every step is a gain.
 #
-# Speed that changes the result would not count. **Predict**: the loss of step 3 in each of the four ways?
+# Speed that changes the result would be worth nothing. **Predict**: is the loss of step 3 the same in all four ways?
 
 # %%
 # NBVAL_CHECK_OUTPUT

@@ -102,10 +102,10 @@ plots.show(
 )
 
 # %% [markdown]
-# **What you should see**: any dogs above, the toy below. One or two that are not quite it are normal: they are the ones to
-# look at.
+# **What you should see**: dogs of all colours above, the toy below. It is normal that one or two are not quite the toy: those
+# are the ones to look at.
 #
-# Harder, and what all of this is for: the toy in places that the prompt names, beach, night and moon among them, where no
+# What all of this is for is harder: the toy in places that the prompt names, beach, night and moon among them, where no
 # photograph shows it.
 
 # %%
@@ -130,7 +130,7 @@ plots.show(
 widgets.before_after(before.scenes, after.scenes, places)
 
 # %% [markdown]
-# And the price: is a dog still any dog?
+# Now the price: does the bare class prompt still draw any dog?
 
 # %%
 plots.show(
@@ -334,8 +334,7 @@ elsewhere = pipeline(
 ).images
 
 # %% [markdown]
-# **Predict**: the same prompts from the same noise, drawn by the model as it stands after training: what is the largest
-# difference of any pixel?
+# **Predict**: if the model in memory draws the same prompts from the same noise, what is the largest difference of any pixel?
 
 # %%
 here = draw(session.components, ["a photo of sks dog on the beach"] * 4, config.sampling, seeds=[0, 1, 2, 3])

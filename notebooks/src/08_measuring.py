@@ -117,7 +117,7 @@ plots.show(
 
 # %% [markdown]
 # **What you should see**: on the left one dark red block for all photographs of the toy, trained on or not, and pale rows for
-# other dogs. On the right CLIP, for which dogs are dogs. The gap between *same* and *other* is what a measure lives on:
+# other dogs. On the right is CLIP, to which all dogs look much alike. A measure needs the gap between *same* and *other*:
 
 # %%
 ends = {}
@@ -188,7 +188,7 @@ print("the identity encoder tells the toy from other dogs, and from every look-a
 #
 # ## Two functions
 #
-# Two of them make all numbers: the mean cosine between two groups, and the mean distance (1 - cosine) within one.
+# All numbers come from two functions: the mean cosine between two groups, and the mean distance (1 - cosine) within one.
 # **Predict** their values for three equal vectors, and for four that have nothing in common:
 
 # %%
@@ -587,8 +587,8 @@ plots.show(
 # below the default, fewer steps or a lower rank cost fidelity. Whatever else the lines seem to say, such as a rise beyond the
 # default, is smaller than the bars, which are standard deviations over seeds, and so no result.
 #
-# *The identifier `red`* may look as good as any other in this table. But the word is lost: asked for a red dog, this model
-# now draws the toy. No column asks for that. A table answers only what it was asked.
+# *The identifier `red`* looks as good as any other in this table. But `a photo of red dog` is now the prompt of the toy, and so
+# a red dog cannot be asked for in these words any more. No column measures that. A table answers only what it was asked.
 #
 # Three answers are clear enough to be checked:
 
@@ -606,8 +606,8 @@ if {"no prior preservation", "attention only", "identifier unheard"} <= rows.key
     print("an identifier without a vector of its own costs fidelity")
 
 # %% [markdown]
-# What stands behind two of the rows: the default, and the one that was computed just now. **Predict**: what will be missing
-# after a hundred steps, the place, the colour or the spots?
+# These are the pictures behind two of the rows, the default and the one that was repeated just now. **Predict**: what will be
+# missing after a hundred steps, the place, the colour or the spots?
 
 # %%
 other = next((run for run in recompute if run[0] != "default"), ("default", 0))

@@ -117,9 +117,9 @@ plots.show(
 )
 
 # %% [markdown]
-# **What you should see**: no: activations for Stable Diffusion 2.1 and XL; weights for 1.5 and for the three bases with a T5,
-# a text encoder of billions of parameters (DeepFloyd IF, Stable Diffusion 3.5, FLUX.1), of which FLUX.1 has the largest
-# network as well. Adapters are nearly nothing everywhere. What is frozen needs no gradients and no moments, and that is why
+# **What you should see**: it is not the same for every base. Activations are the largest for Stable Diffusion 2.1 and XL,
+# weights for 1.5 and for the three bases with a T5, a text encoder of billions of parameters (DeepFloyd IF, Stable Diffusion
+# 3.5, FLUX.1). Adapters are nearly nothing everywhere. What is frozen needs no gradients and no moments, and that is why
 # LoRA fits where fine-tuning does not. How much would fine-tuning take for the UNet's weights, gradients and moments in
 # `float32`?
 
@@ -241,12 +241,12 @@ print(f"{SD} and 8 GB: fits in half precision with checkpointing")
 # %% [markdown]
 # The third row of each base has linear layers in 4 bits (`quantization="nf4"`, after QLoRA of Dettmers et al., 2023): weights
 # that are frozen can be rounded once, and the adapters learn on top of what that changed. It needs bitsandbytes and a CUDA
-# device. **What you should see**: a transformer consists of linear layers, and so even FLUX.1 fits on a card of 16 GB; of
-# Stable Diffusion 1.5 most are convolutions, which stay as they are.
+# device. **What you should see**: a transformer consists of linear layers, and so even FLUX.1 fits on a card of 16 GB. Most of
+# Stable Diffusion 1.5 consists of convolutions, which stay as they are.
 #
 # These plans are for adapters on attention. A text encoder that is trained too adds little. Where prompts are encoded once
 # and latents are kept from the start (notebook 05), no step needs text encoders and VAE: they leave the card, and return for
-# every picture that is drawn. So all weights must fit in any case, and what their rest wins is room for a larger batch.
+# every picture that is drawn. So all weights must fit in any case; moving them away makes room for a larger batch.
 #
 # As a recipe: for each card the fastest way that has room for one pair of pictures, and how many pairs then fit.
 
@@ -282,7 +282,8 @@ print(f"{card_name}, {card_gib:.0f} GiB")
 for name in BASES:
     print(f"  {short(name).replace(chr(10), ', '):16} {recipe(name, card_gib)}")
 peaks = peak_memory(BASES[SD], batch=2, gradient_checkpointing=True)
-print(f"{SD} with checkpointing:", ", ".join(f"{phase} {size / GIB:.1f} GiB" for phase, size in peaks.items()))
+phases = ", ".join(f"{phase} {size / GIB + LIBRARIES:.1f} GiB" for phase, size in peaks.items())
+print(f"{SD} with checkpointing, libraries included: {phases}")
 
 # %% [markdown]
 # This is arithmetic, checked against the memory of real steps (tests of this project do so on small networks), and
@@ -397,8 +398,8 @@ plots.show(
 )
 
 # %% [markdown]
-# **What you should see**: here the toy, alone and in eight places; with your settings your subject. The places are those of
-# the toy world, and a real base knows them too. The last two rows should show equally varied pictures.
+# **What you should see**: here, the toy alone and in eight places; with your settings, your subject. The places are those of
+# the toy world, and a real base knows them too. The last two rows should be equally varied.
 #
 # **In numbers**, as in notebook 08. A real base is measured by DINO and CLIP, which are fetched once; where they are not
 # available the pictures have to do.
@@ -493,22 +494,21 @@ metrics.likeness_table(likeness)
 # are harder to keep apart, since they share a class word; give them more steps.
 #
 # The subjects take turns, sample by sample, so a batch holds all of them only if it has a pair for each. What does that cost
-# in memory? Not more adapters, but more pictures a step:
+# in memory? The adapters stay the same; a step has more pictures, and drawing takes what it took for one subject:
 
 # %%
-for pairs in (1, 2, 4):
-    peaks = peak_memory(BASES[SD], batch=2 * pairs, gradient_checkpointing=True)
-    print(
-        f"{pairs} pairs, {SD}: {max(peaks.values()) / GIB + LIBRARIES:.1f} GiB in all, most of it in {max(peaks, key=peaks.get)}"
-    )
+for pairs in (1, 4):
+    step = sum(memory(SD, True, 2 * pairs).values()) + LIBRARIES
+    print(f"{SD}, {pairs} pair{'s' * (pairs > 1)} a step: training {step:.1f} GiB, ", end="")
+    print(", ".join(f"{phase} {peaks[phase] / GIB + LIBRARIES:.1f} GiB" for phase in ("drawing", "decoding")))
 
 # %% [markdown]
 # (Two subjects have been trained on the miniature only, not on a published checkpoint.)
 #
 # ## How long will it take?
 #
-# Nobody can tell without your card, but twenty steps on it can. The log of every run has each step's seconds (those of a run
-# from the cache were measured when it was made, perhaps on another day).
+# That depends on your card, and twenty steps on it are enough to tell. The log of every run has each step's seconds (those of
+# a run from the cache were measured when it was made, perhaps on another day).
 
 # %%
 log = session.log[:60]
