@@ -71,12 +71,12 @@ def html(figure: Figure, alt: str) -> Shown:
 
 
 def _webp(picture: Image.Image | _Figure) -> str:
-    """A figure or picture as WebP in base64; small pictures keep every pixel."""
+    """A figure or picture as WebP in base64."""
     file = io.BytesIO()
     if isinstance(picture, _Figure):
         picture.savefig(file, format="webp", pil_kwargs={"quality": 85, "method": 6})
     else:
-        picture.save(file, format="webp", lossless=picture.width <= _SMALL_PICTURE, quality=85, method=6)
+        picture.save(file, format="webp", quality=85, method=6)
     return base64.b64encode(file.getvalue()).decode()
 
 
@@ -102,8 +102,10 @@ def one_of(groups: Mapping[str, Mapping[str, Image.Image | _Figure]], alt: str, 
         for name, picture in pictures.items():
             if not isinstance(picture, _Figure):
                 height = max(height, round(width * picture.height / picture.width))
-                if picture.width > _SMALL_PICTURE:  # a small one the browser enlarges, without a blur
+                if picture.width > _SMALL_PICTURE:
                     picture = picture.resize((width, round(width * picture.height / picture.width)))
+                else:  # as far as its pixels stay squares; the browser enlarges it further, without a blur
+                    picture = picture.resize((2 * picture.width, 2 * picture.height), Image.Resampling.NEAREST)
             else:
                 height = max(height, round(width * picture.get_figheight() / picture.get_figwidth()))
             data[group, name] = _webp(picture)

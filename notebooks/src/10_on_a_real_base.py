@@ -268,9 +268,9 @@ Table(
 )
 
 # %% [markdown]
-# And the card of this machine, or where there is none, one with 16 GB, such as the T4 that Colab gives away. A step is not
-# the only thing that needs room: pictures are drawn before and after, and the VAE decodes them. `peak_memory` gives the highest
-# moment of each phase, for one pair of pictures and drawing four at once.
+# The next cell plans for the card of this machine, or, where there is none, for one with 16 GB, such as a T4, which Colab
+# offers. A step is not the only thing that needs room: pictures are drawn before and after, and the VAE decodes them.
+# `peak_memory` gives the highest moment of each phase, for one pair of pictures a step, and four pictures drawn at once.
 
 # %%
 if torch.cuda.is_available():
@@ -354,8 +354,8 @@ print(f"{config.base}: {config.max_train_steps} steps, {config.resolution} px, p
 
 # %% [markdown]
 # And from here on nothing changes, whatever the base. **The training** is the call of notebook 00. It shows four pictures after
-# each quarter, always from the same noise: stop it as soon as they no longer get better. Here, the training of notebook 00 comes
-# from the cache, so that the way is drawn from its checkpoints afterwards.
+# each quarter, always from the same noise. If they do not come nearer to your subject, interrupt it and change a setting. Here,
+# the training of notebook 00 comes from the cache, and so the way is drawn from its checkpoints afterwards.
 
 # %%
 from dbnb.validation import draw, grid
