@@ -137,12 +137,7 @@ def test_a_network_that_is_told_its_guidance_draws_with_one_prediction_a_picture
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads Linux's account of a process")
 @pytest.mark.parametrize("phase", ["training", "checkpointing", "drawing", "decoding"])
 def test_the_plan_holds_in_resident_memory_within_15_percent(phase):
-    # Every large block apart, so that what glibc keeps of its heap is not taken for what tensors need.
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
-    command = [sys.executable, str(Path(__file__).with_name("resident.py")), phase]
-    said = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
-    numbers = json.loads(said.splitlines()[-1])
-    print(phase, numbers)
+    numbers = measured_and_planned(phase)
     assert numbers["planned"] == pytest.approx(numbers["measured"], rel=0.15)
 
 

@@ -457,7 +457,8 @@ for path in sorted(pathlib.Path(results).iterdir()):
 # ## Two subjects in one adapter
 #
 # `--concepts` names a file that says for each subject what the command's own options say for one: photographs, identifier and
-# class word. Each batch then holds all of them, each with class images of its own. **Predict**: will a dog and a cat mix?
+# class word. The subjects take turns within each batch, each with class images of its own. **Predict**: will a dog and a cat
+# mix?
 
 # %%
 import json
@@ -483,18 +484,23 @@ drawn = {
 }
 photographs = {subject.concept.name: subject.concept.images() for subject in two.subjects}
 likeness = metrics.who_looks_like_whom(metrics.load_encoders(two.components.base), drawn, photographs)
+assert all(max(row, key=row.get) == name for name, row in likeness.items()), likeness
+rows = {}
+for name in drawn:
+    rows |= {f"{name}:\nphotographs": photographs[name], f"{name}:\ndrawn": drawn[name]}
 plots.show(
-    plots.image_rows(list(drawn.values()), labels=list(drawn), inches=1.1, title="Two names, two toys, one adapter"),
-    alt="Two rows of eight: the teal dog with yellow spots, and a cat of other colours",
+    plots.image_rows(list(rows.values()), labels=list(rows), inches=1.1, title="Two names, two toys, one adapter"),
+    alt="Photographs and drawn pictures of two toys: a teal dog with yellow spots, and a cat of other colours",
 )
 metrics.likeness_table(likeness)
 
 # %% [markdown]
-# **What you should see**: each row of the table is highest under its own name. Two subjects of one class, such as two dogs,
-# are harder to keep apart, since they share a class word; give them more steps.
+# **What you should see**: below the photographs of each toy that toy, and each row of the table highest under its own name. In
+# the same number of steps each subject has had half of the pictures, so neither comes as near to its photographs as a subject
+# alone. (Two subjects of one class share their class word; how well they are kept apart is not measured here.)
 #
-# The subjects take turns, sample by sample, so a batch holds all of them only if it has a pair for each. What does that cost
-# in memory? The adapters stay the same; a step has more pictures, and drawing takes what it took for one subject:
+# A batch holds all subjects only if it has a pair for each. What does that cost in memory? The adapters stay the same; a step
+# has more pictures, and drawing takes what it took for one subject:
 
 # %%
 for pairs in (1, 4):
