@@ -47,7 +47,6 @@ importlib.import_module("dbnb")  # before torch, whose threads it keeps from spi
 
 # %%
 import collections
-import statistics
 import tempfile
 import time
 from pathlib import Path
@@ -341,6 +340,8 @@ print({prompt: tuple(hidden.shape) for prompt, (hidden, _) in embeddings.items()
 # noisy: compare, do not quote. **Predict**: which saves more, keeping latents or keeping text embeddings?
 
 # %%
+import statistics
+
 add_adapters(components, config.adapters)
 ways = {
     "nothing kept": (dataset, None),

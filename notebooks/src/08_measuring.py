@@ -53,7 +53,6 @@ importlib.import_module("dbnb")  # before torch, whose threads it keeps from spi
 import dataclasses
 import json
 import os
-import platform
 import statistics
 from pathlib import Path
 
@@ -399,6 +398,8 @@ print(f"{len(there)} trainings of {len(RUNS)} are stored; computed on: {file['ma
 # With `store = True` the file is written again.
 
 # %%
+import platform
+
 recompute = [("100 steps", 0)]
 store = False
 kept, fresh = {"default": after}, {"default": {"0": row("default", session, numbers["after"])}}

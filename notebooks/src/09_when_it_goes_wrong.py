@@ -827,7 +827,7 @@ for number in (float("nan"), value):
     if number != value:
         _ = list(steps(broken, [batch_at(dataset, 0, 4)], rate=1e-4))
 with np.errstate(invalid="ignore"):  # a nan has no grey level: that is what we want to see
-    compare("after one nan", title="black", alt="A row of black squares")
+    compare("good", "after one nan", title="black", alt="Above the teal toy; below black squares")
 
 # %%
 # NBVAL_CHECK_OUTPUT
