@@ -266,12 +266,13 @@ plots.show(
 # numbers where that of a linear layer has one. A block without attention has adapters only because `lora_layers` is
 # `all`. All of the text encoder's adapters are in its self-attention, the only kind it has.
 #
-# Has nothing changed in the whole model either? **Predict** both numbers.
+# Has nothing changed in the whole model either? **Predict** both answers.
 
 # %%
 # NBVAL_CHECK_OUTPUT
 for name, answer in answers().items():
-    print(f"largest change of the {name}'s answer:", (answer - before[name]).abs().max().item())
+    # 1e-5 leaves room for rounding: some processors add the terms of a convolution in another order.
+    print(f"the {name} answers as before:", torch.allclose(answer, before[name], rtol=0, atol=1e-5))
 
 # %%
 again = draw(components, ["a photo of sks dog"] * 4, config.sampling)
