@@ -1,7 +1,7 @@
 """Run by tests in a process of its own: the resident memory that a phase of a run takes at its peak.
 
-`python tests/resident.py training|checkpointing|drawing|decoding [BASE]` prints the measured and the planned bytes, of a
-small network or of one of the planner's UNets.
+`python tests/resident.py training|checkpointing|drawing|decoding [BASE]` prints the measured and the planned bytes, of
+a small network or of one of the planner's UNets.
 """
 
 from __future__ import annotations

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from diffusers import AutoencoderKL
 from peft import LoraConfig
+from resident import measured_and_planned
 
 from dbnb.adapters import lora_targets
 from dbnb.denoisers import NETWORKS, Told

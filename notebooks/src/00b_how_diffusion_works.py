@@ -389,9 +389,9 @@ difference = np.abs(np.asarray(mine, dtype=int) - np.asarray(theirs, dtype=int))
 print("the same picture, up to rounding:", difference.mean() < 2.0)
 
 # %% [markdown]
-# ## What DreamBooth changes
+# ## What DreamBooth adds
 #
-# DreamBooth changes none of this. It trains a little further with the same loss, on five photographs and a word of
+# All of this stays as it is. DreamBooth trains a little further with the same loss, on five photographs and a word of
 # their own. The paper fine-tunes *all* weights of the UNet. This course freezes them and trains small *adapters*
 # beside them (LoRA, notebook 04), which need far less memory; notebook 06 trains both ways and compares them. The rest
 # of the course is about doing that without breaking what you have just seen.

@@ -633,7 +633,7 @@ check_03b(less_noise)
 # Right: that is classifier-free guidance; far beyond the suggested scale contrasts are overdone.
 # </details>
 #
-# <details><summary>B. It is noise that the two answers share, and a large factor makes it cancel out.</summary>
+# <details><summary>B. It is noise that the two answers share, and a large factor makes it cancel.</summary>
 #
 # No: what the two answers share cancels in the difference whatever the factor is.
 # </details>

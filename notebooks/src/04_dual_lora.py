@@ -266,12 +266,13 @@ plots.show(
 # numbers where that of a linear layer has one. A block without attention has adapters only because `lora_layers` is
 # `all`. All of the text encoder's adapters are in its self-attention, the only kind it has.
 #
-# Has nothing changed in the whole model either? **Predict** both numbers.
+# Has nothing changed in the whole model either? **Predict** both answers.
 
 # %%
 # NBVAL_CHECK_OUTPUT
 for name, answer in answers().items():
-    print(f"largest change of the {name}'s answer:", (answer - before[name]).abs().max().item())
+    # 1e-5 leaves room for rounding: some processors add the terms of a convolution in another order.
+    print(f"the {name} answers as before:", torch.allclose(answer, before[name], rtol=0, atol=1e-5))
 
 # %%
 again = draw(components, ["a photo of sks dog"] * 4, config.sampling)
@@ -385,8 +386,8 @@ few = list(needed.values())
 print(f"directions for nine tenths of the change, of {rank}: {min(few)} to {max(few)}, median {int(np.median(few))}")
 
 # %% [markdown]
-# So few? Then why train with 16? Let us cut the trained adapter down to its largest directions, in every layer, and
-# draw. **Predict**: with which rank does the toy come back?
+# How many of these directions does the toy need? Let us cut the trained adapter down to its largest directions, in
+# every layer, and draw. **Predict**: with how many does the toy come back?
 
 # %%
 concept, encoders, cut = session.concept, metrics.load_encoders(session.components.base), {}
@@ -415,10 +416,11 @@ plots.show(
 )
 
 # %% [markdown]
-# **What you should see**: a large share of the change is not the same as a large share of the likeness. The directions
-# that are small in size still carry features of the toy: the fidelity in the labels says how many of them are needed.
-# Cutting an adapter down is not the same as training with a low rank, which can use its few directions differently;
-# notebook 08 measures that.
+# **What you should see**: one direction in each layer already gives the toy's colours, and by the fidelity in the
+# labels the first few bring nearly all that sixteen do. Why train with a rank of 16, then? Before training, nobody
+# knows which directions are needed. A higher rank offers more of them to start from, and training finds the good ones
+# in the same number of steps. So cutting down afterwards is not the same as training with a low rank: notebook 08
+# trains with ranks from 2 to 32 and measures what each is worth.
 #
 # ## Which layers moved?
 #

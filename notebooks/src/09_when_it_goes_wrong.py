@@ -830,7 +830,6 @@ with np.errstate(invalid="ignore"):  # a nan has no grey level: that is what we 
     compare("good", "after one nan", title="black", alt="Above the teal toy; below black squares")
 
 # %%
-# NBVAL_CHECK_OUTPUT
 fresh, refused = load_components(config.base), "nothing was refused"
 add_adapters(fresh, rank=4)
 with torch.no_grad():
@@ -839,6 +838,9 @@ try:
     train(dataclasses.replace(config, max_train_steps=5, output_dir=str(folder / "nan")), fresh, dataset)
 except FloatingPointError as error:
     refused = str(error)
+
+# %%
+# NBVAL_CHECK_OUTPUT
 for name, components in (("the bare loop", broken), ("train", fresh)):
     adapters = [p for _, p in trainable_parameters(components.unet)]
     print(f"{name}: {sum(bool(p.isnan().any()) for p in adapters)} of {len(adapters)} adapter matrices are nan")

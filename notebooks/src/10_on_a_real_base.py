@@ -48,7 +48,6 @@ importlib.import_module("dbnb")  # before torch, whose threads it keeps from spi
 # The new module is `dbnb.planner`.
 
 # %%
-import functools
 import pathlib
 import time
 
@@ -80,6 +79,8 @@ plots.you_are_here("10")
 
 # %%
 # NBVAL_CHECK_OUTPUT
+import functools
+
 GIB = 2**30
 
 
