@@ -829,7 +829,6 @@ for number in (float("nan"), value):
 with np.errstate(invalid="ignore"):  # a nan has no grey level: that is what we want to see
     compare("good", "after one nan", title="black", alt="Above the teal toy; below black squares")
 
-# %%
 fresh, refused = load_components(config.base), "nothing was refused"
 add_adapters(fresh, rank=4)
 with torch.no_grad():
