@@ -51,6 +51,7 @@ __all__ = [
     "prior",  # step 2: class images and their cache
     "processes",  # several processes, signals
     "progress",  # pictures and measures at validation steps
+    "quantization",  # a frozen base in fewer bits
     "selection",  # which checkpoint is best
     "single_file",  # a base in one .safetensors file
     "tables",  # tables as text, Markdown and HTML

@@ -87,7 +87,8 @@ def add_adapters(components: Components, settings: AdapterSettings | None = None
     for module in adapted_modules(components).values():
         module.eval()  # peft's new layers would drop out at once
         for layer in module.modules():
-            if isinstance(layer, lora.Linear | lora.Conv2d) and max(layer.base_layer.weight.shape[:2]) <= _NARROW:
+            # Layers around weights in fewer bits are of further classes, and compute as these do.
+            if type(layer) in (lora.Linear, lora.Conv2d) and max(layer.base_layer.weight.shape[:2]) <= _NARROW:
                 layer.forward = MethodType(_forward, layer)
 
 

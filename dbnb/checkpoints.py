@@ -64,7 +64,7 @@ def _settings(config: DreamBoothConfig) -> dict[str, Any]:
         "resolution center_crop random_flip gradient_accumulation_steps learning_rate "
         "adam_beta1 adam_beta2 adam_weight_decay adam_epsilon max_grad_norm tokenizer_max_length "
         "text_encoder_learning_rate lr_scheduler lr_warmup_steps prior_loss_weight snr_gamma noise_offset "
-        "use_8bit_adam mixed_precision seed"
+        "use_8bit_adam mixed_precision quantization seed"
     ).split()
     if config.lr_scheduler not in ("constant", "constant_with_warmup"):
         names.append("max_train_steps")  # the other schedules end there

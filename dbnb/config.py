@@ -201,6 +201,11 @@ class DreamBoothConfig:
         "half is what a CUDA device does well, else no; adapters stay in float32",
         choices=("no", "fp16", "bf16", "half"),
     )
+    quantization: str | None = _option(
+        None,
+        "keep the frozen base in fewer bits: nf4 (4, by bitsandbytes, on a CUDA device), int8 or fp8 (8, by torchao)",
+        choices=("nf4", "int8", "fp8"),
+    )
     use_8bit_adam: bool = _option(False, "optimizer state in 8 bits, by bitsandbytes")
     allow_tf32: bool = _option(False, "faster, less exact float32 products on a CUDA device")
     seed: int = _option(0, "every draw is a function of this and the step", at_least=0, at_most=2**64 - 1)

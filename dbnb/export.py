@@ -29,7 +29,7 @@ from dbnb.config import DreamBoothConfig, Sampling, sampling_of
 from dbnb.drawing import build_pipeline
 from dbnb.files import whole
 from dbnb.metrics import metrics_table
-from dbnb.models import Components
+from dbnb.models import Components, read_part
 from dbnb.outputs import KOHYA_NAME, PUBLISHED, WEIGHT_NAME
 from dbnb.presets import PRESETS
 from dbnb.tables import Table
@@ -122,6 +122,11 @@ _LAYER = re.compile(
 )
 
 
+def _shape(layer: torch.nn.Linear | torch.nn.Conv2d) -> list[int]:
+    """Of a layer's weight: what is stored of one in fewer bits has another."""
+    return [layer.out_features, layer.in_features] if isinstance(layer, torch.nn.Linear) else list(layer.weight.shape)
+
+
 def load_adapter(pipeline: DiffusionPipeline, adapter: Path) -> None:
     """Load a saved adapter into a pipeline of plain diffusers.
 
@@ -142,7 +147,7 @@ def load_adapter(pipeline: DiffusionPipeline, adapter: Path) -> None:
     if not layers:
         raise ValueError(f"{adapter.name} holds no LoRA layers in diffusers' names: is it an adapter?")
     weights = {
-        f"{part}.{name.removeprefix('text_model.')}": list(module.weight.shape)
+        f"{part}.{name.removeprefix('text_model.')}": _shape(module)
         for part in {match[1] for match in layers.values()}
         for name, module in (getattr(pipeline, part).named_modules() if hasattr(pipeline, part) else ())
         if isinstance(module, torch.nn.Linear | torch.nn.Conv2d)
@@ -167,13 +172,15 @@ def reload_pipeline(components: Components, adapter: Path) -> DiffusionPipeline:
 
     Only the parts that carry an adapter are read again; the others are shared with `components`.
     """
-    options = dict(use_safetensors=True, variant=components.variant)
     fresh = {}
     for name, module in adapted_modules(components).items():
-        dtype = next(parameter for parameter in module.parameters() if not parameter.requires_grad).dtype
-        fresh[name] = type(module).from_pretrained(components.base / name, torch_dtype=dtype, **options)
+        frozen = (p.dtype for p in module.parameters() if p.is_floating_point() and not p.requires_grad)
+        how = dict(variant=components.variant, quantization=components.quantization)
+        fresh[name] = read_part(components.base, name, dtype=next(frozen), **how)
     parts = components.parts() | components.further | fresh
-    pipeline = DiffusionPipeline.from_pretrained(components.base, **options, **parts).to(components.device)
+    pipeline = DiffusionPipeline.from_pretrained(
+        components.base, use_safetensors=True, variant=components.variant, **parts
+    ).to(components.device)
     pipeline.scheduler = build_pipeline(components).scheduler
     load_adapter(pipeline, adapter)
     pipeline.set_progress_bar_config(disable=True)

@@ -7,6 +7,7 @@ real bases they are DINO ViT-S/16 and CLIP ViT-B/32 from transformers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import Image, ImageOps
 from transformers import AutoModel, CLIPModel, CLIPTokenizer
 
+from dbnb import miniature
 from dbnb.models import Components, upcast
 from dbnb.tables import Table
 from dbnb.toybox.scenes import SCENES
@@ -49,6 +51,13 @@ class Encoders:
         return F.normalize(features, dim=1)
 
     @torch.no_grad()
+    def stages(self, images: Sequence[Image.Image]) -> list[torch.Tensor]:
+        """What the identity encoder sees at each of its stages, (N, P, D): at each of P places a vector of length 1."""
+        found = self.identity(_pixels(images, *self.identity_input), output_hidden_states=True).hidden_states
+        places = [stage.flatten(2).mT if stage.ndim == 4 else stage[:, 1:] for stage in found]  # [:, 0] has no place
+        return [F.normalize(stage, dim=2) for stage in places]
+
+    @torch.no_grad()
     def clip_features(self, images: Sequence[Image.Image]) -> torch.Tensor:
         """(N, D) of length 1."""
         return F.normalize(self.clip.get_image_features(_pixels(images, *self.clip_input)).pooler_output, dim=1)
@@ -71,8 +80,11 @@ def _pixels(images: Sequence[Image.Image], size: int, normalization: tuple) -> t
 def load_encoders(base: Path) -> Encoders:
     """The encoders that ship with a base (the miniature's), else DINO and CLIP from the hub or its cache.
 
-    Raises OSError where those are not available: metrics are then left out, with that reason.
+    Other bases that were trained on the toy world, of which their `training.json` tells, are measured by the
+    miniature's. Raises OSError where those are not available: metrics are then left out, with that reason.
     """
+    if (base / "training.json").is_file() and not (base / "identity").is_dir():
+        base = miniature.path()
     if (base / "identity").is_dir():
         return Encoders(
             AutoModel.from_pretrained(base / "identity").float().eval(),
@@ -115,6 +127,55 @@ def diversity(features: torch.Tensor) -> float:
     if n < 2:
         raise ValueError("Diversity needs at least two images.")
     return float((1.0 - features @ features.T).sum() / (n * (n - 1)))
+
+
+def perceptual_diversity(stages: Sequence[torch.Tensor]) -> float:
+    """Mean perceptual distance of all pairs of pictures, given their `Encoders.stages`: 0 for equal ones.
+
+    The distance is that of LPIPS (Zhang et al., 2018, equation 1) with all weights 1: squared differences of the
+    vectors, averaged over places and added up over stages. Since places are compared one by one, another pose counts.
+    Raises ValueError for fewer than two pictures.
+    """
+    n = len(stages[0])
+    if n < 2:
+        raise ValueError("Diversity needs at least two images.")
+    distances = sum(
+        (stage[:, None] - stage[None]).square().sum(3).mean(2) for stage in stages
+    )  # (N, N), the diagonal 0
+    return float(distances.sum() / (n * (n - 1)))
+
+
+# Student's t, 97.5 %, by degrees of freedom, as any table of it has it; the normal distribution's beyond.
+_STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
+
+
+def paired_differences(runs: Mapping[str, Mapping[Any, float]], reference: str) -> dict[str, tuple[float, float]]:
+    """How far each row's numbers lie from a reference row's, seed by seed: name -> (mean, half of a 95 % interval).
+
+    `runs` is row -> seed -> number. With several seeds in common the interval is Student's, of the row's own
+    differences. A row with one seed in common borrows the spread of all other rows together, and where there is none
+    its half-width is infinite. Rows without a common seed are left out, and so is the reference.
+    """
+    base = runs[reference]
+    paired = {
+        name: [values[seed] - base[seed] for seed in values if seed in base]
+        for name, values in runs.items()
+        if name != reference
+    }
+    paired = {name: found for name, found in paired.items() if found}
+    freedom = {name: len(found) - 1 for name, found in paired.items()}
+    squares = {name: sum((d - sum(found) / len(found)) ** 2 for d in found) for name, found in paired.items()}
+    differences = {}
+    for name, found in paired.items():
+        own = freedom[name] > 0
+        degrees = freedom[name] if own else sum(freedom.values())
+        spread = squares[name] if own else sum(squares.values())
+        half = math.inf
+        if degrees:
+            quantile = _STUDENT[degrees - 1] if degrees <= len(_STUDENT) else 1.96
+            half = quantile * math.sqrt(spread / degrees / len(found))
+        differences[name] = (sum(found) / len(found), half)
+    return differences
 
 
 def evaluate(

@@ -28,6 +28,7 @@ from dbnb.denoisers import NETWORKS, Network, Read
 from dbnb.files import ends
 from dbnb.paths import Diffusion, Flow
 from dbnb.presets import PRESETS, read_config
+from dbnb.quantization import quantization_config, size_of, whole_layers
 from dbnb.single_file import converted
 from dbnb.tables import Table
 
@@ -53,9 +54,12 @@ class Architecture:
     lowercase: bool = False
     chat: bool = False  # it reads a prompt as what a user says, in the tokenizer's own template
     fixed_length: bool = False  # always the tokenizer's own, whatever is asked: another encoder reads long prompts
+    large: bool = False  # billions of weights, where a CLIP has hundreds of millions: in fewer bits with the denoiser
 
 
-_QWEN3 = Architecture(lambda: Qwen3Model, (), always_masked=True, max_length=512, positions=lambda c: 512, chat=True)
+_QWEN3 = Architecture(
+    lambda: Qwen3Model, (), always_masked=True, max_length=512, positions=lambda c: 512, chat=True, large=True
+)
 _CLIP_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
 # One row an architecture: the name is what `text_encoder/config.json` says in `architectures`.
 ARCHITECTURES = {
@@ -68,6 +72,7 @@ ARCHITECTURES = {
         max_length=77,
         positions=lambda config: None,  # it knows relative ones
         lowercase=True,
+        large=True,
     ),
     "RobertaSeriesModelWithTransformation": Architecture(
         _roberta_series,
@@ -99,6 +104,7 @@ class Components:
     text_encoder_3: torch.nn.Module | None = None
     architecture_3: Architecture | None = None
     variant: str | None = None  # of the base's files, such as "fp16"
+    quantization: str | None = None  # of the denoiser and of large text encoders, a key of `QUANTIZATIONS`
     # What only the base's pipeline needs (a safety checker): read once, by `build_pipeline`.
     further: dict[str, Any] = field(default_factory=dict)
 
@@ -181,15 +187,15 @@ class Components:
         """One row a part: class, parameters, dtype, how many are trainable, memory."""
         rows = Table()
         for name, module in self.modules().items():
-            params = list(module.parameters())
+            sizes = [size_of(p) for p in module.parameters()]
             rows.append(
                 {
                     "part": name,
                     "class": type(module).__name__,
-                    "parameters": f"{sum(p.numel() for p in params):,}",
-                    "dtype": ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in params})),
-                    "trainable": f"{sum(p.numel() for p in params if p.requires_grad):,}",
-                    "memory": f"{sum(p.numel() * p.element_size() for p in params) / 2**20:.1f} MiB",
+                    "parameters": f"{sum(size.numbers for size in sizes):,}",
+                    "dtype": ", ".join(sorted({size.format for size in sizes})),
+                    "trainable": f"{sum(p.numel() for p in module.parameters() if p.requires_grad):,}",
+                    "memory": f"{sum(size.bytes for size in sizes) / 2**20:.1f} MiB",
                 }
             )
         for name in self.absent():
@@ -327,6 +333,7 @@ def check_base(
     tokenizer_max_length: int | None = None,
     objective: Objective | None = None,
     train_text_encoder: bool = False,
+    quantization: str | None = None,
     export: str = "diffusers",
 ) -> None:
     """Raise the ValueError that names a setting which this base cannot take: read off its configs, not its weights.
@@ -342,6 +349,13 @@ def check_base(
         raise ValueError(
             "train_text_encoder: this base's pipeline loads no adapters of its text encoder: leave it out."
         )
+    if train_text_encoder and quantization == "nf4":
+        adapted = [part for part in network.adapted if _has(index, part)]
+        if any(text_architecture(base, part)[1].large for part in adapted):
+            raise ValueError(
+                "quantization='nf4': diffusers loads no adapters of a large text encoder into it: use int8 or fp8, or "
+                "leave train_text_encoder out."
+            )
     if export == "kohya" and network.part != "unet":
         raise ValueError(
             "export='kohya' is for bases with a UNet: of this family ComfyUI reads the diffusers file as it is."
@@ -390,12 +404,47 @@ def dtype_of(mixed_precision: str) -> torch.dtype:
     return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(mixed_precision, torch.float32)
 
 
+def read_part(
+    base: Path,
+    part: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    variant: str | None = None,
+    quantization: str | None = None,
+) -> torch.nn.Module:
+    """A text encoder, the VAE or the denoiser of a base, from its files, frozen; `quantization` as `load_components`
+    has it. Raises FileNotFoundError where there are no weights as safetensors."""
+    network, options = network_of(base), {}
+    if part == "vae":
+        model_class = AutoencoderKL
+    elif part == network.part:
+        model_class = network.network_class
+        if quantization is not None:
+            with torch.device("meta"):
+                whole = whole_layers(network, model_class.from_config(read_config(base / part)))
+            options["quantization_config"] = quantization_config(quantization, "diffusers", dtype=dtype, whole=whole)
+    else:
+        row = text_architecture(base, part)[1]
+        model_class = row.text_encoder_class()
+        if quantization is not None and row.large:
+            options["quantization_config"] = quantization_config(quantization, "transformers", dtype=dtype)
+    try:  # the library is told the dtype, since it keeps what would overflow (T5's `wo`) in float32
+        module = model_class.from_pretrained(
+            base / part, use_safetensors=True, torch_dtype=dtype, variant=variant, **options
+        )
+    except (OSError, ValueError) as error:
+        of = "" if variant is None else f" of the variant {variant!r}"
+        raise FileNotFoundError(f"{base / part} has no weights{of} as safetensors: {error}") from error
+    return module.requires_grad_(False).eval()
+
+
 def load_components(
     base: str | Path,
     *,
     weight_dtype: torch.dtype | Mapping[str, torch.dtype] = torch.float32,
     revision: str | None = None,
     variant: str | None = None,
+    quantization: str | None = None,
 ) -> Components:
     """Load tokenizers, text encoders, VAE (if `model_index.json` names one), denoiser and schedule; freeze; cast.
 
@@ -404,6 +453,9 @@ def load_components(
     are read from safetensors only, of the `variant` that is asked for. Stable Diffusion 3 works without its T5: where
     that is named nowhere, or its folder left out, it is absent, which the table says.
 
+    With `quantization`, a key of `QUANTIZATIONS`, the linear layers of the denoiser's blocks and of large text encoders
+    are kept in fewer bits; `quantization.check_quantization` says whether that can be done here.
+
     Raises ValueError that names a pipeline of a network that is not known, or one of another task, and
     FileNotFoundError where the weights are missing.
     """
@@ -411,16 +463,9 @@ def load_components(
     index = _index(folder)
     network = _network(index)
 
-    def load(part: str, model_class: Any) -> Any:
+    def load(part: str) -> Any:
         dtype = weight_dtype if isinstance(weight_dtype, torch.dtype) else weight_dtype.get(part, torch.float32)
-        try:  # the library is told the dtype, since it keeps what would overflow (T5's `wo`) in float32
-            module = model_class.from_pretrained(
-                folder / part, use_safetensors=True, torch_dtype=dtype, variant=variant
-            )
-        except (OSError, ValueError) as error:
-            of = "" if variant is None else f" of the variant {variant!r}"
-            raise FileNotFoundError(f"{folder / part} has no weights{of} as safetensors: {error}") from error
-        return module.requires_grad_(False).eval()
+        return read_part(folder, part, dtype=dtype, variant=variant, quantization=quantization)
 
     further: dict[str, Any] = {}
     for number in ("_2", "_3"):
@@ -431,19 +476,19 @@ def load_components(
         further |= {
             f"tokenizer{number}": read_tokenizer(folder, f"tokenizer{number}"),
             f"architecture{number}": row,
-            part: load(part, row.text_encoder_class()),
+            part: load(part),
         }
-    architecture = text_architecture(folder)[1]
     components = Components(
         base=folder,
         tokenizer=read_tokenizer(folder),
-        text_encoder=load("text_encoder", architecture.text_encoder_class()),
-        vae=load("vae", AutoencoderKL) if _has(index, "vae") else None,
-        denoiser=load(network.part, network.network_class),
+        text_encoder=load("text_encoder"),
+        vae=load("vae") if _has(index, "vae") else None,
+        denoiser=load(network.part),
         network=network,
         noise_scheduler=network.path.schedule_class.from_pretrained(folder, subfolder="scheduler"),
-        architecture=architecture,
+        architecture=text_architecture(folder)[1],
         variant=variant,
+        quantization=quantization,
         **further,
     )
     channels = components.denoiser.config.in_channels

@@ -8,19 +8,19 @@ gradients on their way back, and with checkpointing the block that is just recom
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, ModelMixin
 from peft import LoraConfig
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from dbnb.adapters import lora_targets, trainable_parameters
 from dbnb.denoisers import NETWORKS, Told
+from dbnb.quantization import QUANTIZATIONS
 
 CARDS = (8, 12, 16, 24)  # GB that graphics cards have
 
@@ -29,6 +29,8 @@ CARDS = (8, 12, 16, 24)  # GB that graphics cards have
 class Base:
     """The published sizes of a base: its denoiser's config, and the parameters of what runs before and after it.
 
+    `text_fewer_bits` says of how many of the `text_parameters` each quantization takes fewer bits: those of linear
+    layers in large text encoders.
     `vae_parameters` is 0 for a base in pixel space; an autoencoder that overflows in float16 decodes in float32.
     """
 
@@ -38,11 +40,15 @@ class Base:
     vae_parameters: int
     text_length: int = 77
     network: str = "UNet2DConditionModel"  # a row of `denoisers.NETWORKS`
+    text_fewer_bits: Mapping[str, int] = field(default_factory=dict)
     vae: dict | None = None  # the autoencoder's config
     vae_overflows: bool = False
 
 
 _T5_XXL = 4_762_310_656
+_T5_LINEAR, _T5_OUT = 24 * (4 * 4096 * 4096 + 3 * 4096 * 10240), 24 * 4096 * 10240
+# bitsandbytes leaves the second half of its feed-forward layers, `wo`, whole: its states are large.
+_T5_FEWER_BITS = {"nf4": _T5_LINEAR - _T5_OUT, "int8": _T5_LINEAR, "fp8": _T5_LINEAR}
 # From the configs of the checkpoints on the hub.
 _VAE = dict(
     block_out_channels=(128, 256, 512, 512),
@@ -105,6 +111,7 @@ BASES = {
         64,
         _T5_XXL,
         0,
+        text_fewer_bits=_T5_FEWER_BITS,
     ),
     "Stable Diffusion 3.5 medium": Base(
         dict(
@@ -121,6 +128,7 @@ BASES = {
         83_819_683,
         text_length=77 + 256,
         network="SD3Transformer2DModel",
+        text_fewer_bits=_T5_FEWER_BITS,
         vae=_FLOW_VAE,
     ),
     "FLUX.1 [dev]": Base(
@@ -130,11 +138,19 @@ BASES = {
         83_819_683,
         text_length=512,
         network="FluxTransformer2DModel",
+        text_fewer_bits=_T5_FEWER_BITS,
         vae=_FLOW_VAE,
     ),
 }
-# Bytes a weight of a quantised layer, with the scales that belong to it: nf4 has one of a byte for each 64 weights.
-QUANTIZED = {"nf4": 0.5 + 1 / 64, "int8": 1.0, "fp8": 1.0}
+
+
+def _tensors(values: Iterable) -> Iterator[torch.Tensor]:
+    """The tensors among an operation's arguments or results, also those in lists; torch's own walk is much slower."""
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors(value)
 
 
 class LiveTensors(TorchDispatchMode):
@@ -149,11 +165,11 @@ class LiveTensors(TorchDispatchMode):
         self._known: dict[int, weakref.ref] = {}
 
     def __torch_dispatch__(self, function, types, arguments=(), options=None):
-        before = {t.untyped_storage()._cdata for t in tree_leaves((arguments, options)) if isinstance(t, torch.Tensor)}
-        result = function(*arguments, **(options or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
-                self._follow(tensor, before)
+        options = options or {}
+        before = {t.untyped_storage()._cdata for t in _tensors((*arguments, *options.values()))}
+        result = function(*arguments, **options)
+        for tensor in _tensors((result,)):
+            self._follow(tensor, before)
         return result
 
     def _follow(self, tensor: torch.Tensor, before: set[int]) -> None:
@@ -219,6 +235,36 @@ def _inputs(base: Base, denoiser: ModelMixin, pictures: int) -> tuple[torch.Tens
     return torch.empty(pictures, channels, side, side), Told(steps, hidden, pooled, base.resolution)
 
 
+def _in_fewer_bits(parameters: int, of_them: int, bytes_per_weight: int, quantization: str | None) -> int:
+    """Bytes of so many parameters, `of_them` in fewer bits."""
+    if quantization is None:
+        return bytes_per_weight * parameters
+    return bytes_per_weight * (parameters - of_them) + round(QUANTIZATIONS[quantization].bytes_per_weight * of_them)
+
+
+def _others(base: Base, bytes_per_weight: int, quantization: str | None) -> int:
+    """Bytes of what runs before and after the denoiser."""
+    fewer = base.text_fewer_bits.get(quantization, 0)
+    return _in_fewer_bits(base.text_parameters + base.vae_parameters, fewer, bytes_per_weight, quantization)
+
+
+def weight_memory(
+    base: Base, *, bytes_per_weight: int = 2, cached: bool = False, quantization: str | None = None
+) -> int:
+    """Bytes of all frozen parts; the options are those of `training_memory`."""
+    with torch.device("meta"):
+        denoiser = NETWORKS[base.network].network_class(**base.denoiser)
+    others = 0 if cached else _others(base, bytes_per_weight, quantization)
+    return others + _denoiser_memory(base, denoiser, bytes_per_weight, quantization)
+
+
+def _denoiser_memory(base: Base, denoiser: ModelMixin, bytes_per_weight: int, quantization: str | None) -> int:
+    """Bytes of the denoiser's weights, before it has adapters."""
+    in_blocks = sum(layer.weight.numel() for layer in NETWORKS[base.network].linear_layers(denoiser).values())
+    parameters = sum(tensor.numel() for tensor in (*denoiser.parameters(), *denoiser.buffers()))
+    return _in_fewer_bits(parameters, in_blocks, bytes_per_weight, quantization)
+
+
 def training_memory(
     base: Base,
     *,
@@ -234,17 +280,14 @@ def training_memory(
     `lora_layers` is as in `adapters.lora_targets`.
 
     "weights": all frozen parts, or the denoiser alone where embeddings and latents are `cached` and the other parts
-    rest beside the device; with `quantization`, a key of `QUANTIZED`, the linear layers of its blocks are in fewer
-    bits. "adapters": float32 weights, gradients and AdamW's two moments. "activations": what else is alive at the
-    highest moment of the denoiser's forward and backward pass. Libraries, the CUDA context and fragmentation come on
-    top.
+    rest beside the device; with `quantization`, a key of `QUANTIZATIONS`, linear layers are in fewer bits. "adapters":
+    float32 weights, gradients and AdamW's two moments. "activations": what else is alive at the highest moment of the
+    denoiser's forward and backward pass. Libraries, the CUDA context and fragmentation come on top.
     """
     network = NETWORKS[base.network]
     with torch.device("meta"), _fused_attention():
         denoiser = network.network_class(**base.denoiser).requires_grad_(False)
-        frozen = sum(tensor.numel() for tensor in (*denoiser.parameters(), *denoiser.buffers()))
-        fewer = 0.0 if quantization is None else bytes_per_weight - QUANTIZED[quantization]
-        saved = fewer * sum(layer.weight.numel() for layer in network.linear_layers(denoiser).values())
+        weights = _denoiser_memory(base, denoiser, bytes_per_weight, quantization)
         denoiser.add_adapter(LoraConfig(r=rank, target_modules=lora_targets(denoiser, lora_layers)))
         if gradient_checkpointing:
             denoiser.enable_gradient_checkpointing()
@@ -252,9 +295,8 @@ def training_memory(
         noisy, told = _inputs(base, denoiser, batch)
         with LiveTensors() as live:
             network.call(denoiser.train(), noisy, told).square().mean().backward()
-    others = 0 if cached else base.text_parameters + base.vae_parameters
     return {
-        "weights": bytes_per_weight * (frozen + others) - round(saved),
+        "weights": weights + (0 if cached else _others(base, bytes_per_weight, quantization)),
         "adapters": 4 * 4 * adapters,
         # At the highest moment, early in the backward pass, next to no gradient of an adapter is there yet.
         "activations": bytes_per_weight * live.peak,
@@ -297,7 +339,7 @@ def peak_memory(
     step = training_memory(base, bytes_per_weight=bytes_per_weight, **training)
     drawing = drawing_memory(base, pictures=pictures, bytes_per_weight=bytes_per_weight)
     kept = step["weights"] + step["adapters"]  # what is drawn after training has the optimizer beside it
-    rested = bytes_per_weight * (base.text_parameters + base.vae_parameters) if training.get("cached") else 0
+    rested = _others(base, bytes_per_weight, training.get("quantization")) if training.get("cached") else 0
     return {
         "training": kept + step["activations"],
         "drawing": kept + rested + drawing["denoiser"],

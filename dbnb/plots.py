@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 import json
 import math
 import textwrap
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from itertools import accumulate
@@ -18,6 +19,7 @@ from typing import Any
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure as _Figure
+from matplotlib.patches import FancyBboxPatch
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
@@ -65,10 +67,63 @@ def html(figure: Figure, alt: str) -> Shown:
 
     `view = display(html(figure, alt), display_id=True)` shows it, `view.update(html(another, alt))` puts another there.
     """
+    return Shown(f'<img alt="{escape(alt)}" src="data:image/webp;base64,{_webp(figure)}">', alt)
+
+
+def _webp(picture: Image.Image | _Figure) -> str:
+    """A figure or picture as WebP in base64."""
     file = io.BytesIO()
-    figure.savefig(file, format="webp", pil_kwargs={"quality": 85, "method": 6})
-    data = base64.b64encode(file.getvalue()).decode()
-    return Shown(f'<img alt="{escape(alt)}" src="data:image/webp;base64,{data}">', alt)
+    if isinstance(picture, _Figure):
+        picture.savefig(file, format="webp", pil_kwargs={"quality": 85, "method": 6})
+    else:
+        picture.save(file, format="webp", quality=85, method=6)
+    return base64.b64encode(file.getvalue()).decode()
+
+
+_ONE_OF = """<style>
+.dbnb-one-of {{ position: relative; padding-left: {side}px; min-height: {height}px; line-height: 1.7 }}
+.dbnb-one-of input {{ position: absolute; opacity: 0 }}
+.dbnb-one-of label {{ padding: 0 .4em; border: 1px solid #8888; border-radius: .3em; cursor: pointer }}
+.dbnb-one-of input:checked + label {{ background: #0072B2; color: white }}
+.dbnb-one-of input:focus-visible + label {{ outline: 2px solid #E69F00 }}
+.dbnb-one-of label + img {{ display: none; position: absolute; left: 0; top: 0; image-rendering: pixelated }}
+.dbnb-one-of input:checked + label + img {{ display: block }}
+</style>"""
+
+
+def one_of(groups: Mapping[str, Mapping[str, Image.Image | _Figure]], alt: str, *, width: int = 256) -> Shown:
+    """Pictures in one place, of which one is seen at a time: group -> name -> picture.
+
+    Plain HTML, which needs neither a kernel nor a script: names are buttons, and the arrow keys go through them. Where
+    a page's style is taken away, as on GitHub, all pictures follow each other, each behind its name.
+    """
+    data, height = {}, 0
+    for group, pictures in groups.items():
+        for name, picture in pictures.items():
+            if not isinstance(picture, _Figure):
+                height = max(height, round(width * picture.height / picture.width))
+                if picture.width > _SMALL_PICTURE:
+                    picture = picture.resize((width, round(width * picture.height / picture.width)))
+                else:  # as far as its pixels stay squares; the browser enlarges it further, without a blur
+                    picture = picture.resize((2 * picture.width, 2 * picture.height), Image.Resampling.NEAREST)
+            else:
+                height = max(height, round(width * picture.get_figheight() / picture.get_figwidth()))
+            data[group, name] = _webp(picture)
+    key = hashlib.sha256("".join(data.values()).encode()).hexdigest()[:8]  # no two views of a page share their buttons
+    lines, number = [], 0
+    for group, pictures in groups.items():
+        frames = []
+        for name in pictures:
+            said, chosen = escape(f"{group} {name}".strip()), " checked" * (number == 0)
+            frames.append(
+                f'<input type="radio" name="{key}" id="{key}-{number}"{chosen}>'
+                f'<label for="{key}-{number}">{escape(name)}</label>'
+                f'<img alt="{said}" width="{width}" src="data:image/webp;base64,{data[group, name]}">'
+            )
+            number += 1
+        lines.append(f"<div>{escape(group)} {' '.join(frames)}</div>")
+    style = _ONE_OF.format(side=width + 16, height=height)
+    return Shown(f'{style}<div class="dbnb-one-of" role="group" aria-label="{escape(alt)}">{"".join(lines)}</div>', alt)
 
 
 def show(figure: Figure, alt: str) -> None:
@@ -296,6 +351,42 @@ def scatter(points: Mapping[str, tuple[float, float]], *, xlabel: str, ylabel: s
 
 
 @_all_text_is_text
+def intervals(
+    panels: Mapping[str, Mapping[str, tuple[float, float]]], *, faint: Collection[str] = (), title: str = ""
+) -> Figure:
+    """Panels side by side with the same rows, each a value with the half-width of its interval, and a line at 0.
+
+    `panels` is the label of a panel's axis -> row -> (value, half-width); the rows in `faint` are drawn hollow.
+    """
+    names = list(dict.fromkeys(name for rows in panels.values() for name in rows))
+    figure = Figure(figsize=(2.4 + 3.0 * len(panels), 1.0 + 0.26 * len(names)), dpi=_DPI, layout="constrained")
+    for i, (label, rows) in enumerate(panels.items()):
+        axis = figure.add_subplot(1, len(panels), i + 1)
+        axis.axvline(0.0, color="0.3", lw=1, ls="--")
+        for y, name in enumerate(names):
+            if name in rows:
+                value, half = rows[name]
+                away = abs(value) > half
+                axis.errorbar(
+                    value,
+                    y,
+                    xerr=half if math.isfinite(half) else None,
+                    fmt="o",
+                    ms=5,
+                    mfc="white" if name in faint else None,
+                    color=PALETTE[1] if away else PALETTE[0],
+                    capsize=3,
+                    lw=1.2,
+                )
+        axis.set_yticks(range(len(names)), names if i == 0 else [""] * len(names), fontsize=LABEL)
+        axis.set_ylim(len(names) - 0.4, -0.6)
+        axis.set_xlabel(label)
+        axis.grid(alpha=0.3, axis="x")
+    figure.suptitle(title, fontsize=TITLE)
+    return figure
+
+
+@_all_text_is_text
 def clouds(
     rows: Sequence[Sequence[np.ndarray]],
     *,
@@ -413,6 +504,173 @@ def matrices(
         wrapped = textwrap.wrap(title, max(12, int((inches * len(values) + 0.6) / (_CHARACTER * TITLE / LABEL))))
         figure.suptitle("\n".join(wrapped), fontsize=TITLE)
     return figure
+
+
+# The course's notebooks: what each is about, and its place in a grid of columns and rows, counted from the top left.
+_COURSE = {
+    "01": ("photographs\nand prompts", (0, 0)),
+    "02": ("class images", (0, 1)),
+    "03": ("the base,\nloaded, frozen", (0, 2)),
+    "04": ("adapters", (1, 2)),
+    "05": ("dataset\nand batches", (1, 0)),
+    "06": ("training", (2, 1)),
+    "07": ("pictures,\nadapter file", (3, 1)),
+    "08": ("measures", (4, 1)),
+    "00b": ("how a base\ndraws", (2, 2)),
+    "09": ("when it\ngoes wrong", (3, 2)),
+    "10": ("on a\nreal base", (4, 2)),
+}
+_ARROWS = (
+    ("01", "05"),
+    ("02", "05"),
+    ("03", "02"),
+    ("03", "04"),
+    ("05", "06"),
+    ("04", "06"),
+    ("06", "07"),
+    ("07", "08"),
+)
+_BOX = (1.5, 0.62)  # inches
+HERE = "#D55E00"
+
+
+def _box(axis: Any, center: tuple[float, float], size: tuple[float, float], text: str, *, here: bool = False) -> None:
+    """A box with a text in the middle, filled where the reader is."""
+    axis.add_patch(
+        FancyBboxPatch(
+            (center[0] - size[0] / 2, center[1] - size[1] / 2),
+            *size,
+            boxstyle="round,pad=0,rounding_size=0.08",
+            facecolor=HERE if here else "white",
+            edgecolor=HERE if here else "0.4",
+            lw=1.2,
+            zorder=2,
+        )
+    )
+    axis.text(*center, text, ha="center", va="center", fontsize=SMALL, color="white" if here else "black", zorder=3)
+
+
+def _arrow(axis: Any, start: tuple[float, float], end: tuple[float, float], **style: Any) -> None:
+    style = {"color": "0.4", "lw": 1.2} | style
+    axis.annotate("", end, start, arrowprops=dict(arrowstyle="-|>", shrinkA=2, shrinkB=2, **style), zorder=1)
+
+
+def _sheet(width: float, height: float) -> tuple[Figure, Any]:
+    """A figure without axes, to be drawn on in inches."""
+    figure = Figure(figsize=(width, height), dpi=_DPI)
+    axis = figure.add_axes((0, 0, 1, 1))
+    axis.set(xlim=(0, width), ylim=(0, height))
+    axis.axis("off")
+    return figure, axis
+
+
+def course_map(here: str) -> Figure:
+    """The way from photographs to measures, a box for each notebook: `here` is filled; "00" frames all.
+
+    Raises ValueError for a number that no notebook has.
+    """
+    if here != "00" and here not in _COURSE:
+        raise ValueError(f"There is no notebook {here!r}: give one of 00, {', '.join(sorted(_COURSE))}.")
+    figure, axis = _sheet(9.2, 2.95)
+    places = {number: (1.0 + 1.8 * x, 2.2 - 0.85 * y) for number, (_, (x, y)) in _COURSE.items()}
+    for number, (name, _) in _COURSE.items():
+        _box(axis, places[number], _BOX, f"{number}  {name}", here=number == here)
+    for start, end in _ARROWS:
+        (x0, y0), (x1, y1) = places[start], places[end]
+        if x0 == x1:
+            up = math.copysign(_BOX[1] / 2, y1 - y0)
+            _arrow(axis, (x0, y0 + up), (x1, y1 - up))
+        else:
+            _arrow(axis, (x0 + _BOX[0] / 2, y0), (x1 - _BOX[0] / 2, y1))
+    if here == "00":
+        axis.add_patch(FancyBboxPatch((0.12, 0.1), 8.96, 2.5, boxstyle="round,pad=0", fill=False, ec=HERE, lw=2))
+        axis.text(4.6, 2.78, "you are here: all of it, in one go", ha="center", va="center", color=HERE, fontsize=LABEL)
+    else:
+        x, y = places[here]
+        side = -1 if _COURSE[here][1][1] == 2 else 1  # below the last row: an arrow goes up from it
+        axis.text(x, y + 0.41 * side, "you are here", ha="center", va="center", color=HERE, fontsize=LABEL, zorder=3)
+    return figure
+
+
+def you_are_here(number: str) -> None:
+    """Display the course's map in a notebook, with the place of that notebook marked."""
+    name = "the whole way" if number == "00" else " ".join(_COURSE[number][0].split())
+    alt = (
+        "The course as boxes: photographs and class images make the dataset, the base gets adapters, both meet in "
+        f"training, after which come pictures, the adapter file and measures. You are here: {number}, {name}"
+    )
+    show(course_map(number), alt=alt)
+
+
+def unet(network: Any, *, title: str = "") -> Figure:
+    """A UNet as a U: its blocks with their layers, skip connections, the timestep's and the prompt's ways in.
+
+    `network` is a diffusers UNet2DConditionModel; what is drawn is read from its config.
+    """
+    config = network.config
+    channels, count = config.block_out_channels, len(config.block_out_channels)
+    side = config.sample_size
+    size, left, right, step = (2.1, 0.66), 2.1, 6.7, 0.95
+    height = step * (count + 1) + 1.75
+    figure, axis = _sheet(8.8, height)
+    top = height - 1.35
+
+    def layers(kind: str) -> str:
+        return "convolutions, self- and\ncross-attention" if "CrossAttn" in kind else "convolutions"
+
+    middle = ((left + right) / 2, top - step * count)
+    down = [(left, top - step * i) for i in range(count)]
+    up = [(right, top - step * i) for i in range(count)]
+    for i, kind in enumerate(config.down_block_types):
+        _box(axis, down[i], size, f"down {i}: {side // 2**i} x {side // 2**i}, {channels[i]} channels\n{layers(kind)}")
+    small = side // 2 ** (count - 1)
+    _box(axis, middle, size, f"middle: {small} x {small}, {channels[-1]} channels\n{layers('CrossAttn')}")
+    for i, kind in enumerate(config.up_block_types):
+        level = count - 1 - i
+        text = f"up {i}: {side // 2**level} x {side // 2**level}, {channels[level]} channels\n{layers(kind)}"
+        _box(axis, up[level], size, text)
+    half = (size[0] / 2, size[1] / 2)
+    for level in range(count):
+        _arrow(axis, (left + half[0], down[level][1]), (right - half[0], up[level][1]), ls="--")
+        if level:
+            _arrow(axis, (left, down[level - 1][1] - half[1]), (left, down[level][1] + half[1]))
+            _arrow(axis, (right, up[level][1] + half[1]), (right, up[level - 1][1] - half[1]))
+    _arrow(axis, (left, down[-1][1] - half[1]), (middle[0] - half[0], middle[1]))
+    _arrow(axis, (middle[0] + half[0], middle[1]), (right, up[-1][1] - half[1]))
+    _arrow(axis, (left, top + 0.72), (left, top + half[1]))
+    _arrow(axis, (right, top + half[1]), (right, top + 0.72))
+    axis.text(middle[0], top + 0.1, "skip connections", ha="center", va="bottom", fontsize=SMALL, color="0.3")
+    shape = f"{side} x {side} x"
+    for x, text in (
+        (left, f"noisy latents, {shape} {config.in_channels}"),
+        (right, f"answer, {shape} {config.out_channels}"),
+    ):
+        axis.text(x, top + 0.76, text, ha="center", va="bottom", fontsize=LABEL)
+    _ways_in(
+        axis, (*down, *up, middle), (*config.down_block_types, *reversed(config.up_block_types), "CrossAttn"), half
+    )
+    if title:
+        axis.text(middle[0], height - 0.22, title, ha="center", va="center", fontsize=TITLE)
+    return figure
+
+
+def _ways_in(axis: Any, places: Sequence[tuple[float, float]], kinds: Sequence[str], half: tuple[float, float]) -> None:
+    """Marks at each block: where timestep and prompt come in, and where adapters can sit."""
+    dot, square, diamond = (dict(marker=m, ms=7, color=PALETTE[i], ls="") for m, i in (("o", 0), ("s", 2), ("D", 4)))
+    for (x, y), kind in zip(places, kinds, strict=True):
+        attention = "CrossAttn" in kind
+        axis.plot(x - half[0] + 0.02, y + half[1], **dot, zorder=4)
+        axis.plot(x - half[0] + 0.02, y - half[1], **diamond, mfc=PALETTE[4] if attention else "white", zorder=4)
+        if attention:
+            axis.plot(x + half[0] - 0.02, y + half[1], **square, zorder=4)
+    key = (
+        (dot, "the timestep, as an embedding,\nenters each block's convolutions"),
+        (square, "the prompt's hidden states\nenter in cross-attention"),
+        (diamond, "adapters: on attention (filled),\nor on all layers (hollow, too)"),
+    )
+    for i, (mark, text) in enumerate(key):
+        axis.plot(0.3 + 2.9 * i, 0.3, **mark)
+        axis.text(0.45 + 2.9 * i, 0.3, text, va="center", fontsize=SMALL)
 
 
 _PAGE = """<!doctype html>

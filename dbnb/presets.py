@@ -65,7 +65,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         num_inference_steps=50,
         guidance_scale=7.0,
     ),
-    # Both gated too. Times are drawn as their papers and diffusers' scripts do; guidance and steps are their cards'.
+    # Both gated too. Times are drawn as their papers and diffusers' scripts do; guidance and steps are their cards'. By
+    # the planner sd35 needs a card of 24 GB and flux one of 40, or of 12 and 16 with --quantization nf4.
     "sd35": _LARGE
     | dict(
         base="stabilityai/stable-diffusion-3.5-medium",

@@ -41,6 +41,7 @@ class ClassImageRecipe:
     seed: int
     diffusers: str
     max_sequence_length: int | None = None  # where the pipeline can be told
+    quantization: str | None = None
 
     @property
     def folder(self) -> Path:
@@ -149,6 +150,7 @@ def class_images(
         seed=sampling.seed,
         diffusers=diffusers.__version__,
         max_sequence_length=sampling.max_sequence_length if components.network.part == "transformer" else None,
+        quantization=components.quantization,
     )
     folder = recipe.folder
     wanted = [f"{index:04d}.png" for index in range(count)]

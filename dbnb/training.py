@@ -44,6 +44,7 @@ from dbnb.denoisers import Told
 from dbnb.models import Components, embed_prompts
 from dbnb.outputs import alone, check_writable, keep_apart, read_log, set_aside, write_log
 from dbnb.processes import from_first, interrupts, overruled, own_precision, processes
+from dbnb.quantization import check_quantization
 from dbnb.selection import HELD_OUT, TRADE_OFF, best_step, out_of_patience
 
 
@@ -233,6 +234,7 @@ def check_start(config: DreamBoothConfig) -> None:
     Nothing is written, and no folder made.
     """
     check_libraries(config)
+    check_quantization(config.quantization, processes().device)
     optimizer_class(config)
     check_resume(config)
     keep_apart(config)

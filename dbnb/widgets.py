@@ -1,6 +1,6 @@
 """Interactive views over the same pictures and functions that the notebooks show without them.
 
-A view is extra: without a front end the notebook is whole, and without ipywidgets a view of pictures is a plain figure.
+A view is extra: without a kernel or without ipywidgets, pictures are chosen by buttons in plain HTML.
 """
 
 from __future__ import annotations
@@ -51,15 +51,30 @@ def _image(value: bytes):
     return ipywidgets.Image(value=value, format="png", layout={"align_self": "flex-start"})  # else it fills the page
 
 
-def browse(pictures: Mapping[str, Image.Image | Figure], description: str, *, width: int = 256):
+class View:
+    """A live widget, and the same in plain HTML, which is shown where no kernel runs or ipywidgets are missing.
+
+    `widget` is None without ipywidgets.
+    """
+
+    def __init__(self, widget: Any, shown: plots.Shown) -> None:
+        self.widget, self.shown = widget, shown
+
+    def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any]:
+        bundle = {"text/html": self.shown.html, "text/plain": repr(self.shown)}
+        if self.widget is not None:
+            reference = {"version_major": 2, "version_minor": 0, "model_id": self.widget.model_id}
+            bundle["application/vnd.jupyter.widget-view+json"] = reference
+        return bundle
+
+
+def browse(pictures: Mapping[str, Image.Image | Figure], description: str, *, width: int = 256) -> View:
     """A slider over named pictures, all there from the start, so that moving it waits for nothing."""
+    shown = plots.one_of({description: pictures}, f"{description}: {', '.join(pictures)}", width=width)
     try:
         import ipywidgets
     except ImportError:
-        first = next(iter(pictures.values()))
-        if not isinstance(first, Figure):
-            first = plots.show_images(list(pictures.values()), titles=list(pictures))
-        return plots.html(first, alt=f"{description}: {', '.join(pictures)}")
+        return View(None, shown)
     data = {name: _png(picture, width) for name, picture in pictures.items()}
     slider = _slider(list(data), description)
     image = _image(data[slider.value])
@@ -68,27 +83,26 @@ def browse(pictures: Mapping[str, Image.Image | Figure], description: str, *, wi
         image.value = data[event["new"]]
 
     slider.observe(change, names="value")
-    return ipywidgets.VBox([slider, image])
+    return View(ipywidgets.VBox([slider, image]), shown)
 
 
 def before_after(
     before: Sequence[Image.Image], after: Sequence[Image.Image], labels: Sequence[str], *, width: int = 256
-):
+) -> View:
     """A slider over pairs of pictures, and two buttons that change one of a pair for the other in the same place.
 
-    Without ipywidgets it is a figure of all the pairs. Raises ValueError where the three are not of one length.
+    Raises ValueError where the three are not of one length.
     """
-    data = {
-        f"{number}: {label}": {"before": _png(old, width), "after": _png(new, width)}  # a slider wants distinct names
+    pairs = {
+        f"{number}: {label}": {"before": old, "after": new}  # names are told apart where two labels are equal
         for number, (label, old, new) in enumerate(zip(labels, before, after, strict=True), start=1)
     }
+    shown = plots.one_of(pairs, f"Pairs, before and after: {', '.join(labels)}", width=width)
     try:
         import ipywidgets
     except ImportError:
-        return plots.html(
-            plots.image_rows([before, after], labels=["before", "after"], titles=labels),
-            alt=f"Two rows, before and after: {', '.join(labels)}",
-        )
+        return View(None, shown)
+    data = {name: {state: _png(picture, width) for state, picture in pair.items()} for name, pair in pairs.items()}
     slider = _slider(list(data), "prompt")
     buttons = ipywidgets.ToggleButtons(options=["before", "after"], value="after")
     image = _image(data[slider.value][buttons.value])
@@ -98,7 +112,7 @@ def before_after(
 
     slider.observe(change, names="value")
     buttons.observe(change, names="value")
-    return ipywidgets.VBox([slider, buttons, image])
+    return View(ipywidgets.VBox([slider, buttons, image]), shown)
 
 
 def identifier_explorer(tokenizer, identifier: str = "sks"):
@@ -173,11 +187,7 @@ class ToyDesigner:
             plots.show_images([self._picture()], inches=2.2),
             alt=f"A {toy.pattern} {toy.kind}, accessory: {toy.accessory}",
         )
-        bundle = {"text/html": shown.html, "text/plain": repr(shown)}
-        if self.view is not None:
-            reference = {"version_major": 2, "version_minor": 0, "model_id": self.view.model_id}
-            bundle["application/vnd.jupyter.widget-view+json"] = reference
-        return bundle
+        return View(self.view, shown)._repr_mimebundle_()
 
 
 def _hexadecimal(color: str | tuple[float, float, float]) -> str:

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -169,12 +170,18 @@ def prepare(
         tokenizer_max_length=config.tokenizer_max_length,
         objective=config.objective,
         train_text_encoder=config.train_text_encoder,
+        quantization=config.quantization,
         export=config.export,
     )
     tokenizer, lowercase = read_tokenizer(base), text_architecture(base)[1].lowercase
     for concept in concepts:
         concept.check_tokens(tokenizer, lowercase=lowercase)
-    components = load_components(base, weight_dtype=dtype_of(config.mixed_precision), variant=config.variant)
+    components = load_components(
+        base,
+        weight_dtype=dtype_of(config.mixed_precision),
+        variant=config.variant,
+        quantization=config.quantization,
+    )
     components.to(processes().device)  # CUDA, or Apple's MPS, where there is one
     for concept in concepts:
         tokens = token_report(components.tokenizer, concept.identifier)
@@ -259,30 +266,42 @@ def _dataset(subjects: Sequence[Subject], *, held_out: bool = False) -> DreamBoo
     return parts[0] if len(parts) == 1 else Mixture(parts, [subject.concept.repeats for subject in subjects])
 
 
-def trained(config: DreamBoothConfig, *, tell: Callable[[object], None] = lambda line: None) -> Session:
+def trained(
+    config: DreamBoothConfig,
+    *,
+    tell: Callable[[object], None] = lambda line: None,
+    on_checkpoint: Callable[[Session, int], None] | None = None,
+) -> Session:
     """Steps 1 to 6; what an identical run has left in the cache is loaded instead of trained again.
 
     The cached run is a run like any other, in a folder named by all that decides its weights: the base, the pictures,
-    the prompts, the settings. Raises KeyboardInterrupt where training was interrupted; a checkpoint is there then.
+    the prompts, the settings. A checkpoint is kept after each quarter of the steps (third, half): a run that was killed
+    goes on from the last one. `on_checkpoint` is called at each of them with the session and the number of steps, but
+    not for those that the cache holds already. Raises KeyboardInterrupt where training was interrupted; a checkpoint is
+    there then too.
     """
     session = prepare(config, tell=tell)
     (cache_dir() / "runs").mkdir(parents=True, exist_ok=True)
     decides = run_identity(config, session.components, session.dataset) | versions()
     decides["max_train_steps"] = config.max_train_steps
     key = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
+    parts = next(number for number in (4, 3, 2, 1) if config.max_train_steps % number == 0)  # the last step has one too
     session.config = dataclasses.replace(
         config,
         output_dir=str(cache_dir() / "runs" / key),
         resume_from_checkpoint="latest",
-        checkpointing_steps=config.max_train_steps,
+        checkpointing_steps=config.max_train_steps // parts,
+        validation_steps=config.max_train_steps // parts,
+        checkpoints_total_limit=None,
     )
+    shown = None if on_checkpoint is None else partial(on_checkpoint, session)
     with FileLock(cache_dir() / "runs" / f"{key}.lock"):  # a second notebook waits for the first one's run
         try:
-            session.log = train(session.config, session.components, session.dataset)
+            session.log = train(session.config, session.components, session.dataset, on_validation=shown)
         except ValueError as error:  # what is kept there cannot be read
             tell(f"Trained again: {error}")
             shutil.rmtree(session.config.output_dir)
-            session.log = train(session.config, session.components, session.dataset)
+            session.log = train(session.config, session.components, session.dataset, on_validation=shown)
     if not ended(config, session.log):
         raise KeyboardInterrupt  # train has saved a checkpoint; a half-trained model is not what was asked for
     return session

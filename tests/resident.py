@@ -1,11 +1,14 @@
-"""Run by tests/test_planner.py in a process of its own: the resident memory that a phase of a run takes at its peak.
+"""Run by tests in a process of its own: the resident memory that a phase of a run takes at its peak.
 
-`python tests/resident.py training|checkpointing|drawing|decoding` prints the measured and the planned bytes.
+`python tests/resident.py training|checkpointing|drawing|decoding [BASE]` prints the measured and the planned bytes, of
+a small network or of one of the planner's UNets.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -14,7 +17,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from peft import LoraConfig
 
 from dbnb.adapters import lora_targets
-from dbnb.planner import Base, drawing_memory, training_memory
+from dbnb.planner import BASES, Base, drawing_memory, training_memory
 
 # Large pictures and few channels: hundreds of megabytes of activations in some seconds on a CPU.
 BASE = Base(
@@ -55,12 +58,12 @@ def _peak(work) -> int:
     return _status("VmHWM") - before
 
 
-def measured(phase: str) -> int:
+def measured(phase: str, base: Base, pictures: int) -> int:
     """The rise of one phase, the models being there and everything that is loaded at first use having been loaded."""
     torch.manual_seed(0)
-    width = BASE.denoiser["cross_attention_dim"]
-    unet = UNet2DConditionModel(**BASE.denoiser).requires_grad_(False)
-    vae = AutoencoderKL(**BASE.vae).requires_grad_(False).eval()
+    width = base.denoiser["cross_attention_dim"]
+    unet = UNet2DConditionModel(**base.denoiser).requires_grad_(False)
+    vae = AutoencoderKL(**base.vae).requires_grad_(False).eval()
 
     def inputs(pictures: int, side: int) -> tuple[torch.Tensor, ...]:
         return torch.randn(pictures, 4, side, side), torch.ones(pictures), torch.randn(pictures, 77, width)
@@ -70,33 +73,45 @@ def measured(phase: str) -> int:
         if phase == "checkpointing":
             unet.enable_gradient_checkpointing()
 
-        def work(pictures: int = PICTURES, side: int = BASE.denoiser["sample_size"]) -> None:
+        def work(pictures: int = pictures, side: int = base.denoiser["sample_size"]) -> None:
             unet.train()(*inputs(pictures, side)).sample.square().mean().backward()
 
     elif phase == "drawing":
 
         @torch.no_grad()
-        def work(pictures: int = 2 * PICTURES, side: int = BASE.denoiser["sample_size"]) -> None:
+        def work(pictures: int = 2 * pictures, side: int = base.denoiser["sample_size"]) -> None:
             unet.eval()(*inputs(pictures, side))
 
     else:
 
         @torch.no_grad()
-        def work(pictures: int = PICTURES, side: int = BASE.denoiser["sample_size"]) -> None:
+        def work(pictures: int = pictures, side: int = base.denoiser["sample_size"]) -> None:
             vae.decode(torch.randn(pictures, 4, side, side))
 
     work(1, 8)
     return _peak(work)
 
 
-def planned(phase: str) -> int:
+def planned(phase: str, base: Base, pictures: int) -> int:
     """What the plan says of it, in float32."""
     if phase in ("training", "checkpointing"):
         return training_memory(
-            BASE, rank=4, batch=PICTURES, bytes_per_weight=4, gradient_checkpointing=phase == "checkpointing"
+            base, rank=4, batch=pictures, bytes_per_weight=4, gradient_checkpointing=phase == "checkpointing"
         )["activations"]
-    return drawing_memory(BASE, pictures=PICTURES, bytes_per_weight=4)["denoiser" if phase == "drawing" else "vae"]
+    return drawing_memory(base, pictures=pictures, bytes_per_weight=4)["denoiser" if phase == "drawing" else "vae"]
+
+
+def measured_and_planned(phase: str, *base: str) -> dict[str, int]:
+    """The bytes of a phase, "measured" in a process of its own and "planned"."""
+    # Every large block apart, so that what glibc keeps of its heap is not taken for what tensors need.
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    command = [sys.executable, __file__, phase, *base]
+    said = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    numbers = json.loads(said.splitlines()[-1])
+    print(phase, *base, numbers)
+    return numbers
 
 
 if __name__ == "__main__":
-    print(json.dumps({"measured": measured(sys.argv[1]), "planned": planned(sys.argv[1])}))
+    asked = (sys.argv[1], BASES[sys.argv[2]], 2) if len(sys.argv) > 2 else (sys.argv[1], BASE, PICTURES)
+    print(json.dumps({"measured": measured(*asked), "planned": planned(*asked)}))

@@ -15,6 +15,7 @@ import sys
 import pytest
 import torch
 from published import write
+from resident import measured_and_planned
 from safetensors.torch import load_file
 
 
@@ -61,3 +62,11 @@ def test_stable_diffusion_1_5_in_full_size_trains_on_a_cpu(tmp_path):
     assert all(tensor.dtype == torch.float32 for tensor in trainable.values())
     assert all(re.fullmatch(r"unet\..*attn[12]\..*lora.*weight", key) for key in tensors)
     assert 2 * 2**20 < adapter.stat().st_size < 20 * 2**20
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads Linux's account of a process")
+@pytest.mark.parametrize("phase", ["checkpointing", "decoding"])
+def test_the_plan_of_stable_diffusion_1_5_holds_in_resident_memory_within_15_percent(phase):
+    numbers = measured_and_planned(phase, "Stable Diffusion 1.5")
+    assert numbers["planned"] == pytest.approx(numbers["measured"], rel=0.15)

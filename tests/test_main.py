@@ -17,6 +17,8 @@ from safetensors.torch import load_file
 import dbnb
 from dbnb import export, miniature, workflow
 from dbnb.__main__ import main
+from dbnb.adapters import adapted_modules
+from dbnb.checkpoints import checkpoints
 from dbnb.config import DreamBoothConfig, parse_args
 from dbnb.models import load_components
 from dbnb.validation import from_references
@@ -58,6 +60,22 @@ def test_a_cached_training_is_loaded_and_not_run_again(config, capsys):
         assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
     other = workflow.trained(dataclasses.replace(config, learning_rate=5e-4))
     assert other.config.output_dir != first.config.output_dir
+
+
+def test_a_training_shows_itself_at_its_checkpoints_and_a_cached_one_does_not(config):
+    seen = []
+
+    def look(session: workflow.Session, step: int) -> None:
+        modules = adapted_modules(session.components).values()
+        assert not any(module.training for module in modules)  # what is drawn is drawn without dropout
+        seen.append((step, session.concept.instance_prompt))
+
+    session = workflow.trained(config, on_checkpoint=look)
+    steps = [int(path.name.rpartition("-")[2]) for path in checkpoints(Path(session.config.output_dir))]
+    assert seen == [(step, session.concept.instance_prompt) for step in steps] and len(steps) >= 2
+    seen.clear()
+    workflow.trained(config, on_checkpoint=look)
+    assert not seen
 
 
 def test_a_torn_cached_training_is_run_again(config):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from transformers import ViTConfig, ViTModel
 
 from dbnb import metrics, miniature, toybox
 from dbnb.miniature.alike import DIFFERENCES, differences_of, look_alike
@@ -25,6 +27,42 @@ def test_diversity_and_fidelity_of_known_vectors():
     eye = torch.eye(4)
     assert metrics.diversity(eye) == 1.0 and metrics.diversity(torch.ones(3, 4) / 2) == 0.0
     assert metrics.subject_fidelity(eye, eye) == 0.25
+
+
+def test_perceptual_diversity_is_zero_for_one_pose_and_larger_for_several(encoders):
+    toy = toybox.random_toy("dog", 900)
+    same = _shots(toy, ["room"], 1) * 3
+    several = [_shots(toy, ["room"], seed)[0] for seed in range(3)]
+    noise = np.random.default_rng(0).integers(-2, 3, (3, 64, 64, 3))
+    nearly = [Image.fromarray(np.clip(np.asarray(same[0], dtype=int) + n, 0, 255).astype(np.uint8)) for n in noise]
+    none, little, much = (metrics.perceptual_diversity(encoders.stages(images)) for images in (same, nearly, several))
+    assert none < 1e-5 < little < much / 5
+    with pytest.raises(ValueError, match="two"):
+        metrics.perceptual_diversity(encoders.stages(same[:1]))
+
+
+def test_a_transformers_stages_are_its_patches():
+    settings = ViTConfig(hidden_size=8, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=8)
+    vit = metrics.Encoders(ViTModel(settings).eval(), (16, ((0.5,) * 3, (0.5,) * 3)), None, None, (16, ()))
+    stages = vit.stages([Image.new("RGB", (16, 16), color) for color in ("red", "blue", "green")])
+    assert [tuple(stage.shape) for stage in stages] == [(3, 4, 8)] * 3
+    assert all(torch.allclose(stage.norm(dim=2), torch.ones(3, 4)) for stage in stages)
+
+
+def test_differences_are_paired_by_seed_and_a_single_one_borrows_the_others_spread():
+    runs = {
+        "default": {0: 1.0, 1: 2.0, 2: 3.0},
+        "thrice": {2: 4.0, 0: 2.0, 1: 2.0},
+        "once": {0: 3.0},
+        "apart": {7: 1.0},
+    }
+    found = metrics.paired_differences(runs, "default")
+    assert found.keys() == {"thrice", "once"}
+    spread = (1 / 3) ** 0.5  # of the differences 1, 0 and 1; Student's t of two degrees of freedom is 4.303
+    assert found["thrice"] == pytest.approx((2 / 3, 4.303 * spread / 3**0.5))
+    assert found["once"] == pytest.approx((2.0, 4.303 * spread))
+    alone = {name: runs[name] for name in ("default", "once")}
+    assert metrics.paired_differences(alone, "default") == {"once": (2.0, float("inf"))}
 
 
 def test_identity_encoder_tells_a_toy_from_others_of_its_kind(encoders):

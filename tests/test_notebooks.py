@@ -73,6 +73,20 @@ def test_it_reads_as_a_lesson(script):
         assert (FOLDER / "src" / f"{link}.py").is_file(), link
 
 
+@by_script
+def test_links_within_a_notebook_lead_to_a_heading(script):
+    prose = "\n".join(cell.source for cell in jupytext.read(script).cells if cell.cell_type == "markdown")
+    # JupyterLab keeps the case of a heading, the book's pages do not: an id that both make is in lower case.
+    headings = {heading.replace(" ", "-") for heading in re.findall(r"^#+ (.+)$", prose, re.M) if heading.islower()}
+    assert set(re.findall(r"\]\(#([^)]+)\)", prose)) <= {h for h in headings if re.fullmatch(r"[\w-]+", h)}
+
+
+@by_script
+def test_the_map_of_the_course_marks_the_notebook_that_it_is_in(script):
+    marked = re.findall(r'plots\.you_are_here\("(\w+)"\)', script.read_text(encoding="utf-8"))
+    assert set(marked) <= {script.name.split("_")[0]}
+
+
 def test_the_first_cell_is_the_same_everywhere_and_works(tmp_path):
     firsts = {next(c.source for c in jupytext.read(script).cells if c.cell_type == "code") for script in SCRIPTS}
     assert len(firsts) == 1

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from diffusers import AutoencoderKL
 from peft import LoraConfig
+from resident import measured_and_planned
 
 from dbnb.adapters import lora_targets
 from dbnb.denoisers import NETWORKS, Told
-from dbnb.planner import BASES, CARDS, QUANTIZED, Base, LiveTensors, drawing_memory, peak_memory, training_memory
+from dbnb.planner import BASES, CARDS, Base, LiveTensors, drawing_memory, peak_memory, training_memory, weight_memory
+from dbnb.quantization import QUANTIZATIONS
 
 SMALL = Base(
     dict(
@@ -136,12 +134,7 @@ def test_a_network_that_is_told_its_guidance_draws_with_one_prediction_a_picture
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads Linux's account of a process")
 @pytest.mark.parametrize("phase", ["training", "checkpointing", "drawing", "decoding"])
 def test_the_plan_holds_in_resident_memory_within_15_percent(phase):
-    # Every large block apart, so that what glibc keeps of its heap is not taken for what tensors need.
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
-    command = [sys.executable, str(Path(__file__).with_name("resident.py")), phase]
-    said = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
-    numbers = json.loads(said.splitlines()[-1])
-    print(phase, numbers)
+    numbers = measured_and_planned(phase)
     assert numbers["planned"] == pytest.approx(numbers["measured"], rel=0.15)
 
 
@@ -175,11 +168,13 @@ def test_what_rests_and_what_is_in_fewer_bits_is_not_counted_in_full(base):
     whole = training_memory(base, batch=2)
     alone = training_memory(base, batch=2, cached=True)
     assert whole["weights"] - alone["weights"] == 2 * 3000
-    blocks = NETWORKS[base.network].blocks
+    blocks, fewer_texts = NETWORKS[base.network].blocks, dataclasses.replace(base, text_fewer_bits={"int8": 700})
     denoiser = NETWORKS[base.network].network_class(**base.denoiser)
     layers = [m for n, m in denoiser.named_modules() if isinstance(m, torch.nn.Linear) and blocks.fullmatch(n)]
-    for kind, size in QUANTIZED.items():
+    for kind, how in QUANTIZATIONS.items():
         fewer = training_memory(base, batch=2, cached=True, quantization=kind)
-        saved = (2 - size) * sum(layer.weight.numel() for layer in layers)
+        saved = (2 - how.bytes_per_weight) * sum(layer.weight.numel() for layer in layers)
         assert saved > 0 and alone["weights"] - fewer["weights"] == pytest.approx(saved, abs=1)
         assert fewer["activations"] == alone["activations"]
+    whole, fewer = (weight_memory(one, quantization="int8") for one in (base, fewer_texts))
+    assert whole - fewer == 700

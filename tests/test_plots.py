@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
+import math
+import re
 import sys
 
 import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgb
 from matplotlib.text import Text
 from PIL import Image
 
@@ -93,6 +97,39 @@ def test_any_words_in_a_figure_are_text_and_end_nothing(words):
         assert not [text for text in figure.findobj(Text) if words in text.get_text() and text.get_parse_math()]
 
 
+@pytest.mark.parametrize("number", ["00", "00b", *(f"{n:02d}" for n in range(1, 11))])
+def test_the_map_of_the_course_fills_one_box_or_frames_all(number, monkeypatch):
+    figure = plots.course_map(number)
+    filled = [patch for patch in figure.axes[0].patches if patch.get_facecolor()[:3] == to_rgb(plots.HERE)]
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    texts = {text.get_text(): text.get_window_extent(renderer) for text in figure.axes[0].texts if text.get_text()}
+    assert len(filled) == (number != "00") and len(texts) == 12
+    for box in texts.values():
+        assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1
+    shown = []
+    monkeypatch.setattr("IPython.display.display", shown.append)
+    plots.you_are_here(number)
+    assert f"You are here: {number}, " in shown[0].alt
+
+
+def test_the_map_knows_the_notebooks_that_there_are():
+    with pytest.raises(ValueError, match="no notebook '11'"):
+        plots.course_map("11")
+
+
+def test_a_unet_is_drawn_from_its_config():
+    network = load_components("miniature").unet
+    figure = plots.unet(network, title="A UNet")
+    words = " ".join(text.get_text() for text in figure.axes[0].texts)
+    blocks = len(network.config.down_block_types) + len(network.config.up_block_types) + 1
+    assert words.count("channels") == blocks == len(figure.axes[0].patches)
+    with_attention = 1 + sum(
+        "CrossAttn" in kind for kind in (*network.config.down_block_types, *network.config.up_block_types)
+    )
+    marks = [line.get_marker() for line in figure.axes[0].lines]
+    assert marks.count("o") == marks.count("D") == blocks + 1 and marks.count("s") == with_attention + 1  # and a key
+
+
 def test_a_shown_figure_has_a_text_and_is_small(monkeypatch):
     shown = []
     monkeypatch.setattr("IPython.display.display", shown.append)
@@ -112,7 +149,7 @@ def test_a_shown_figure_is_redrawn_in_place_with_its_text():
 
 def test_moving_a_slider_changes_the_picture():
     view = widgets.browse({"a": Image.new("RGB", (8, 8), "red"), "b": Image.new("RGB", (8, 8), "blue")}, "which")
-    slider, image = view.children
+    slider, image = view.widget.children
     first = image.value
     slider.value = "b"
     assert image.value != first and image.value[:4] == b"\x89PNG"
@@ -123,7 +160,7 @@ def test_before_and_after_change_places_at_each_pair():
         [Image.new("RGB", (8, 8), color) for color in colors] for colors in (("red", "green"), ("blue", "black"))
     )
     view = widgets.before_after(before, after, ["on the beach", "on the beach"])
-    slider, buttons, image = view.children
+    slider, buttons, image = view.widget.children
     seen = set()
     for name in slider.options:
         for state in ("before", "after"):
@@ -134,10 +171,40 @@ def test_before_and_after_change_places_at_each_pair():
         widgets.before_after(before, after[:1], ["a", "b"])
 
 
-def test_without_ipywidgets_a_view_is_a_figure(monkeypatch):
+def _buttons(html: str) -> tuple[list[str], list[str]]:
+    """The ids of a page's radio buttons, and what their labels are for."""
+    return re.findall(r'<input type="radio"[^>]* id="([^"]+)"', html), re.findall(r'<label for="([^"]+)"', html)
+
+
+def test_a_view_can_be_looked_through_without_a_kernel():
+    two = {"a": Image.new("RGB", (8, 8), "red"), "<b>": Image.new("RGB", (300, 150), "blue")}
+    pair = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
+    views = [widgets.browse(two, "which"), widgets.before_after(pair, pair[::-1], ["at night", "at night"])]
+    pages = [view._repr_mimebundle_()["text/html"] for view in views]
+    for page, names in zip(pages, (["a", "&lt;b&gt;"], ["before", "after"] * 2), strict=True):
+        ids, labels = _buttons(page)
+        assert ids == labels and len(set(ids)) == len(names) and page.count(" checked>") == 1
+        assert re.findall(r"<label[^>]*>(.*?)</label>", page) == names and page.count("<img alt=") == len(names)
+    assert not {*_buttons(pages[0])[0]} & {*_buttons(pages[1])[0]}  # buttons of two views do not switch each other
+    pictures = [Image.open(io.BytesIO(base64.b64decode(d))) for d in re.findall(r'base64,([^"]+)"', pages[0])]
+    assert [picture.size for picture in pictures] == [(16, 16), (256, 128)]
+    red, green, blue = pictures[0].convert("RGB").getpixel((8, 8))
+    assert red > 240 and max(green, blue) < 15
+
+
+def test_without_ipywidgets_a_view_is_plain_html(monkeypatch):
     monkeypatch.setitem(sys.modules, "ipywidgets", None)
-    views = [widgets.before_after([_RED], [_RED], ["at night"]), widgets.browse({"at night": _RED}, "which")]
-    assert all("<img" in view._repr_html_() and "at night" in view.alt for view in views)
+    for view in (widgets.before_after([_RED], [_RED], ["at night"]), widgets.browse({"at night": _RED}, "which")):
+        bundle = view._repr_mimebundle_()
+        assert bundle.keys() == {"text/html", "text/plain"} and "at night" in bundle["text/plain"]
+
+
+def test_intervals_are_drawn_as_long_as_they_are():
+    figure = plots.intervals({"x": {"near": (0.1, 0.2), "far": (1.0, 0.5)}, "y": {"far": (0.3, math.inf)}}, title="t")
+    left, right = figure.axes
+    near, far = (bar.get_children()[-1].get_segments()[0] for bar in left.containers)
+    assert np.allclose(near[:, 0], [-0.1, 0.3]) and np.allclose(far[:, 0], [0.5, 1.5])
+    assert len(right.containers) == 1 and not right.containers[0].has_xerr
 
 
 def test_the_identifier_explorer_answers_and_lets_no_markup_through():
@@ -148,7 +215,7 @@ def test_the_identifier_explorer_answers_and_lets_no_markup_through():
     said = answer.value
     field.value = " "  # nothing typed yet: nothing new to say
     assert answer.value == said
-    assert widgets.browse({"a": plots.loss_curves([])}, "which").children[1].value[:4] == b"\x89PNG"
+    assert widgets.browse({"a": plots.loss_curves([])}, "which").widget.children[1].value[:4] == b"\x89PNG"
 
 
 def test_small_pictures_are_enlarged_by_a_whole_number():

@@ -113,6 +113,7 @@ TABLE = [
     ("--resolution 5", "resolution=5 must be a multiple of 8 for this base: take 8", "loading"),
     ("--tokenizer_max_length 78", "tokenizer_max_length=78 must be from 3 to", "loading"),
     ("--tokenizer_max_length 2", "tokenizer_max_length=2 must be from 3 to", "loading"),
+    ("--quantization int4", "quantization='int4' is none of nf4, int8, fp8", "loading"),
     ("--base minature", "Base 'minature' is no folder here", "loading"),
     ("--holdout -1", "holdout=-1 must not be negative", "loading"),
     ("--holdout 3", "holdout=3 of 5 photographs leaves fewer than 3 to train on: add 1", "loading"),

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import DDPMScheduler, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.attention_processor import AttnProcessor
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
@@ -318,6 +318,21 @@ def as_pipeline(vae, words, model: Denoiser, noise_schedule) -> StableDiffusionP
     return pipeline
 
 
+def sample_grid(pipeline: DiffusionPipeline, seed: int, **options: int) -> Image.Image:
+    """Every kind in every place, in some colour: what a base draws as it is now, from the same noise each time."""
+    images: list[Image.Image] = []
+    for row, kind in enumerate(toybox.KINDS):
+        colors = [COLOR_NAMES[(row + column) % len(COLOR_NAMES)] for column in range(len(toybox.SCENES))]
+        prompts = [
+            f"a photo of {article_for(color)} {color} {kind} {place}"
+            for color, place in zip(colors, toybox.SCENES.values(), strict=True)
+        ]
+        images += pipeline(
+            prompts, num_inference_steps=20, guidance_scale=2.5, generator=generator(seed, 0), **options
+        ).images
+    return make_image_grid(images, rows=len(toybox.KINDS), cols=len(toybox.SCENES))
+
+
 def train_unet(
     data: Photographs,
     vae,
@@ -365,18 +380,7 @@ def train_unet(
 
     @torch.no_grad()
     def draw() -> Image.Image:
-        pipeline = as_pipeline(vae.to(stage.device), words, model, noise_schedule)
-        images: list[Image.Image] = []
-        for row, kind in enumerate(toybox.KINDS):
-            colors = [COLOR_NAMES[(row + column) % len(COLOR_NAMES)] for column in range(len(toybox.SCENES))]
-            prompts = [
-                f"a photo of {article_for(color)} {color} {kind} {place}"
-                for color, place in zip(colors, toybox.SCENES.values(), strict=True)
-            ]
-            images += pipeline(
-                prompts, num_inference_steps=20, guidance_scale=2.5, generator=generator(stage.seed, 0)
-            ).images
-        return make_image_grid(images, rows=len(toybox.KINDS), cols=len(toybox.SCENES))
+        return sample_grid(as_pipeline(vae.to(stage.device), words, model, noise_schedule), stage.seed)
 
     return fit(stage, model, loss_of_step, groups=groups, ema_decay=0.9998, draw=draw)
 

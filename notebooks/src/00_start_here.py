@@ -9,23 +9,26 @@
 # %% [markdown]
 # # 00 Start here: five photographs of one toy, and that toy anywhere
 #
-# A text-to-image model knows what *a dog* is. It has never met *your* dog. **[DreamBooth](../docs/glossary.md#dreambooth)** (Ruiz et al., 2023) teaches
-# it: a few photographs, a rare word that will come to mean the subject, a few hundred training steps.
+# A text-to-image model knows what *a dog* is, but it has never met *your* dog.
+# **[DreamBooth](../docs/glossary.md#dreambooth)** (Ruiz et al., 2023) teaches it that dog with a few photographs, a
+# rare word that comes to mean the subject, and a few hundred training steps.
 #
-# **What you will do**: give a model five photographs of one toy dog, train it, and see that very toy in places where it
+# **What you will do**: give a model five photographs of one toy dog, train it, and see that same toy in places where it
 # was never photographed; then measure what was learned and what it cost.
 #
-# **What you will learn**: the seven steps of the workflow, and where in this course each is explained. Afterwards you can
-# personalise a model yourself: choose a [base](../docs/glossary.md#base) and a device, give it photographs, and judge the result.
+# **What you will learn**: the seven steps of the workflow, and where in this course each is explained. Afterwards you
+# can personalise a model yourself: choose a [base](../docs/glossary.md#base) and a device, give it photographs, and
+# judge the result.
 #
-# **What you need**: nothing but this project. No GPU, no download: the course carries its own model. On two CPU cores
-# about two minutes the first time, a quarter of a minute when you come back: trainings are kept.
+# **What you need**: nothing but this project. You need no GPU and no download, because the course brings its own
+# model. On two CPU cores it takes about two minutes the first time and a quarter of a minute after that, since
+# trainings are cached.
 #
 # ---
 
 # %% [markdown]
-# Run this first. It makes `dbnb` importable and changes nothing that is already installed. On Colab it asks for a file: give
-# it the project's wheel or zip, or set `DBNB_SOURCE`.
+# Run this first. It makes `dbnb` importable and changes nothing that is already installed. On Colab it asks for a
+# file: give it the project's wheel or zip, or set `DBNB_SOURCE`.
 
 # %% tags=["skip-execution", "nbval-skip"]
 import importlib.util
@@ -43,10 +46,12 @@ if importlib.util.find_spec("dbnb") is None:
         raise SystemExit("dbnb is not here: open this notebook inside the project, set DBNB_SOURCE, or pip install it.")
     subprocess.run([sys.executable, "-m", "pip", "install", "-q", DBNB_SOURCE or str(projects[0])], check=True)
     importlib.invalidate_caches()
+importlib.import_module("dbnb")  # before torch, whose threads it keeps from spinning
 
 # %% [markdown]
-# The module of this notebook is `dbnb.workflow`: the seven steps in a row. Notebooks 01 to 07 open one step each; the other
-# imports below come from there.
+# The module of this notebook is `dbnb.workflow`, which runs the seven steps in a row. Notebooks 01 to 07 explain one
+# step each, and the other imports below come from there. The map shows the whole way; it returns in every notebook,
+# with the place of that notebook marked.
 
 # %%
 import statistics
@@ -65,19 +70,23 @@ from dbnb.validation import validation_images
 
 workflow.quiet_libraries()
 
+# %%
+plots.you_are_here("00")
+
 # %% [markdown]
 # ## Choose a base
 #
-# The *base* is the model that will learn. `"miniature"` is a Stable Diffusion in small: the same parts, the same
-# training, small pictures, trained by this project on photographs of toys that this project renders, and on captions that
-# say what they show.
+# The *base* is the model that will learn. `"miniature"` is a small Stable Diffusion: it has the same parts and was
+# trained in the same way, but it draws small pictures. This project trained it on photographs of toys that it renders
+# itself, with captions that say what they show.
 #
-# Such a *[diffusion model](../docs/glossary.md#diffusion-model)* has learned to take noise out of pictures, guided by their captions. To draw, it starts from
-# pure noise and takes a little away at each step, guided by your prompt: the same noise and the same prompt give the same
-# picture. It works on pictures made smaller by an *autoencoder*, which in the end paints the result. (Notebook 03 takes
-# all of this apart.)
+# A *[diffusion model](../docs/glossary.md#diffusion-model)* like this one has learned to remove noise from pictures,
+# guided by their captions. To draw, it starts from pure noise and removes a little of it at each step, guided by your
+# prompt. The same noise and the same prompt always give the same picture. The model works on pictures made smaller by
+# an *autoencoder*, which also turns the result back into pixels. (Notebook 03 takes all of this apart.)
 #
-# These are the things and the places this base knows; eight colours, spots, stripes, hats and scarves come on top:
+# These are the things and the places that this base knows. It also knows eight colours, spots, stripes, hats and
+# scarves.
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -85,8 +94,9 @@ print(len(KINDS), "kinds of toys:", ", ".join(KINDS))
 print(len(SCENES), "places:", ", ".join(SCENES.values()))
 
 # %% [markdown]
-# A larger base is another name: a preset (`"sd15"`, `"sdxl"` …), an id on the Hugging Face hub, or a folder. What suits it
-# differs as well, so each base **suggests** its settings, and whatever you do not set yourself is taken from there:
+# To use a larger base, give another name: a preset (`"sd15"`, `"sdxl"` …), an id on the Hugging Face hub, or a folder.
+# Each base needs different settings, so it **suggests** its own, and everything that you do not set yourself is taken
+# from there:
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -99,10 +109,11 @@ Table(
 )
 
 # %% [markdown]
-# **Choose here.** `BASE = "sd15"` and a folder of photographs of your own dog, and the cells below run on Stable Diffusion
-# 1.5. One setting depends on the memory of your card rather than on the base, so it stands here in the open: recomputing
-# activations, slower and smaller. Be prepared for the rest: a real base is a download of several gigabytes, wants a GPU,
-# and takes minutes where the miniature takes seconds. (Notebook 10 computes what fits on which card.)
+# **Choose here.** Set `BASE = "sd15"` and give a folder with photographs of your own dog, and the cells below run on
+# Stable Diffusion 1.5. One setting depends on the memory of your GPU rather than on the base, so it is set here:
+# gradient checkpointing, which recomputes activations and so saves memory at the cost of time. A real base is a
+# download of several gigabytes, needs a GPU, and takes minutes where the miniature takes seconds. (Notebook 10
+# computes what fits on which GPU.)
 
 # %%
 BASE = "miniature"
@@ -114,8 +125,8 @@ print(f"{config.resolution} px, {config.max_train_steps} steps, learning rate {c
 # %% [markdown]
 # ## Choose a device
 #
-# You need not: the workflow takes the accelerator that torch finds (a CUDA card, or the GPU of an Apple chip) and
-# otherwise the processor, which is enough for the miniature. This line asks torch the same question:
+# You do not have to: the workflow uses the accelerator that torch finds (a CUDA GPU, or the GPU of an Apple chip), and
+# otherwise the CPU, which is fast enough for the miniature. This line asks torch the same question:
 
 # %%
 device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
@@ -124,8 +135,8 @@ print("the model will run on:", device)
 # %% [markdown]
 # ## The photographs
 #
-# Five pictures of one toy: teal with yellow spots. Nobody can *ask* the base for that: the captions it learned from name
-# eight colours only, and teal is none of them, so no word leads there.
+# There are five pictures of one toy, which is teal with yellow spots. You cannot *ask* the base for it: the captions
+# that it learned from name only eight colours, and teal is not one of them.
 
 # %%
 concept = Concept.from_folder(PHOTOGRAPHS, config.identifier, config.class_word, resolution=config.resolution)
@@ -141,19 +152,19 @@ print("the sample toy was photographed:", ", ".join(SCENES[scene] for scene in p
 print("it was never photographed:", ", ".join(SCENES[scene] for scene in SCENES if scene not in photographed))
 
 # %% [markdown]
-# **A toy of your own.** In a class everybody may train on a toy that nobody else has. Design one: where the fields are
-# shown, the picture follows what you choose. `PHOTOGRAPHS = designer.photographs("mytoy")` writes five photographs of it,
-# and six others to compare with; with that folder, and the toy's kind as `class_word`, run the cells from *Choose a base* on
-# again. (In a terminal: `python -m dbnb.toybox --help`.)
+# **A toy of your own.** In a class, everybody can train on a toy that nobody else has. Design one with the fields
+# below (they need a live notebook); the picture follows what you choose. `PHOTOGRAPHS = designer.photographs("mytoy")`
+# writes five photographs of it, and six others to compare with. Then run the cells from *Choose a base* on again, with
+# that folder and with the toy's kind as `class_word`. (In a terminal: `python -m dbnb.toybox --help`.)
 
 # %%
 designer = widgets.ToyDesigner(kind="cat", body="#1fa2a0", accent="pink", pattern="striped", accessory="hat")
 designer
 
 # %% [markdown]
-# This notebook goes on with the sample toy. Two prompts follow from the two words. `sks` is the **identifier**: a rare word without a meaning of its own, which
-# will come to mean this toy. It is used like a name, so no article stands before it. `dog` is the **class word**: what
-# kind of thing the toy is, which the model knows already.
+# This notebook goes on with the sample toy. Two words make the two prompts. `sks` is the **identifier**: a rare word
+# without a meaning of its own, which will come to mean this toy. It is used like a name, so it has no article. `dog`
+# is the **class word**: it says what kind of thing the toy is, which the model knows already.
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -178,34 +189,37 @@ plots.show(
 )
 
 # %% [markdown]
-# **What you should see**: dogs of several colours in both rows, and nothing that the dogs of the upper row have in common
-# and those of the lower row lack. Each column starts from the same noise, so compare the two pictures of a column as well:
-# the text encoder reads the rare word, but what it passes on means nothing to the model yet, so the pictures differ little.
-# (Notebook 01 and notebook 03 measure both.)
+# **What you should see**: dogs of several colours in both rows. The dogs of the upper row have nothing in common that
+# those of the lower row lack. Each column starts from the same noise, so compare the two pictures of a column as well:
+# the text encoder reads the rare word, but what it passes on means nothing to the model yet, so the two pictures are
+# nearly the same. (Notebooks 01 and 03 measure both.)
 #
 # ## Train
 #
-# One call does steps 1 to 6: photographs and prompts; *class images*, which the model draws of `a photo of a dog`, so that
-# it does not forget other dogs; loading and freezing; small trainable **adapters**; the dataset; the training loop. It
-# tells what it finds and decides. The second time the result comes from a cache. (Step 7, looking at the result and saving
-# it, is the rest of this notebook, and notebook 07.)
+# One call does steps 1 to 6: it reads the photographs and makes the prompts; it lets the model draw *class images* of
+# `a photo of a dog`, so that the model does not forget other dogs; it loads and freezes the base, adds small trainable
+# **adapters**, builds the dataset and runs the training loop. It prints what it finds and decides. The second time,
+# the result comes from a cache. (Step 7, looking at the result and saving it, is the rest of this notebook, and
+# notebook 07.)
 
 # %%
 session = workflow.trained(config, tell=print)
 
 # %% [markdown]
-# The loss has two parts: how far the model is from denoising pictures of the toy (*instance*) and pictures of any dog
-# (*prior*). Every step's value depends on how much noise was drawn, hence the cloud; the line is its mean.
+# The loss has two parts: the error in denoising pictures of the toy (*instance*) and the error in denoising pictures
+# of any dog (*prior*). The value of a single step depends on how much noise was drawn, hence the cloud; the line is a
+# running mean.
 
 # %%
 figure = plots.loss_curves(session.log)
 figure.axes[0].set_title("A step's loss tells mostly how noisy its pictures were")
-plots.show(figure, alt="Two clouds of single steps with nearly level means; the instance loss sinks a little")
+plots.show(figure, alt="Two clouds of single steps with their means: the instance loss falls, the prior loss stays")
 
 # %% [markdown]
-# **What you should see**: two nearly level lines. The instance loss sinks a little, since there is one toy to learn; the
-# prior loss is there to stay where it is. How noisy the pictures of a step were matters more than what was learned, so
-# compare the first quarter of the steps with the last, and then judge by pictures:
+# **What you should see**: the mean of the instance loss falls, because there is one toy to learn; the prior loss is
+# meant to stay where it is. The dots scatter more widely than either mean moves, because the noise level matters more
+# than what was learned. So compare the mean of the first quarter of the steps with that of the last, and then judge by
+# pictures:
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -213,12 +227,15 @@ quarter = len(session.log) // 4
 losses = [line["instance_loss"] for line in session.log]
 first, last = statistics.mean(losses[:quarter]), statistics.mean(losses[-quarter:])
 print("the instance loss fell:", last < first)
+prior = [line["prior_loss"] for line in session.log]
+moved = statistics.mean(prior[-quarter:]) - statistics.mean(prior[:quarter])
+print("the prior loss moved less than half as far:", abs(moved) < (first - last) / 2)
 
 # %% [markdown]
 # ## After: the toy in places where it never was
 #
 # The prompts are `a photo of sks dog on the beach`, `… in the snow` and so on, each from the same noise before and
-# after. **Predict**: which of the toy's features will arrive: the teal, the spots, the yellow ears?
+# after. **Predict**: which of the toy's features will you find: the teal, the spots, the yellow ears?
 
 # %%
 after = validation_images(session.components, concept, config.sampling, count=8)
@@ -234,10 +251,10 @@ plots.show(
 )
 
 # %% [markdown]
-# **What you should see**: in the lower row the toy, in every place. The place comes from the words, as before; the toy
-# comes from five photographs. On the beach, at night and on the moon no photograph shows it: that the two can be put
-# together all the same is what makes this worth doing. Coarse features are learned first: the two colours are more
-# reliable than the number and the places of the spots.
+# **What you should see**: the lower row shows the toy in every place. The place comes from the words, as before; the
+# toy comes from the five photographs. No photograph shows it on the beach, at night or on the moon. That the model can
+# still combine the two is what makes this useful. Coarse features are learned first: the two colours are more reliable
+# than the number and the position of the spots.
 #
 # The same pairs, one at a time (in a live notebook):
 
@@ -247,8 +264,8 @@ widgets.before_after(before.scenes, after.scenes, places)
 # %% [markdown]
 # ## What did it cost?
 #
-# A model that has learned one dog too well calls every dog that dog. **Predict**: is `a photo of a dog`, without the
-# rare word, still any dog?
+# A model that has learned one dog too well draws that dog for every dog. **Predict**: does `a photo of a dog`, without
+# the rare word, still give any dog?
 
 # %%
 plots.show(
@@ -259,14 +276,15 @@ plots.show(
 )
 
 # %% [markdown]
-# **What you should see**: still many different dogs. Some of them may have moved towards the toy's colours. Notebook 02
-# shows what happens without the class images.
+# **What you should see**: many different dogs, as before. Compare them column by column: the scene often stays, while
+# body and ears have changed their colours. Notebook 02 shows what happens without the class images.
 #
 # ## In numbers
 #
-# Pictures persuade; numbers compare. An *identity encoder*, trained to tell photographs of one toy from photographs of
-# others, look-alikes among them, compares what was drawn with the photographs. Two references give its numbers a meaning: the *floor* is the
-# base before training, the *ceiling* is what other real photographs of the same toy reach.
+# Pictures persuade, and numbers compare. An *identity encoder* compares what was drawn with the photographs; it was
+# trained to tell photographs of one toy from photographs of others, including look-alikes. Two references give its
+# numbers a meaning: the *floor* is the base before training, and the *ceiling* is what other real photographs of the
+# same toy reach.
 
 # %%
 numbers = workflow.measured(
@@ -276,8 +294,10 @@ metrics.metrics_table(numbers)
 
 # %% [markdown]
 # Read three lines. `normalized_subject_fidelity`: 0 is the floor, 1 the ceiling. `scene_recognised`: the share of
-# pictures whose place a second encoder names right (a CLIP, trained to match pictures and captions). `class_diversity_ratio`: how varied `a photo of a dog`
-# still is, where 1 is as varied as before. Eight pictures a set make these numbers rough; notebook 08 does it properly.
+# pictures whose place a second encoder names correctly (a CLIP, trained to match pictures and captions). It asks only
+# which of the eight places comes nearest: a night without its moon still counts as a night, so look at the backgrounds
+# yourself. `class_diversity_ratio`: how varied `a photo of a dog` still is, where 1 is as varied as before. With eight
+# pictures in each set, these numbers are rough; notebook 08 measures properly.
 
 # %%
 scores = ("normalized_subject_fidelity", "scene_recognised", "class_diversity_ratio")
@@ -288,8 +308,9 @@ plots.show(
 )
 
 # %% [markdown]
-# Three claims were made above. Here they are once more, in a form that can fail: nearer to real photographs of the toy
-# than to where the base was; at least half of the places right; at least half of the dogs' variety left.
+# Three claims were made above. Here they are again, in a form that can fail: the pictures are nearer to real
+# photographs of the toy than to where the base was; at least half of the places are right; at least half of the dogs'
+# variety is left.
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -313,21 +334,21 @@ print("learned the toy, kept the places, kept the class")
 # | [06 Training](06_training.ipynb) | the loop | one step by hand, then all of them |
 # | [07 Validation and export](07_validation_and_export.ipynb) | the result | the toy asked for in other sentences; the adapter turned up and down, saved, loaded elsewhere |
 # | [08 Measuring](08_measuring.ipynb) | metrics | which setting does what |
-# | [09 When it goes wrong](09_when_it_goes_wrong.ipynb) | failures | ten of them, made on purpose and mended |
+# | [09 When it goes wrong](09_when_it_goes_wrong.ipynb) | failures | a broken run's fault, found by its symptom |
 # | [10 On a real base](10_on_a_real_base.ipynb) | your own subject | what fits on which GPU |
 
 # %% [markdown]
 # ## Exercises
 #
-# From here on each notebook has exercises that you solve in code. Replace the `...` by your own lines, run the cell, and read
-# what the check prints: it runs your function on small inputs and says in words what is wrong. Hints are folded below the
-# cell, one by one, and the solution comes last.
+# Each notebook has exercises that you solve in code. Replace the `...` with your own lines, run the cell, and read
+# what the check prints: it runs your function on small inputs and says in words what is wrong. The hints below the
+# cell open one by one, and the solution comes last.
 #
 # ### Exercise A: noise with a number (5 minutes)
 #
-# Before and after could be compared above because picture number 3 of a set always starts from the same noise, however many
-# pictures are drawn before it. Write the function that makes this noise: standard normal numbers that depend on the seed of the
-# run and on the number of the picture, and on nothing else.
+# Before and after could be compared above because picture number 3 of a set always starts from the same noise, no
+# matter how many pictures are drawn before it. Write the function that makes this noise: standard normal numbers that
+# depend on the seed of the run and on the number of the picture, and on nothing else.
 
 # %%
 from dbnb.exercises import check_00a
@@ -343,8 +364,8 @@ check_00a(noise_of)
 # %% [markdown]
 # <details><summary>Hint 1</summary>
 #
-# `numpy.random.seed` and `torch.manual_seed` set a *global* generator, which everything else in the program draws from too. Make
-# a generator of your own inside the function: `numpy.random.default_rng(…)`.
+# `numpy.random.seed` and `torch.manual_seed` set a *global* generator, from which everything else in the program draws
+# too. Make a generator of your own inside the function: `numpy.random.default_rng(…)`.
 # </details>
 #
 # <details><summary>Hint 2</summary>
@@ -367,7 +388,8 @@ check_00a(noise_of)
 #
 # ### Exercise B: a number with a scale (3 minutes)
 #
-# Write `normalized_subject_fidelity`: 0 where the base was before training, 1 where other real photographs of the toy are.
+# Write `normalized_subject_fidelity`: 0 where the base was before training, 1 where other real photographs of the toy
+# are.
 
 # %%
 from dbnb.exercises import check_00b
@@ -383,7 +405,7 @@ check_00b(normalized)
 # %% [markdown]
 # <details><summary>Hint 1</summary>
 #
-# How long is the whole way? How much of it has been covered?
+# How far is it from the floor to the ceiling? How much of that distance has been covered?
 # </details>
 #
 # <details><summary>Hint 2</summary>
@@ -404,8 +426,8 @@ check_00b(normalized)
 #
 # 1. Draw `a photo of sks dog with a hat`: a thing that no photograph showed on the toy. (2 minutes)
 # 2. Draw `a photo of sks cat`. What does the rare word carry over? (2 minutes)
-# 3. No caption has a word for the toy's colour. How near do known words come: `a photo of a green dog with yellow spots`?
-#    (2 minutes)
+# 3. No caption has a word for the toy's colour. How near do known words come: `a photo of a green dog with yellow
+#    spots`? (2 minutes)
 #
 # <details><summary>Answers</summary>
 #
@@ -417,22 +439,23 @@ check_00b(normalized)
 # plots.show(plots.image_rows(rows, labels=prompts), alt="dogs with hats, cats, green dogs with yellow spots")
 # ```
 #
-# 1. Count the hats. Under a hat you should still find the toy: the adapters learned the toy, and the base still knows hats.
-# 2. Compare colour and pattern with the toy's. The more of them you find on cats, the more of what was learned belongs to
-#    the rare word alone, and not to the pair of words `sks dog`.
-# 3. The words give *some* green dog with yellow spots, a different one each time, and not this toy. That is what the five
-#    photographs are for.
+# 1. Count the hats. Under each hat you should still find the toy: the adapters learned the toy, and the base still
+#    knows hats.
+# 2. Compare colour and pattern with the toy's. The more of them you find on the cats, the more of what was learned
+#    belongs to the rare word alone rather than to the pair of words `sks dog`.
+# 3. The words give *some* green dog with yellow spots, a different one each time, and not this toy. That is why the
+#    five photographs are needed.
 # </details>
 #
 # ## Quiz
 #
-# Five questions about *why*. Choose an answer, then open it: each says whether it is right, and why or why not.
+# Five questions about *why*. Choose an answer, then open it: it says whether it is right, and why.
 #
 # **1. Why do the pictures before and after training start from the same noise?**
 #
 # <details><summary>A. Because the model was trained on that noise and would draw worse from any other.</summary>
 #
-# No: training draws other noise at every step, and a picture can start from any noise at all.
+# No: training draws new noise at every step, and a picture can start from any noise at all.
 # </details>
 #
 # <details><summary>B. So that what differs between two pictures of a column is due to the training alone.</summary>
@@ -483,7 +506,7 @@ check_00b(normalized)
 #
 # <details><summary>A. Teal is easier to learn than the eight colours that the captions name.</summary>
 #
-# No: nothing about it is easier; the base has to learn a colour that it was never told of.
+# No: nothing about it is easier; the base has to learn a colour that it has never been told about.
 # </details>
 #
 # <details><summary>B. So that no prompt leads there, and the toy must come from the photographs.</summary>
@@ -515,9 +538,9 @@ check_00b(normalized)
 #
 # ## In short
 #
-# - Five photographs, one rare word and a few hundred steps gave a model a new subject, and it kept what it knew.
-# - The base suggests its settings; the device is found; what fits depends on your card.
+# - Five photographs, one rare word and a few hundred steps teach a model a new subject, and it keeps what it knew.
+# - The base suggests its settings, and the device is found automatically; what fits depends on your GPU.
 # - Judge by the same prompts from the same noise, before and after, in pictures and in numbers.
 #
 # Next: [00b How diffusion works](00b_how_diffusion_works.ipynb), from noise to a picture by hand; or straight on to
-# [01 Instance data](01_instance_data.ipynb), where the five photographs are looked at as the model sees them.
+# [01 Instance data](01_instance_data.ipynb), which shows the five photographs as the model sees them.

@@ -9,19 +9,20 @@
 # %% [markdown]
 # # 00b How diffusion works: from noise to a picture, by hand
 #
-# **What you will do**: build a diffusion model of thirty lines that draws points in the plane, from the noise to the sampling
-# loop, then run the same loop on the miniature and get the picture that diffusers draws.
+# **What you will do**: build a diffusion model of thirty lines that draws points in the plane, from the noise to the
+# sampling loop. Then run the same loop on the miniature and get the picture that diffusers draws.
 #
-# **What you will learn**: what the network is asked in training, why its answer is blurred where much is hidden, how a picture
-# comes out of noise step by step, and what *classifier-free guidance* does. All later notebooks stand on this.
+# **What you will learn**: what the network is asked in training, why its answer is blurred when the noise hides much,
+# how a picture emerges from noise step by step, and what *classifier-free guidance* does. All later notebooks build on
+# this.
 #
-# **What you need**: nothing before it. About half a minute on two CPU cores.
+# **What you need**: no earlier notebook. About half a minute on two CPU cores.
 #
 # ---
 
 # %% [markdown]
-# Run this first. It makes `dbnb` importable and changes nothing that is already installed. On Colab it asks for a file: give
-# it the project's wheel or zip, or set `DBNB_SOURCE`.
+# Run this first. It makes `dbnb` importable and changes nothing that is already installed. On Colab it asks for a
+# file: give it the project's wheel or zip, or set `DBNB_SOURCE`.
 
 # %% tags=["skip-execution", "nbval-skip"]
 import importlib.util
@@ -39,9 +40,10 @@ if importlib.util.find_spec("dbnb") is None:
         raise SystemExit("dbnb is not here: open this notebook inside the project, set DBNB_SOURCE, or pip install it.")
     subprocess.run([sys.executable, "-m", "pip", "install", "-q", DBNB_SOURCE or str(projects[0])], check=True)
     importlib.invalidate_caches()
+importlib.import_module("dbnb")  # before torch, whose threads it keeps from spinning
 
 # %% [markdown]
-# This notebook needs no module of its own: only torch, and at its end the miniature.
+# This notebook introduces no module. It uses only torch, and at the end the miniature.
 
 # %%
 import math
@@ -59,12 +61,15 @@ from dbnb.widgets import browse
 workflow.quiet_libraries()
 base = load_components("miniature")
 
+# %%
+plots.you_are_here("00b")
+
 # %% [markdown]
 # ## A world of two words
 #
-# A picture is a point in a space of many dimensions: one for each number in it. Pictures of dogs are a small, curved part of
-# that space. So here is a space that fits on the page. It has two dimensions, and two words: a *ring* and a *cross*. A model
-# that has learned them can be asked for a point of one or of the other.
+# A picture is a point in a space of many dimensions, one for each number in it. Pictures of dogs are a small, curved
+# part of that space. Here is a space that fits on the page instead: it has two dimensions and two words, a *ring* and
+# a *cross*. A model that has learned them can be asked for a point of one or of the other.
 
 
 # %%
@@ -89,14 +94,14 @@ plots.show(
 # %% [markdown]
 # ## Noise, by a formula
 #
-# A diffusion model learns to undo damage, and the damage is known exactly. To a clean point $x_0$, noise $\epsilon$ from a
-# normal distribution is added:
+# A diffusion model learns to undo damage, and the damage is known exactly. To a clean point $x_0$, noise $\epsilon$
+# from a normal distribution is added:
 #
 # $$x_t = \sqrt{\bar\alpha_t}\, x_0 + \sqrt{1 - \bar\alpha_t}\, \epsilon$$
 #
-# (Ho et al., 2020, equation 4). The number $\bar\alpha_t$ falls from nearly 1 at $t = 0$ to nearly 0 at $t = 999$: the further
-# on, the less of the point is left. Its thousand values are the **noise schedule**. Here it is the miniature's, which is
-# Stable Diffusion's.
+# (Ho et al., 2020, equation 4). The number $\bar\alpha_t$ falls from nearly 1 at $t = 0$ to nearly 0 at $t = 999$: the
+# larger $t$ is, the less of the point is left. The thousand values are the **noise schedule**. Here it is the
+# miniature's, which is the same as Stable Diffusion's.
 
 # %%
 alpha_bar = base.noise_scheduler.alphas_cumprod
@@ -123,16 +128,16 @@ plots.show(
 )
 
 # %% [markdown]
-# **What you should see**: ring and cross dissolve, and at $t = 999$ the two colours lie in the same round cloud. So nobody can
-# tell from the last panel what a point was. That is what makes drawing possible: a point of *that* cloud can be had without any
-# picture, from a random number generator.
+# **What you should see**: ring and cross dissolve, and at $t = 999$ the two colours lie in the same round cloud. So
+# nobody can tell from the last panel where a point came from. This is what makes drawing possible: a random number
+# generator can produce a point of *that* cloud without any picture.
 #
 # ## A denoiser
 #
-# The network sees a noisy point, the timestep and the word, and answers with the noise that it takes to be in the point. The
-# timestep comes as sines and cosines of several frequencies, as in the UNet, and here the point does too, since a small network
-# draws sharp lines more easily with them. The word comes as a vector, an *embedding*. There is a third "word" that stands for no
-# word at all; it will be needed below.
+# The network sees a noisy point, the timestep and the word, and answers with the noise that it believes to be in the
+# point. The timestep is given as sines and cosines of several frequencies, as in the UNet. The point is given in the
+# same way here, since this helps a small network to draw sharp lines. The word is given as a vector, an *embedding*. A
+# third "word" stands for no word at all; it will be needed below.
 
 
 # %%
@@ -164,9 +169,9 @@ print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
 # %% [markdown]
 # ## The loss
 #
-# Training is short to tell. Draw clean points, draw timesteps, draw noise, mix, ask, and compare the answer with the noise
-# that was put in: the mean of the squared differences. Nothing else is trained in Stable Diffusion either. One point in four
-# is shown without its word. **Predict**: can the loss reach zero?
+# Training is short to tell. Draw clean points, draw timesteps, draw noise, mix, ask, and compare the answer with the
+# noise that was put in: the mean of the squared differences. Nothing else is trained in Stable Diffusion either. One
+# point in four is shown without its word. **Predict**: can the loss reach zero?
 
 # %%
 generator, steps, log = torch.Generator().manual_seed(2), 3000, []
@@ -196,13 +201,14 @@ plots.show(
 )
 
 # %% [markdown]
-# **What you should see**: a fast fall, then a floor well above zero. In the last panel above, a noisy point may come from
-# anywhere on the ring. No network can know from where. What answer, then, costs least?
+# **What you should see**: a fast fall, then a floor well above zero. In the last panel above, a noisy point can come
+# from anywhere on the ring, and no network can know from where. Which answer, then, has the smallest error?
 #
 # ## Why the answer is blurred
 #
-# From the answer follows what the model *believes* the clean point was: solve the formula for $x_0$. A squared error is
-# smallest for the **mean** of all that is possible. **Predict**: where do the beliefs lie when hardly anything can be seen?
+# The answer also says what the model *believes* the clean point to be: solve the formula for $x_0$. A squared error is
+# smallest for the **mean** of everything that is possible. **Predict**: where do the beliefs lie when the noise hides
+# nearly everything?
 
 
 # %%
@@ -229,21 +235,22 @@ plots.show(
 # NBVAL_CHECK_OUTPUT
 spread = [float(np.linalg.norm(points, axis=1).mean()) for points in beliefs]
 assert spread == sorted(spread, reverse=True), spread
-print("the more is hidden, the nearer the belief is to the mean:", spread[-1] < 0.5 * spread[0])
+print("the more noise, the nearer the belief is to the mean:", spread[-1] < 0.5 * spread[0])
 
 # %% [markdown]
-# **What you should see**: under little noise the beliefs lie on ring and cross. Under much they shrink towards the centre, the
-# mean of the whole shape, which is a point of neither. With pictures the mean of many possible dogs is a blurred dog. That
-# is why a diffusion model does not draw in one step.
+# **What you should see**: with little noise, the beliefs lie on ring and cross. With much noise, they shrink towards
+# the centre, the mean of the whole shape, which lies on neither. With pictures, the mean of many possible dogs is a
+# blurred dog. That is why a diffusion model does not draw in one step.
 #
 # ## Drawing, step by step
 #
-# So believe the answer only a little. Take the belief, and put the noise back in that the model found, but somewhat less of it:
+# So trust the answer only a little. Take the belief, and add back the noise that the model found, but somewhat less of
+# it:
 #
 # $$x_{t'} = \sqrt{\bar\alpha_{t'}}\, \hat x_0 + \sqrt{1 - \bar\alpha_{t'}}\, \hat\epsilon$$
 #
-# This is one step of **[DDIM](../docs/glossary.md#ddim)** (Song et al., 2021, equation 12, without fresh noise). At the next, smaller $t'$ more can be
-# seen, and the next belief is better.
+# This is one step of **[DDIM](../docs/glossary.md#ddim)** (Song et al., 2021, equation 12, without fresh noise). At
+# the next, smaller $t'$ less is hidden, and the next belief is better.
 
 
 # %%
@@ -276,14 +283,15 @@ plots.show(
 )
 
 # %% [markdown]
-# **What you should see**: all rows start from the very same noise. The word alone decides what becomes of it; without a word,
-# both shapes appear, with points astray between them. Every point had a belief of its own, and the steps have carried it to *one* of the possibilities instead
-# of their mean.
+# **What you should see**: all rows start from the same noise. The word alone decides what becomes of it; without a
+# word, both shapes appear, with stray points between them. Every point had a belief of its own, and the steps have
+# carried it to *one* of the possibilities instead of to their mean.
 #
 # ## Guidance
 #
-# `sample` has a second knob. At every step the network is asked twice, with the word and without. The difference between the two
-# answers is what the word changes, and **[classifier-free guidance](../docs/glossary.md#classifier-free-guidance)** (Ho and Salimans, 2022) takes that difference several times:
+# `sample` has a second parameter. At every step the network is asked twice, with the word and without. The difference
+# between the two answers is what the word changes, and **[classifier-free
+# guidance](../docs/glossary.md#classifier-free-guidance)** (Ho and Salimans, 2022) multiplies that difference:
 #
 # $$\hat\epsilon = \hat\epsilon_{\varnothing} + w\,(\hat\epsilon_{word} - \hat\epsilon_{\varnothing})$$
 #
@@ -302,16 +310,17 @@ plots.show(
 )
 
 # %% [markdown]
-# **What you should see**: at 0 the word is not heard; at 1 it is the model as trained. A larger value removes the stray points,
-# and already bends the ring: it is pulled in on the diagonals, where the cross has its arms. A much larger one leaves hardly
-# more than clumps where the cross is far away. Pictures at a guidance that is too high have the same fault: garish colours and
-# little variety.
+# **What you should see**: at 0 the word has no effect; at 1 the model draws as it was trained. A larger value removes
+# the stray points but already bends the ring, which is pulled in on the diagonals, where the cross has its arms. At a
+# much larger value little is left except clumps far from the cross. Pictures drawn with too much guidance have the
+# same fault: garish colours and little variety.
 #
 # ## The same loop, on the miniature
 #
-# Nothing new is needed for pictures. The point becomes a latent of 6 x 16 x 16 numbers, the network a UNet, the word a prompt's
-# hidden states. One difference: this UNet answers with $v = \sqrt{\bar\alpha_t}\,\epsilon - \sqrt{1 - \bar\alpha_t}\,x_0$ (Salimans and Ho, 2022),
-# a mixture from which noise and picture both follow. First its own version of `belief` and of the noise:
+# Pictures need nothing new. The point becomes a latent of 6 x 16 x 16 numbers, the network becomes a UNet, and the
+# word becomes the hidden states of a prompt. There is one difference: this UNet answers with $v =
+# \sqrt{\bar\alpha_t}\,\epsilon - \sqrt{1 - \bar\alpha_t}\,x_0$ (Salimans and Ho, 2022), a mixture from which both
+# noise and picture can be computed. This is its version of `belief` and of the noise:
 
 
 # %%
@@ -360,16 +369,16 @@ plots.show(
 )
 
 # %% [markdown]
-# **What you should see**: the first belief, from pure noise, is a blurred red dog on a beach: the mean of all pictures that the
-# prompt allows, in the pose that most of them share. The steps make it one of them. Place and colour come first, the outline
-# next, details last. A slider shows every step:
+# **What you should see**: the first belief, from pure noise, is a blurred red dog on a beach. It is the mean of all
+# pictures that the prompt allows, in the pose that most of them share. The steps turn it into one of them: place,
+# colour and the coarse outline are there from the first step, and details come last. A slider shows every step:
 
 # %%
 frames = {f"step {k + 1}, t = {t}": decoded(clean_latent)[0] for k, (t, _, clean_latent) in enumerate(film)}
 browse(frames, "belief at")
 
 # %% [markdown]
-# Is it what diffusers draws? Its pipeline gets the same noise and the same scheduler.
+# Does diffusers draw the same picture? Its pipeline gets the same noise and the same scheduler.
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -377,37 +386,41 @@ pipeline = build_pipeline(base)
 pipeline.scheduler = DDIMScheduler.from_config(base.noise_scheduler.config, set_alpha_to_one=False)
 theirs = pipeline([prompt], latents=latent, num_inference_steps=steps, guidance_scale=guidance).images[0]
 difference = np.abs(np.asarray(mine, dtype=int) - np.asarray(theirs, dtype=int))
-print("the same picture, but for rounding:", difference.mean() < 2.0)
+print("the same picture, up to rounding:", difference.mean() < 2.0)
 
 # %% [markdown]
-# ## What DreamBooth changes
+# ## What DreamBooth adds
 #
-# Nothing in all this. DreamBooth trains the same loss a little further, with five photographs as the world and a word of their
-# own. The paper trains *all* weights of the UNet; this course trains small *adapters* beside them (LoRA, notebook 04), which take
-# a hundredth of the memory. The rest of the course is about doing that without breaking what you have just seen.
+# All of this stays as it is. DreamBooth trains a little further with the same loss, on five photographs and a word of
+# their own. The paper fine-tunes *all* weights of the UNet. This course freezes them and trains small *adapters*
+# beside them (LoRA, notebook 04), which need far less memory; notebook 06 trains both ways and compares them. The rest
+# of the course is about doing that without breaking what you have just seen.
 #
 # ## On your own
 #
 # 1. Draw with 5 steps instead of 40. Where do the points end, and why? (2 minutes)
-# 2. Train a second model whose answer is the clean point itself instead of the noise. What changes in `belief`? (10 minutes)
+# 2. Train a second model whose answer is the clean point itself instead of the noise. What changes in `belief`? (10
+#    minutes)
 # 3. Why must the last panel of the forward process look the same for both words? (think)
 # 4. What does a *negative prompt* do in the formula of guidance? (think)
 #
 # <details><summary>Answers</summary>
 #
-# 1. Between ring and centre: with few steps each belief is trusted for too long, and the beliefs at high noise lie near the mean.
-# 2. The answer is the belief; the noise follows from it. Near $t = 0$ such a model has little to do, near $t = 999$ a noise-predicting
-#    one has: that is why $v$, a mixture of the two, is easier for a small model.
-# 3. Drawing starts from pure noise, whatever the word. If something of the shape were left at $t = 999$, the model would expect it
-#    there, and noise without it would be unlike anything it has seen in training.
+# 1. Between the ring and the centre: with few steps each belief is trusted for too long, and the beliefs at high noise
+#    lie near the mean.
+# 2. The answer is the belief, and the noise is computed from it. Such a model has little to do near $t = 0$, and a
+#    model that predicts noise has little to do near $t = 999$. That is why $v$, a mixture of the two, is easier for a
+#    small model.
+# 3. Drawing starts from pure noise, whatever the word. If something of the shape were left at $t = 999$, the model
+#    would expect it there, and noise without it would be unlike anything that it has seen in training.
 # 4. It takes the place of the empty prompt: the answer is pushed away from what the negative prompt would give.
 # </details>
 #
 # ## Quiz
 #
-# Five questions about *why*. Decide first, then open an answer.
+# Five questions about *why*. Choose an answer, then open it: it says whether it is right, and why.
 #
-# **1. Why can drawing begin from random numbers that nobody has made out of a picture?**
+# **1. Why can drawing begin from random numbers that were not made from any picture?**
 #
 # <details><summary>A. Because the network was shown pure noise, each time with its picture.</summary>
 #
@@ -416,7 +429,7 @@ print("the same picture, but for rounding:", difference.mean() < 2.0)
 #
 # <details><summary>B. Because at the last timestep noisy pictures and noise look the same.</summary>
 #
-# Right: hardly anything of the picture is left there, so a sample of noise is as good as a noisy picture.
+# Right: almost nothing of the picture is left there, so a sample of noise is as good as a noisy picture.
 # </details>
 #
 # <details><summary>C. Because the prompt holds all that is needed, and noise is ignored.</summary>
@@ -431,9 +444,9 @@ print("the same picture, but for rounding:", difference.mean() < 2.0)
 # Right: many points fit the same noisy one, and an answer that is right on average is wrong for each of them.
 # </details>
 #
-# <details><summary>B. Because the learning rate is too high towards the end of it all.</summary>
+# <details><summary>B. Because the learning rate is too high near the end of training.</summary>
 #
-# No: the rate falls to zero here, and the loss stays: more training would not bring it down by much.
+# No: the learning rate falls to zero here and the loss stays. More training would not lower it by much.
 # </details>
 #
 # <details><summary>C. Because a network of this size cannot hold all training points.</summary>
@@ -441,7 +454,7 @@ print("the same picture, but for rounding:", difference.mean() < 2.0)
 # No: there are no training points to hold: new ones are drawn at every step.
 # </details>
 #
-# **3. Why does the belief shrink towards the centre when much noise is there?**
+# **3. Why does the belief shrink towards the centre when there is much noise?**
 #
 # <details><summary>A. Because the noise schedule makes all the coordinates smaller.</summary>
 #
@@ -453,26 +466,26 @@ print("the same picture, but for rounding:", difference.mean() < 2.0)
 # No: timesteps are drawn evenly, so all of them were seen equally often.
 # </details>
 #
-# <details><summary>C. Because the mean of all that is possible costs the least error.</summary>
+# <details><summary>C. Because the mean of all possible points has the least error.</summary>
 #
 # Right: a squared error is smallest for the mean, and the mean of a ring is its centre.
 # </details>
 #
-# **4. Why does DDIM put noise back in after each belief?**
+# **4. Why does DDIM add noise back after each belief?**
 #
 # <details><summary>A. So that the next point looks like one of its timestep to the network.</summary>
 #
-# Right: at the timestep that comes next the network expects as much noise as the schedule says.
+# Right: at the next timestep the network expects as much noise as the schedule says.
 # </details>
 #
 # <details><summary>B. So that two runs from the same noise end in different pictures.</summary>
 #
-# No: the noise that goes back in is the one that was found: the same start gives the same end.
+# No: the noise that is added back is the noise that was found, so the same start gives the same end.
 # </details>
 #
 # <details><summary>C. So that the picture gets a grain, as photographs have it as well.</summary>
 #
-# No: at the end of the way no noise is left; a grain would be a fault of the model.
+# No: no noise is left after the last step; a grain would be a fault of the model.
 # </details>
 #
 # **5. Why is one point in four shown without its word during training?**
@@ -495,7 +508,8 @@ print("the same picture, but for rounding:", difference.mean() < 2.0)
 # ## In short
 #
 # - The forward process is a formula; training asks a network for the noise in a noisy picture, by a squared error.
-# - The best answer is a mean, so one step gives a blur; many steps, each believing a little, give one sharp picture.
+# - The best answer is a mean, so one step gives a blur; many steps, each of which trusts the answer a little, give one
+#   sharp picture.
 # - Guidance asks twice and exaggerates the difference that the prompt makes.
 #
 # Next: [01 Instance data](01_instance_data.ipynb), the photographs and their prompts.

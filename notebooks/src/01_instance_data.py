@@ -12,17 +12,17 @@
 # **What you will do**: check a folder of photographs, look at exactly the pixels that training will use, choose an
 # [identifier](../docs/glossary.md#identifier), and write the two prompts.
 #
-# **What you will learn**: what makes a good set of photographs; what a *rare identifier* is and how to see whether a
-# word is one; why a folder that looks fine in a file browser may not be. Afterwards you can prepare a folder of your own
-# and know what is wrong with it before any training.
+# **What you will learn**: what makes a good set of photographs; what a *rare identifier* is and how to check whether a
+# word is one; why a folder that looks fine in a file browser can still be bad. Afterwards you can prepare a folder of
+# your own and find its faults before any training.
 #
-# **What you need**: notebook [00](00_start_here.ipynb) for the story. About twenty seconds on two CPU cores.
+# **What you need**: notebook [00](00_start_here.ipynb) for the overview. About twenty seconds on two CPU cores.
 #
 # ---
 
 # %% [markdown]
-# Run this first. It makes `dbnb` importable and changes nothing that is already installed. On Colab it asks for a file: give
-# it the project's wheel or zip, or set `DBNB_SOURCE`.
+# Run this first. It makes `dbnb` importable and changes nothing that is already installed. On Colab it asks for a
+# file: give it the project's wheel or zip, or set `DBNB_SOURCE`.
 
 # %% tags=["skip-execution", "nbval-skip"]
 import importlib.util
@@ -40,9 +40,10 @@ if importlib.util.find_spec("dbnb") is None:
         raise SystemExit("dbnb is not here: open this notebook inside the project, set DBNB_SOURCE, or pip install it.")
     subprocess.run([sys.executable, "-m", "pip", "install", "-q", DBNB_SOURCE or str(projects[0])], check=True)
     importlib.invalidate_caches()
+importlib.import_module("dbnb")  # before torch, whose threads it keeps from spinning
 
 # %% [markdown]
-# The new module is `dbnb.concept`: photographs and words become a `Concept`.
+# The new module is `dbnb.concept`, which makes a `Concept` of photographs and words.
 
 # %%
 import tempfile
@@ -66,11 +67,14 @@ from dbnb.validation import draw
 workflow.quiet_libraries()
 config = DreamBoothConfig()
 
+# %%
+plots.you_are_here("01")
+
 # %% [markdown]
 # ## The photographs
 #
-# Three to ten pictures are enough; the DreamBooth paper took three to five. What counts is what they have in common and
-# what they do not: **whatever is the same in all of them becomes part of the subject**.
+# Three to ten pictures are enough; the DreamBooth paper used three to five. What matters is what they have in common:
+# **everything that is the same in all of them becomes part of the subject**.
 
 # %%
 concept = Concept.from_folder(None, config.identifier, config.class_word, resolution=config.resolution)
@@ -86,15 +90,15 @@ plots.show(
 )
 
 # %% [markdown]
-# A good set varies in everything but the subject: place, light, side, distance. This one varies in place and light, and in
-# side and distance a little: all toys of the miniature's world are seen from nearly one side. Of your own subject show all
-# sides. Five pictures from one sofa teach the sofa too.
+# A good set varies in everything except the subject: place, light, viewpoint, distance. This one varies in place and
+# light, and a little in viewpoint and distance, because all toys of the miniature's world are seen from nearly the
+# same side. Photograph your own subject from all sides. Five pictures on the same sofa teach the sofa as well.
 #
 # ## A folder from real life
 #
-# Photographs come from telephones, messengers and screenshots. Let us make a folder with the troubles that such folders
-# have: a picture that is only *marked* as rotated, a copy under another name, a file that was cut off while it was sent,
-# a thumbnail, a small picture, and what a file browser leaves behind.
+# Photographs come from telephones, messengers and screenshots. Let us make a folder with the problems of such folders:
+# a picture that is only *marked* as rotated, a copy under another name, a file that was cut off during transfer, a
+# thumbnail, a small picture, and a file that a file browser left behind.
 
 # %%
 temporary = tempfile.TemporaryDirectory()
@@ -112,8 +116,9 @@ first.resize((48, 48)).save(folder / "small.png")
 _ = (folder / "Thumbs.db").write_bytes(b"left by a file browser")
 
 # %% [markdown]
-# One trouble more, and one that cannot be seen. Somebody cut an oval around the dog, and what lay outside is now *transparent*. But a
-# transparent pixel still has a colour in the file; programs merely do not paint it. Here that hidden colour is a loud pink.
+# One more problem cannot be seen. Somebody cut an oval around the dog, and everything outside it is now *transparent*.
+# But a transparent pixel still has a colour in the file; programs just do not show it. Here that hidden colour is a
+# loud pink.
 
 # %%
 dog = load_image(SAMPLE_DIR / "photos" / "03.png")
@@ -136,15 +141,15 @@ for note in notes:
 print(len(paths), "of", len(notes), "are used")
 
 # %% [markdown]
-# Nothing was skipped without a word. The reasons (in part in the words of Pillow, which reads the pictures; `small.png` and
-# `telephone.jpg` are the same photograph, and near copies are used, but named):
+# Nothing was skipped silently. These are the reasons; some are in the words of Pillow, which reads the pictures.
+# (`small.png` and `telephone.jpg` are the same photograph: near copies are used, but they are reported.)
 
 # %%
 Table({"file": note.name, "size": note.size, "note": note.note} for note in notes)
 
 # %% [markdown]
-# Two of the files that are used had to be mended on the way. **Predict**: what would a program have seen that takes the
-# stored pixels as they are?
+# Two of the files that are used had to be corrected while they were loaded. **Predict**: what would a program see that
+# takes the stored pixels as they are?
 
 # %%
 troubled = [folder / "telephone.jpg", folder / "cut-out.png"]
@@ -161,14 +166,14 @@ plots.show(
 )
 
 # %% [markdown]
-# **What you should see**: above, a dog on its side, and a dog in pink; a training on the upper row would learn both. Below,
-# upright as your eyes see it, and on white.
+# **What you should see**: above, a dog on its side and a dog on pink; training on the upper row would teach both.
+# Below, the dogs are upright, and the transparent background is white.
 #
 # ## Exactly what the model will see
 #
 # Training does not see your photographs. It sees squares of `resolution` pixels cut out of them, with values between
-# -1 and 1. Look at these squares once before every training: cut-off heads, wrong sides and unreadable details show
-# here, before they cost an hour.
+# -1 and 1. Look at these squares before every training: cut-off heads, rotated pictures and lost details can be seen
+# here before they cost you an hour.
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -190,9 +195,10 @@ plots.show(
 )
 
 # %% [markdown]
-# Photographs that are not square are cut: in the middle, or anywhere if `center_crop` is off. A long picture may lose its
-# subject; such notes say so where one side is more than three times the other. Here is a wide one, three times the
-# first photograph side by side. **Predict**: which of the crops shows one whole dog?
+# Photographs that are not square are cropped: in the middle, or at a random place if `center_crop` is off. A long
+# picture can lose its subject in this way, and the notes above warn where one side is more than three times the other.
+# Here is a wide picture: the first photograph three times, side by side. **Predict**: which of the crops show one
+# whole dog?
 
 # %%
 Image.fromarray(np.hstack([np.asarray(photographs[0])] * 3)).save(folder / "wide.png")
@@ -205,18 +211,20 @@ plots.show(
         VaeImageProcessor().postprocess(torch.stack(pieces)),
         inches=1.3,
         titles=["middle", *(f"random {number}" for number in range(5))],
-        title="A random crop of a wide picture may cut the subject",
+        title="A random crop of a wide picture cuts the subject more often than not",
     ),
     alt="Six crops of one wide picture: the middle one shows the dog whole, random ones may cut it in two",
 )
 
 # %% [markdown]
-# **What you should see**: the middle crop shows one whole dog; of the random ones, few do.
+# **What you should see**: the crop from the middle shows one whole dog. Most of the random crops cut a dog in two, and
+# training would not complain. So crop wide photographs yourself, or use `center_crop` if the subject is in the middle.
 #
 # ## A toy of your own
 #
-# On the miniature the subject need not be the sample toy. Where the fields below are shown, choose, and the picture follows;
-# `designer.photographs(folder)` writes five photographs to train on, in the five places where the sample toy stood.
+# On the miniature the subject does not have to be the sample toy. Choose with the fields below (they need a live
+# notebook), and the picture follows. `designer.photographs(folder)` writes five photographs to train on, in the five
+# places of the sample toy.
 
 # %%
 from dbnb.widgets import ToyDesigner
@@ -234,12 +242,12 @@ plots.show(
 # %% [markdown]
 # ## Is this picture in the base's world?
 #
-# A base can be taught a new toy, because it knows toys. What it has never met at all, a few hundred steps will not teach it:
-# on the miniature five photographs of a real dog end as smears. Whether a picture is in a base's world can be asked before
-# training, in two ways. How much of it does the *autoencoder* give back? (PSNR, in decibels: 10 more are a tenth of the
-# squared error.) And how well does the base *denoise* it, told only `a photo of a dog`? Both are compared with class images,
-# which the base drew itself (notebook 02). **Predict**: which of these three are inside: the sample's first photograph, one
-# of your toy, a picture of noise?
+# A base can learn a new toy because it knows toys. A few hundred steps cannot teach it something that is unlike all it
+# has seen: five photographs of a real dog end as smears on the miniature. Two measurements tell before training
+# whether a picture is in a base's world. How well does the *autoencoder* reproduce it? (PSNR, in decibels: 10 dB more
+# means a tenth of the squared error.) And how well does the base *denoise* it when it is told only `a photo of a dog`?
+# Both are compared with class images, which the base drew itself (notebook 02). **Predict**: which of these three are
+# in its world: the sample's first photograph, one of your toy, a picture of noise?
 
 # %%
 from dbnb.fit import base_fit
@@ -267,23 +275,26 @@ fit
 print(fit.remark())
 
 # %% [markdown]
-# **What you should see**: the two renders have a higher loss and a lower PSNR than the base's own drawings, since they are
-# new; the noise is far beyond both. The distance counts in standard deviations of the class images, and beyond 8 a run says
-# this sentence. Real photographs lie where the noise lies: they want another base, such as `sd15`.
+# **What you should see**: the two renders have a higher loss and a lower PSNR than the base's own drawings, since they
+# are new to it; the noise is far beyond both. The distance is given in standard deviations of the class images, and
+# beyond 8 a run prints this sentence. Real photographs are as far away as the noise: they need another base, such as
+# `sd15`.
 #
 # ## The identifier
 #
-# A *[tokenizer](../docs/glossary.md#tokenizer)* cuts a prompt into *[tokens](../docs/glossary.md#token)*, words or pieces of words from a fixed list, and gives the model their numbers in
-# that list.
+# A *[tokenizer](../docs/glossary.md#tokenizer)* splits a prompt into *[tokens](../docs/glossary.md#token)*, words or
+# pieces of words from a fixed list, and gives the model their numbers in that list.
 #
-# The subject needs a name that means nothing yet. A name that means something (`red`, `Bella`) brings its meaning along,
-# and training has to fight it. A long random string falls apart into pieces that occur in other words too. So DreamBooth
-# takes a **[rare token](../docs/glossary.md#rare-token)**: a short string that the tokenizer keeps whole and that hardly occurred in the model's training.
-# In Stable Diffusion even `sks` has a meaning: it is the name of a rifle, which is why many people choose another rare
-# token there, such as `ohwx`.
+# The subject needs a name that means nothing yet. A word that means something, such as `red`, can be learned just as
+# well (notebook 08 measures it), but it brings its old meaning along at first, and after training the base has lost
+# its word for red things. A long random string is split into pieces that occur in other words too. So DreamBooth uses
+# a **[rare token](../docs/glossary.md#rare-token)**: a short string that the tokenizer keeps whole and that hardly
+# occurred in the model's training. In Stable Diffusion even `sks` has a meaning: it is the name of a rifle, and rifles
+# do appear in pictures. That is why many people choose another rare token there, such as `ohwx`.
 #
 # A tokenizer that was learned by merging frequent pairs lists common words first: the higher the number, the rarer the
-# token. `token_report` makes a rule of thumb of it: one token, with a number near the end of the list.
+# token. `token_report` uses this as a rule of thumb: a good identifier is one token, with a number near the end of the
+# list.
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -298,10 +309,10 @@ print(len(components.tokenizer), "tokens in all")
 print("numbers:", {r.identifier: r.ids[0] for r in reports if len(r.ids) == 1})
 
 # %% [markdown]
-# `</w>` marks the end of a word. Two words fall into pieces; the others are one token each, and their numbers tell the
-# common from the rare. That so many are whole is peculiar to this base. Its tokenizer was made for the captions of the
-# toy world, where a few dozen words are all there is, and six identifiers were added to it on purpose. No caption of its
-# photographs carries any of them, so they mean nothing to the base.
+# `</w>` marks the end of a word. Two of the words are split into pieces; the others are one token each, and their
+# numbers separate the common ones from the rare ones. It is peculiar to this base that so many words are whole: its
+# tokenizer was made for the captions of the toy world, which have only a few dozen words, and six identifiers were
+# added to it on purpose. None of them occurs in a caption, so they mean nothing to the base.
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -315,14 +326,14 @@ print(f"{len(spoken)} of the captions' words and {len(IDENTIFIERS)} identifiers;
 print("identifiers:", ", ".join(IDENTIFIERS))
 
 # %% [markdown]
-# On another base the same words split otherwise: Stable Diffusion has tens of thousands of tokens, and keeps many words whole
-# that fall apart here. So ask the tokenizer of *your* base. It is a small download of its own:
-# `token_report(AutoTokenizer.from_pretrained("stable-diffusion-v1-5/stable-diffusion-v1-5", subfolder="tokenizer"), "sks")`,
-# with `AutoTokenizer` from `transformers`.
+# Another base splits the same words differently: Stable Diffusion has tens of thousands of tokens, and keeps many
+# words whole that are split here. So ask the tokenizer of *your* base, which is a small download of its own:
+# `token_report(AutoTokenizer.from_pretrained("stable-diffusion-v1-5/stable-diffusion-v1-5", subfolder="tokenizer"),
+# "sks")`, with `AutoTokenizer` from `transformers`.
 #
-# And what of `toy`? By its number it looks as rare as the identifiers, and on this base it is: the miniature's tokenizer
-# knows the word, but no caption of its training contains it. A rule of thumb counts what the model was told, not what you
-# know. On Stable Diffusion, `toy` means toys.
+# What about `toy`? By its number it is as rare as the identifiers, and on this base that is true: the miniature's
+# tokenizer has the word, but no caption of its training contains it. The rule of thumb counts what the model was told,
+# not what you know. In Stable Diffusion, `toy` means toys.
 #
 # Try words of your own. (The field needs a live notebook; on a web page you see the first answer.)
 
@@ -334,11 +345,11 @@ identifier_explorer(components.tokenizer)
 # %% [markdown]
 # ## A vector of its own
 #
-# Every token has a vector, its row in the text encoder's *[embedding table](../docs/glossary.md#embedding-table)*: this is all that the text encoder knows of a
-# token before it reads the rest of the prompt. An identifier needs a vector that no other token shares. If `sks` had the
-# vector of `a`, no training could tell `a photo of sks dog` from `a photo of a dog`. The *[cosine](../docs/glossary.md#cosine)* between two vectors is 1
-# where they point in the same direction and near 0 where they have nothing in common. **Predict**: which of these tokens
-# are alike?
+# Every token has a vector, its row in the text encoder's *[embedding table](../docs/glossary.md#embedding-table)*.
+# This is all that the text encoder knows about a token before it reads the rest of the prompt. An identifier needs a
+# vector that no other token shares. If `sks` had the vector of `a`, no training could tell `a photo of sks dog` from
+# `a photo of a dog`. The *[cosine](../docs/glossary.md#cosine)* between two vectors is 1 if they point in the same
+# direction, and near 0 if they have nothing in common. **Predict**: which of these tokens are alike?
 
 # %%
 vectors = torch.nn.functional.normalize(components.text_encoder.get_input_embeddings().weight.detach(), dim=1)
@@ -360,14 +371,14 @@ assert cosines.max() < 0.5, cosines.max()
 print(f"largest cosine between an identifier and any other of the {len(vectors)} tokens: {cosines.max():.1f}")
 
 # %% [markdown]
-# **What you should see**: strong colour on the diagonal only. The identifiers are as far from each other as they are from the
-# words.
+# **What you should see**: strong colour on the diagonal only. The identifiers are as far from each other as they are
+# from the words.
 #
-# Is such a vector also *heard*? The UNet never sees the embedding table. It sees the text encoder's *[hidden states](../docs/glossary.md#hidden-state)*, one
-# vector for each token of the prompt, after three layers in which every token can take up something of the tokens before
-# it. What has reached the state of `dog`, and that of the last position, when one word is put before `dog`? The bars show
-# how far these two states move, as a distance from those of `a photo of a dog`. **Predict**: will an identifier move them
-# as far as a colour does?
+# Does such a vector also have an effect? The UNet never sees the embedding table. It sees the text encoder's *[hidden
+# states](../docs/glossary.md#hidden-state)*, one vector for each token of the prompt, after three layers in which each
+# token can take up information from the tokens before it. The bars show how far two of these states move when one word
+# is put before `dog`: the state of `dog`, and that of the last position. The distance is from the states of `a photo
+# of a dog`. **Predict**: will an identifier move them as far as a colour?
 
 # %%
 added = ["sks", "zwx", "red", "blue", "spotted"]
@@ -381,7 +392,7 @@ moved = {
     for i, word in enumerate(added, start=1)
 }
 plots.show(
-    plots.bars(moved, ylabel="distance", title="The text encoder hears an unknown name as clearly as a colour"),
+    plots.bars(moved, ylabel="distance", title="An unknown name moves the states as far as a colour does"),
     alt="Pairs of bars for two identifiers, two colours and a pattern: all move the hidden states by similar distances",
 )
 print(f"for comparison, a hidden state is about {states.norm(dim=-1).mean():.1f} long")
@@ -392,17 +403,17 @@ assert min(moved["sks"].values()) > 0.5 * min(moved["red"].values()), moved
 print("'sks' moves both states at least half as far as 'red' does")
 
 # %% [markdown]
-# **What you should see**: bars of the same order for identifiers and for words. The second bar counts as much as the first:
-# the UNet looks at all positions, and most of a short prompt's positions come after its last word. A text encoder that
-# ignores an unknown word gives subject and class the same states, and then the adapters on the UNet have nothing to tell
-# them apart by. Stable Diffusion's text encoder, a CLIP, has met almost any string of letters in the captions of the web.
-# The miniature's learned to hear unknown names in a short training stage of its own, with a new random vector for the
-# identifier at every step.
+# **What you should see**: bars of the same order for identifiers and for words. The second bar matters as much as the
+# first: the UNet looks at all positions, and most positions of a short prompt come after its last word. A text encoder
+# that ignores an unknown word gives the subject and the class the same states, and then the adapters on the UNet
+# cannot tell them apart. Stable Diffusion's text encoder, a CLIP, has seen almost every string of letters in captions
+# from the web. The miniature's text encoder learned to pass on unknown names in a short training stage of its own,
+# with a new random vector for the identifier at every step.
 #
 # ## Is the word really empty?
 #
-# So the text encoder hears the word. Does the base also draw something particular for it? **Predict**: three prompts, each
-# column from one noise: `a photo of a dog`, `a photo of sks dog`, `a photo of a red dog`. What will each row have in common?
+# So the text encoder passes the word on. Does the base also draw something particular for it? Here are three prompts,
+# each column from the same noise. **Predict**: what will the pictures of each row have in common?
 
 # %%
 prompts = ["a photo of a dog", "a photo of sks dog", "a photo of a red dog"]
@@ -413,13 +424,13 @@ plots.show(
 )
 
 # %% [markdown]
-# **What you should see**: `red` changes every dog in the same way. `sks` does not: a dog may come out a little differently,
-# since the prompt is not quite the same, but the dogs of the second row have nothing in common that those of the first row
-# lack. That is what *empty* means: the word is heard, and has no meaning yet. Training gives it one. (Notebook 03 measures
-# how little of the word reaches the UNet's answer before training.)
+# **What you should see**: `red` changes every dog in the same way. `sks` does not: some dogs differ a little from
+# those above them, since the prompt is not quite the same, but the dogs of the second row have nothing in common that
+# those of the first row lack. That is what *empty* means: the word is passed on, and has no meaning yet. Training
+# gives it one. (Notebook 03 measures how little of the word reaches the UNet's answer before training.)
 #
-# Counting is better than looking. The miniature comes with a *judge*, a small network that names the colour of a toy. How
-# many dogs of each colour does it see in each row?
+# Counting is better than looking. The miniature comes with a *judge*, a small network that names the colour of a toy.
+# How many dogs of each colour does it see in each row?
 
 # %%
 from dbnb.miniature.data import ATTRIBUTES, COLOR_NAMES
@@ -433,9 +444,10 @@ Table(
 )
 
 # %% [markdown]
-# If `sks` had a colour, its row would stand in one column. As a check that can fail: `sks` dogs have at least three colours, and
-# most `red` dogs are red. As an identifier `red` would be a poor choice for two reasons: training has to overcome its
-# meaning, and afterwards the base has lost its word for red dogs.
+# If `sks` had a colour, all dogs of its row would be counted in one column. As a check that can fail: `sks` dogs have
+# at least three colours, and most `red` dogs are red. This is why `red` would be a poor identifier: a training that
+# gives it a new meaning takes the old one away, and afterwards the base has no word for red dogs (notebook 09, entry
+# 14).
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -452,12 +464,13 @@ print("'sks' is empty, 'red' is not")
 # | `a photo of [identifier] [class]` | the [instance images](../docs/glossary.md#instance-image): the subject's name, and what kind of thing it is |
 # | `a photo of a [class]` | the class images: the kind of thing alone (notebook 02) |
 #
-# No article stands before the identifier, as in the paper: it is used like a name. (`instance_prompt` takes any other
-# sentence that contains the identifier. Notebook 07 asks for the subject in twelve sentences that training never used.)
+# As in the paper, the identifier has no article: it is used like a name. (`instance_prompt` takes any other sentence
+# that contains the identifier. Notebook 07 asks for the subject in twelve sentences that training never used.)
 #
-# The [class word](../docs/glossary.md#class-word) is no decoration. It lets the subject inherit all that the model knows of dogs: how they stand, how
-# they look from behind, that they go to the beach. In the paper, subject fidelity falls from 0.74 to 0.30 without a class
-# word, and to 0.45 with a wrong one (table 4; DINO is the image encoder that compares).
+# The [class word](../docs/glossary.md#class-word) matters. It lets the subject inherit everything that the model knows
+# about dogs: how they stand, how they look from behind, that they go to the beach. In the paper, subject fidelity
+# falls from 0.74 to 0.30 without a class word, and to 0.45 with a wrong one (table 4; the pictures are compared by the
+# image encoder DINO).
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -466,8 +479,8 @@ for identifier, class_word in (("sks", "dog"), ("ohwx", "teapot")):
     print(made.instance_prompt, "|", made.class_prompt)
 
 # %% [markdown]
-# An [instance prompt](../docs/glossary.md#instance-prompt) without the identifier would teach the subject to the class word, and every dog would become it. So
-# that is an error, before anything is loaded:
+# An [instance prompt](../docs/glossary.md#instance-prompt) without the identifier would attach the subject to the
+# class word, and every dog would become the subject. So this is an error, raised before anything is loaded:
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -477,7 +490,7 @@ except ValueError as error:
     print(error)
 
 # %% [markdown]
-# The folder with the troubles can go:
+# The folder with the problems is no longer needed:
 
 # %%
 temporary.cleanup()
@@ -487,8 +500,8 @@ temporary.cleanup()
 #
 # ### Exercise A: the two prompts (5 minutes)
 #
-# Write the function that makes the instance prompt and the [class prompt](../docs/glossary.md#class-prompt) of an identifier and a class word. The class words of
-# other people may be elephants or umbrellas.
+# Write the function that makes the instance prompt and the [class prompt](../docs/glossary.md#class-prompt) from an
+# identifier and a class word. Other people train on elephants and umbrellas.
 
 # %%
 from dbnb.exercises import check_01a
@@ -523,10 +536,10 @@ check_01a(prompts)
 #
 # ### Exercise B: your own token report (8 minutes)
 #
-# Write the rule of thumb that `token_report` uses. A word is `"split"` when the tokenizer cuts it into several tokens, `"rare"`
-# when it is one token in the last tenth of the ordinary tokens' numbers, and `"common"` otherwise. `tokenizer(word).input_ids`
-# are the numbers of its tokens, `tokenizer.all_special_ids` those of the special tokens (start, end, padding), and
-# `tokenizer.get_vocab()` is the whole list, token to number.
+# Write the rule of thumb that `token_report` uses. A word is `"split"` when the tokenizer cuts it into several tokens,
+# `"rare"` when it is one token in the last tenth of the ordinary tokens' numbers, and `"common"` otherwise.
+# `tokenizer(word).input_ids` are the numbers of its tokens, `tokenizer.all_special_ids` those of the special tokens
+# (start, end, padding), and `tokenizer.get_vocab()` is the whole list, token to number.
 
 # %%
 from dbnb.exercises import check_01b
@@ -547,7 +560,8 @@ check_01b(verdict)
 #
 # <details><summary>Hint 2</summary>
 #
-# The last tenth begins at nine tenths of the highest number. Which tokens must not count when you look for that number?
+# The last tenth begins at nine tenths of the highest number. Which tokens must you leave out when you look for that
+# number?
 # </details>
 #
 # <details><summary>Solution</summary>
@@ -566,10 +580,10 @@ check_01b(verdict)
 # %% [markdown]
 # ## On your own
 #
-# 1. Put three to ten pictures of something of yours into a folder and look at the report and the squares. What would
-#    you take again? (5 minutes)
+# 1. Put three to ten pictures of something of yours into a folder and look at the report and the squares. Which
+#    pictures would you take again? (5 minutes)
 # 2. Which of `hta`, `pjf`, `kvj` and `toy` are good identifiers on the miniature? (2 minutes)
-# 3. Why is a mirrored copy of a photograph no new photograph, and when does it do harm? (2 minutes)
+# 3. Why is a mirrored copy not a new photograph, and when does it do harm? (2 minutes)
 #
 # <details><summary>Answers</summary>
 #
@@ -583,27 +597,27 @@ check_01b(verdict)
 # plots.show(plots.show_images(VaeImageProcessor().postprocess(mine_seen)), alt="the squares that training would see")
 # ```
 #
-# 2. `hta` and `pjf` are two of the six identifiers: whole and rare. `kvj` falls into pieces. `toy` is whole and, on this
-#    base, rare as well: it would do here, and nowhere else.
+# 2. `hta` and `pjf` are two of the six identifiers: whole and rare. `kvj` is split into pieces. `toy` is whole and, on
+#    this base, rare as well: it would work here, and on no other base.
 #
 # ```python
 # for word in ("hta", "pjf", "kvj", "toy"):
 #     print(f"{word:4} {token_report(components.tokenizer, word).verdict}")
 # ```
 #
-# 3. It shows nothing that the first does not. With writing on the subject, or an asymmetric one, it teaches what is
-#    false: that is why `random_flip` is off by default.
+# 3. It shows nothing that the original does not show. If the subject is asymmetric or has writing on it, the copy
+#    teaches something false. That is why `random_flip` is off by default.
 # </details>
 #
 # ## Quiz
 #
-# Five questions about *why*. Choose an answer, then open it: each says whether it is right, and why or why not.
+# Five questions about *why*. Choose an answer, then open it: it says whether it is right, and why.
 #
 # **1. Why should the photographs show the subject in different places?**
 #
 # <details><summary>A. What all photographs have in common is learned as a part of the subject.</summary>
 #
-# Right: five pictures from one sofa teach the sofa too; different places leave only the subject in common.
+# Right: five pictures on one sofa teach the sofa too; in different places only the subject is in common.
 # </details>
 #
 # <details><summary>B. The model needs one photograph for each place that it is to draw later.</summary>
@@ -654,7 +668,7 @@ check_01b(verdict)
 #
 # <details><summary>A. Its vector is too short to have any influence on the pictures that are drawn.</summary>
 #
-# No: it moves the states about as far as a colour does, so it is not too short to be heard.
+# No: it moves the states about as far as a colour does, so it is not too short to have an effect.
 # </details>
 #
 # <details><summary>B. The tokenizer replaces it by <code>dog</code> before the text encoder gets to see it.</summary>
@@ -662,16 +676,16 @@ check_01b(verdict)
 # No: it is one of the tokenizer's own tokens, with its own number, and is passed on.
 # </details>
 #
-# <details><summary>C. The text encoder hears it, but nothing has taught the UNet what to draw for it.</summary>
+# <details><summary>C. The text encoder passes it on, but the UNet has not learned what to draw for it.</summary>
 #
-# Right: heard and empty is just what an identifier should be; training gives it its meaning.
+# Right: passed on and empty is what an identifier should be; training gives it its meaning.
 # </details>
 #
-# **5. Why does the word `toy` count as rare on this base, though everybody knows it?**
+# **5. Why does the word `toy` count as rare on this base, although everybody knows it?**
 #
 # <details><summary>A. Its number in the list is high, and no caption of this base has ever used it.</summary>
 #
-# Right: what counts is what the model was told; Stable Diffusion was told about toys.
+# Right: what matters is what the model was told; Stable Diffusion was told about toys.
 # </details>
 #
 # <details><summary>B. The word is shorter than the others, and short words have the highest numbers.</summary>
@@ -689,6 +703,6 @@ check_01b(verdict)
 # - The pixels that training sees are squares of `resolution` pixels: look at them.
 # - Vary everything but the subject.
 # - The identifier is one rare token with a vector of its own; the prompt carries it together with the class word.
-# - A good identifier is heard by the text encoder and means nothing to the base.
+# - A good identifier reaches the text encoder's states and means nothing to the base.
 #
-# Next: [02 Prior preservation](02_prior_preservation.ipynb), or what the class images are for.
+# Next: [02 Prior preservation](02_prior_preservation.ipynb), which shows what the class images are for.

@@ -12,8 +12,8 @@
 # **What you will do**: load a Stable Diffusion, send a picture through its autoencoder, a prompt through its text
 # encoder, and noise through its [UNet](../docs/glossary.md#unet), step by step, until it is a picture.
 #
-# **What you will learn**: what the parts are and what each expects; which of them DreamBooth trains (none, at first);
-# how a base says of itself what it is; what a smaller number format saves. Afterwards you can write the sampling loop of a
+# **What you will learn**: what the parts are and what each of them expects; how the UNet is built inside; how the
+# files of a base say what it is; what a smaller number format saves. Afterwards you can write the sampling loop of a
 # diffusion model from memory: it is ten lines.
 #
 # **What you need**: notebook [00](00_start_here.ipynb). About twenty seconds on two CPU cores.
@@ -21,8 +21,8 @@
 # ---
 
 # %% [markdown]
-# Run this first. It makes `dbnb` importable and changes nothing that is already installed. On Colab it asks for a file: give
-# it the project's wheel or zip, or set `DBNB_SOURCE`.
+# Run this first. It makes `dbnb` importable and changes nothing that is already installed. On Colab it asks for a
+# file: give it the project's wheel or zip, or set `DBNB_SOURCE`.
 
 # %% tags=["skip-execution", "nbval-skip"]
 import importlib.util
@@ -40,6 +40,7 @@ if importlib.util.find_spec("dbnb") is None:
         raise SystemExit("dbnb is not here: open this notebook inside the project, set DBNB_SOURCE, or pip install it.")
     subprocess.run([sys.executable, "-m", "pip", "install", "-q", DBNB_SOURCE or str(projects[0])], check=True)
     importlib.invalidate_caches()
+importlib.import_module("dbnb")  # before torch, whose threads it keeps from spinning
 
 # %% [markdown]
 # The new module is `dbnb.models`.
@@ -66,8 +67,13 @@ workflow.quiet_libraries()
 components = load_components("miniature")
 components
 
+# %%
+plots.you_are_here("03")
+
 # %% [markdown]
-# Three networks, loaded and **[frozen](../docs/glossary.md#frozen)**: look at the column `trainable`.
+# These are three networks, loaded and **[frozen](../docs/glossary.md#frozen)**: look at the column `trainable`. The
+# DreamBooth paper fine-tunes all weights of the network that removes noise, which is the UNet here. This course leaves
+# them frozen and adds small adapters in notebook 04.
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -75,8 +81,10 @@ trainable = [p for module in components.modules().values() for p in module.param
 print("parts:", ", ".join(components.modules()), "| trainable parameters:", len(trainable))
 
 # %% [markdown]
-# Stable Diffusion 1.5 has the same three, only larger. The sizes of its [text encoder](../docs/glossary.md#text-encoder) and its [VAE](../docs/glossary.md#autoencoder) are published; its UNet is
-# built here from its published shapes, without storage (on torch's device `meta`), so that nothing has to be downloaded.
+# Stable Diffusion 1.5 has the same three parts, only larger. The sizes of its [text
+# encoder](../docs/glossary.md#text-encoder) and its [VAE](../docs/glossary.md#autoencoder) are published. Its UNet is
+# built here from its published shapes, without storage (on torch's device `meta`), so that nothing has to be
+# downloaded.
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -100,17 +108,17 @@ plots.show(
 # %% [markdown]
 # ## What a base says of itself
 #
-# A folder as diffusers (Hugging Face's library of diffusion models) writes it carries an index: which parts there are, and of which class each is. That is where the workflow
-# reads whether there is a VAE (DeepFloyd IF has none). Guessing it from a failed download would take every network
-# error for a model without a VAE.
+# A folder written by diffusers (Hugging Face's library of diffusion models) contains an index of the parts and their
+# classes. There the workflow reads whether the base has a VAE (DeepFloyd IF has none). If it tried to download one and
+# took failure for an answer, every network error would look like a model without a VAE.
 
 # %%
 index = json.loads((components.base / "model_index.json").read_text())
 Table({"part": name, "class": " . ".join(map(str, value))} for name, value in index.items() if isinstance(value, list))
 
 # %% [markdown]
-# Which text encoder it is stands in that part's own config. The table of known architectures is short; a new family is
-# one more row.
+# The config of the text encoder says which architecture it is. The table of known architectures is short; a new family
+# is one more row.
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -120,8 +128,9 @@ Table({"architecture": name, "adapters go to": ", ".join(row.lora_targets)} for 
 # %% [markdown]
 # ## The autoencoder (VAE): pictures to latents and back
 #
-# Diffusion on pixels is expensive. The VAE squeezes a picture into **[latents](../docs/glossary.md#latents)**, of a quarter of the width and height here,
-# with a few more channels, and paints pictures from them. All training happens on latents.
+# Diffusion on pixels is expensive. The VAE encodes a picture into **[latents](../docs/glossary.md#latents)**, which
+# here have a quarter of the width and height and a few more channels, and decodes latents into pictures. All training
+# happens on latents.
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -151,9 +160,9 @@ plots.show(
 )
 
 # %% [markdown]
-# **What you should see**: sky, sea and sand as bands, and something of the robot in most channels. No channel *is* a colour.
-# What the VAE cannot
-# keep, no training on latents can bring back. So look at the way there and back:
+# **What you should see**: sky, sea and sand as bands, and something of the robot in most channels. No channel *is* a
+# colour. Training on latents cannot bring back what the VAE loses. So look at pictures that were encoded and decoded
+# again:
 
 # %%
 toys = [toybox.random_toy(kind, 7) for kind in toybox.KINDS]
@@ -173,9 +182,9 @@ plots.show(
 )
 
 # %% [markdown]
-# **What you should see**: the same toys, a little softer at eyes and edges. The titles are the PSNR of each pair, a
-# logarithm of the mean squared error: six decibels more are a *quarter* of the mean squared error, which is half of a
-# typical pixel's error. In other words:
+# **What you should see**: the same toys, a little softer at eyes and edges. The titles give the PSNR of each pair, a
+# logarithm of the mean squared error: six decibels more mean a *quarter* of the mean squared error, or half of the
+# typical error of a pixel. In grey levels:
 
 # %%
 typical = [255 / 10 ** (value / 20) for value in psnr]
@@ -190,8 +199,8 @@ print(f"half of every pixel's error: {halved - psnr[0]:+.2f} dB")
 # %% [markdown]
 # ## The text encoder: prompts to vectors
 #
-# A prompt becomes tokens, padded to a fixed number, and each token a vector, its *hidden state*, that depends on the tokens
-# before it as well.
+# A prompt becomes tokens, padded to a fixed number, and each token becomes a vector, its *hidden state*, which also
+# depends on the tokens before it.
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -203,9 +212,9 @@ with torch.no_grad():
 print("hidden states:", tuple(hidden.shape))
 
 # %% [markdown]
-# How alike are prompts for the text encoder? Take the mean vector of each prompt, subtract the mean of all prompts, and
-# compute the cosine between any two: 1 is the same direction. **Predict**: is `sks dog` nearer to `dog`, or to `red dog`?
-# Will it be the same as `dog`?
+# How similar are prompts to the text encoder? Take the mean vector of each prompt, subtract the mean of all prompts,
+# and compute the cosine between any two: 1 means the same direction. **Predict**: is `sks dog` nearer to `dog` or to
+# `red dog`? Will it be the same as `dog`?
 
 # %%
 words = ["red dog", "blue dog", "sks dog", "dog", "red car", "blue car", "teapot"]
@@ -223,23 +232,42 @@ plots.show(
 # %%
 nearest = similarity.fill_diagonal_(-1).argmax(1)
 print({word: words[int(other)] for word, other in zip(words, nearest, strict=True)})
+assert words[nearest[0]] == "red car" and words[nearest[2]] == "dog"
 
 # %% [markdown]
-# **What you should see**: `sks dog` is a prompt of its own, nearer to `dog` than to the coloured dogs, and clearly not the
-# same as `dog`. A colour counts for more than a kind: find `red dog`, and see whether `red car` or `dog` is nearer. The
-# second cell names the nearest of each. (Notebook 01 looked at the same states one by one.)
+# **What you should see**: `sks dog` is a prompt of its own, nearer to `dog` than to the coloured dogs, and clearly not
+# the same as `dog`. The printed line names the nearest prompt of each: `red dog` is nearer to `red car` than to `dog`,
+# so a colour counts for more than a kind. (Notebook 01 looked at the same states one by one.)
 #
 # ## The UNet: from noise to a picture
 #
-# The UNet gets noisy latents, a number that says how noisy they are, and the prompt's vectors; its answer tells the noise
-# that it believes to be in there, and so what the clean picture would be. (It may answer with the noise itself, or, as
-# this base does, with a mix of noise and picture called $v$; the *[scheduler](../docs/glossary.md#scheduler)*, the table of how much noise belongs to which
-# step, knows which. Notebook 06 says why.) Take a
-# little of that noise away, ask again, and after some tens of steps there is a picture.
+# The UNet gets noisy latents, a number that says how noisy they are (the timestep), and the prompt's hidden states.
+# Its answer tells which noise it believes to be in the latents, and therefore what the clean picture would be. (Some
+# bases answer with the noise itself. This one answers with a mix of noise and picture called $v$. The
+# *[scheduler](../docs/glossary.md#scheduler)*, the table of how much noise belongs to which step, knows which;
+# notebook 06 says why.) Remove a little of that noise, ask again, and after some tens of steps there is a picture.
+# This is how the UNet is built, as its config tells:
+
+# %%
+plots.show(
+    plots.unet(components.unet, title="The miniature's UNet: down to small latents, and up again"),
+    alt="A U of seven blocks: three down, one in the middle, three up, skip connections between blocks of equal size; "
+    "the timestep enters every block, the prompt enters blocks with cross-attention",
+)
+
+# %% [markdown]
+# **Read it from the left.** The *down* blocks halve the latents and add channels: each number then stands for a larger
+# part of the picture. The *up* blocks reverse this, and a **skip connection** hands each of them what the block of the
+# same size had found, so that details do not have to pass through the narrow middle. **Convolutions** look at
+# neighbouring places. In **self-attention** each place looks at all others, so that a dog's left side knows of its
+# right side. In **cross-attention** each place looks at the words of the prompt; this is the only way in for the
+# prompt. The **timestep** is turned into a vector, as in notebook 00b, and added inside every block. Adapters will sit
+# beside the layers of these blocks.
 #
-# How much does one word in the prompt change that answer? Take the same noisy latents, the same noise level, and one word
-# more: the bars show how far the word moves the last hidden state of the prompt and how far it moves the UNet's answer,
-# both as a share of what `red` does. **Predict**: `sks` moves the states about as far as `red` does (notebook 01). And the answer?
+# How much does one word in the prompt change the answer? Take the same noisy latents, the same timestep, and one more
+# word. The bars show how far the word moves the last hidden state of the prompt, and how far it moves the UNet's
+# answer, both as a share of what `red` does. **Predict**: `sks` moves the states at least as far as `red` does. And
+# the answer?
 
 # %%
 added = ["red", "spotted", "sks", "zwx"]
@@ -256,7 +284,7 @@ shares = {
 }
 plots.show(
     plots.bars(
-        shares, ylabel="change, as a share of red's", title="The text encoder hears 'sks', the base's UNet ignores it"
+        shares, ylabel="change, as a share of red's", title="'sks' moves the text encoder, but not the base's UNet"
     ),
     alt="Pairs of bars: for 'sks' and 'zwx' the state moves as much as for 'red', the UNet's answer hardly at all",
 )
@@ -267,22 +295,24 @@ assert shares["sks"]["UNet's answer"] < 0.3 < shares["sks"]["last hidden state"]
 print("'sks' reaches the text encoder's states and hardly changes the UNet's answer")
 
 # %% [markdown]
-# **What you should see**: for a colour both bars, for an identifier only the first. What the identifier adds to the states lies
-# in directions to which the UNet's cross-attention hardly responds. So a base that was never told about the subject draws a
-# plain dog for `sks dog`, and an adapter on the UNet can learn to respond to exactly these directions (notebook 04).
+# **What you should see**: two bars for a colour, and only the first for an identifier. What the identifier adds to the
+# states lies in directions to which the UNet's cross-attention hardly responds. So a base that was never told about
+# the subject draws a plain dog for `sks dog`, and an adapter on the UNet can learn to respond to exactly these
+# directions (notebook 04).
 #
 # To steer towards the prompt, the UNet is asked twice, with the prompt and with an empty one, and the difference is
 # exaggerated: **[classifier-free guidance](../docs/glossary.md#classifier-free-guidance)** (Ho and Salimans, 2022).
 #
 # $$ \hat v = \hat v_{\text{empty}} + g \, (\hat v_{\text{prompt}} - \hat v_{\text{empty}}) $$
 #
-# ($g$ is `guidance_scale`.) This is the whole loop, without diffusers' *pipeline*, which wraps it in one call:
+# ($g$ is `guidance_scale`.) This is the whole loop, without diffusers' *pipeline*, which wraps it in one call. Its
+# line with `schedule.step` removes the noise; notebook 00b wrote it out, and exercise B asks you for it:
 
 
 # %%
 @torch.no_grad()
 def paint(prompt: str, guidance_scale: float = 2.5, steps: int = 20, seed: int = 1, empty_prompt: str = ""):
-    """The latents from the noise on, step by step, and what the UNet believes at each step to be the clean ones."""
+    """The latents, step by step from the noise on, and the clean latents that the UNet believes in at each step."""
     schedule = DDIMScheduler.from_config(components.noise_scheduler.config)
     schedule.set_timesteps(steps)
     words = encode_prompts(components, [empty_prompt, prompt])
@@ -298,8 +328,8 @@ def paint(prompt: str, guidance_scale: float = 2.5, steps: int = 20, seed: int =
 
 
 # %% [markdown]
-# Latents are kept at a deviation of about 1. `scaling_factor` makes them so and is divided out before decoding (it is 1
-# here, and 0.18215 in Stable Diffusion 1.5):
+# Diffusion works on latents with a standard deviation of about 1. They are multiplied by `scaling_factor` to get
+# there, and divided by it before decoding (it is 1 here, and 0.18215 in Stable Diffusion 1.5):
 
 
 # %%
@@ -311,7 +341,7 @@ def decode(x: torch.Tensor) -> Image.Image:
 
 
 # %% [markdown]
-# **Predict**: at which of 20 steps will you know the place? And at which the colour of the cat?
+# **Predict**: at which of the 20 steps will you recognise the place? And the colour of the cat?
 
 # %%
 trajectory, beliefs = paint("a photo of a purple cat in the snow")
@@ -328,10 +358,11 @@ plots.show(
 )
 
 # %% [markdown]
-# **What you should see**: in the upper row noise for a long time, and then quickly a cat. The lower row tells why: from
-# the first step on there is a guess, pale at first. Place and broad colours come first, the outline next, eyes and ears
-# last. Noisy steps decide what is there, late steps how it looks. Training draws its noise levels at random and so learns
-# all of it.
+# **What you should see**: in the upper row there is noise for a long time, and then quickly a cat. The lower row shows
+# why: there is a guess from the first step on. Step 0 has seen nothing but noise, so its guess is a mean of all that
+# the prompt allows: a blurred purple shape in front of snow. The outline follows within a few steps, then the
+# background; eyes and ears come last. Noisy steps decide what is there, late steps how it looks. Training draws its
+# timesteps at random and so learns both.
 #
 # All guesses, one at a time (in a live notebook):
 
@@ -339,7 +370,8 @@ plots.show(
 browse({f"step {i}": picture for i, picture in enumerate(believed)}, "denoising")
 
 # %% [markdown]
-# How soon is it decided? The distance of each guess from the last one, as a share of where it began:
+# How soon is the picture decided? This is the distance of each guess from the last one, as a share of the first
+# distance:
 
 # %%
 distances = [float((belief - beliefs[-1]).norm()) for belief in beliefs]
@@ -348,19 +380,19 @@ plots.show(
         {"distance": (range(len(distances)), [d / distances[0] for d in distances])},
         xlabel="step",
         ylabel="distance of the guess from the result",
-        title="The guess settles early, then details are mended",
+        title="The guess settles early, then details change",
     ),
     alt="A falling curve: the guess of the first step is far from the result, later ones ever nearer",
 )
+half = next(step for step, distance in enumerate(distances) if distance < distances[0] / 2)
+print(f"half of the distance is covered at step {half} of {len(distances) - 1}")
 
 # %% [markdown]
-# **What you should see**: the first few steps cover most of the way.
-#
 # ## Which word paints what?
 #
-# The prompt reaches the UNet by **cross-attention**: at every place of the latents, each token gets a share of the attention,
-# and the shares sum to 1 (Hertz et al., 2022). `attention_maps` draws one picture and keeps the shares, step by step. Where a
-# word gets much, the picture below is red. **Predict**: which pixels does `red` paint, which `cat`, and which `of`?
+# In **cross-attention**, each token gets a share of the attention at every place of the latents, and the shares of a
+# place sum to 1 (Hertz et al., 2022). `attention_maps` draws one picture and records the shares, step by step. The
+# picture below is red where a word gets much attention. **Predict**: which pixels do `red`, `cat` and `of` paint?
 
 # %%
 from dbnb.config import Sampling
@@ -377,14 +409,14 @@ plots.show(
 )
 
 # %% [markdown]
-# **What you should see**: `red` and `cat` mark the cat, and `beach` the rest. The small words before them mark the place as
-# well: what they pass on was put into their states by the text encoder, and they get whatever attention is left. A map says
-# where a word is heard, not what it does there.
+# **What you should see**: `red` and `cat` mark the cat, and `beach` marks the rest. The small words mark the
+# background as well: a share has to go somewhere, and words that add nothing take what is left. A map says where a
+# word gets attention, not what it does there.
 #
 # ## How much guidance?
 #
-# **Predict**: from 1, where the empty prompt has no say, to 16, where the difference counts sixteen times. More of the
-# prompt each time?
+# At a scale of 1 the empty prompt has no influence, and at 16 the difference is multiplied by sixteen. **Predict**:
+# does the picture follow the prompt better each time?
 
 # %%
 scales = (1.0, 2.0, 4.0, 8.0, 16.0)
@@ -406,22 +438,22 @@ plots.show(
 print({base: suggested(base)["guidance_scale"] for base in ("miniature", "sd15")})
 
 # %% [markdown]
-# **What you should see**: this base follows the prompt at 1 already, for its captions were exact. More guidance makes the
-# purple purer; far beyond the suggested values shadows fade and contrasts are overdone. On a large base, whose captions came
-# from the web, 1 is a mere hint: hence its higher value.
+# **What you should see**: this base follows the prompt even at 1, because its captions were exact. More guidance makes
+# the purple purer; far beyond the suggested value, ears and tail change their colours and contrasts are too strong. A
+# large base, whose captions came from the web, hardly follows the prompt at 1, and therefore suggests a higher value.
 #
 # ## Freeze, cast
 #
-# A frozen part keeps no gradients and no optimizer state, so it can also be kept in a smaller number format. `bfloat16`
-# halves the memory: compare the last column with the table at the top. What will be trained stays in `float32` in any
-# case (notebook 04).
+# A frozen part needs no gradients and no optimizer state, and it can also be stored in a smaller number format.
+# `bfloat16` halves the memory: compare the last column with the table at the top. Trained weights stay in `float32` in
+# any case (notebook 04).
 
 # %%
 load_components("miniature", weight_dtype=torch.bfloat16)
 
 # %% [markdown]
-# Each part can have its own format. A VAE, for one, is often kept in `float32`, since in `float16` it can overflow, and
-# pictures turn black.
+# Each part can have its own format. A VAE, for example, is often kept in `float32`, because it can overflow in
+# `float16`, and then pictures turn black (notebook 09, entry 20).
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -434,9 +466,9 @@ for row in mixed.table():
 #
 # ### Exercise A: which class is the text encoder? (6 minutes)
 #
-# A part's `config.json` says under `architectures` which class it was saved from. Write the function that picks the class from
-# the table of known ones. For an architecture that is not in the table, raise a `ValueError` that names it and lists the known
-# ones: the reader of your error has to know what to do next.
+# A part's `config.json` says under `architectures` from which class it was saved. Write the function that looks this
+# class up in the table of known ones. If the architecture is not in the table, raise a `ValueError` that names it and
+# lists the known ones, so that the reader knows what to do next.
 
 # %%
 from dbnb.exercises import check_03a
@@ -452,12 +484,12 @@ check_03a(text_encoder_class)
 # %% [markdown]
 # <details><summary>Hint 1</summary>
 #
-# `model_type` looks like the right entry too, but both of SDXL's text encoders have the same one.
+# `model_type` looks like the right entry as well, but SDXL's two text encoders have the same one.
 # </details>
 #
 # <details><summary>Hint 2</summary>
 #
-# A config may lack the entry. `config.get("architectures") or ["(none)"]` gives a list in any case.
+# The entry can be missing. `config.get("architectures") or ["(none)"]` gives a list in any case.
 # </details>
 #
 # <details><summary>Solution</summary>
@@ -473,14 +505,15 @@ check_03a(text_encoder_class)
 #
 # ### Exercise B: the line inside `schedule.step` (10 minutes)
 #
-# `paint` left its most important line to the scheduler. Write it yourself, with guidance. The UNet has answered twice, for the
-# empty prompt and for yours. Its answer $v$ and the noisy latents $x$ contain the same picture $x_0$ and the same noise
-# $\epsilon$, mixed in two ways:
+# `paint` leaves its most important line to the scheduler. Write it yourself, with guidance. The UNet has answered
+# twice, for the empty prompt and for yours. Its answer $v$ and the noisy latents $x$ contain the same picture $x_0$
+# and the same noise $\epsilon$, mixed in two ways:
 #
 # $$ x = \sqrt{a}\; x_0 + \sqrt{1 - a}\; \epsilon, \qquad v = \sqrt{a}\; \epsilon - \sqrt{1 - a}\; x_0 $$
 #
-# ($a$, the scheduler's `alphas_cumprod` at this step, says how much of the picture is left.) Solve for $x_0$ and $\epsilon$, then mix
-# them again for the next step, which is less noisy: that is [DDIM](../docs/glossary.md#ddim) (Song et al., 2021).
+# ($a$, the scheduler's `alphas_cumprod` at this step, says how much of the picture is left.) Solve for $x_0$ and
+# $\epsilon$, then mix them again for the next step, which is less noisy: that is [DDIM](../docs/glossary.md#ddim)
+# (Song et al., 2021).
 
 # %%
 from dbnb.exercises import check_03b
@@ -501,8 +534,8 @@ check_03b(less_noise)
 #
 # <details><summary>Hint 2</summary>
 #
-# The two mixtures are a rotation, and a rotation is undone by turning back: $x_0 = \sqrt{a}\, x - \sqrt{1 - a}\, v$, and
-# $\epsilon = \sqrt{1 - a}\, x + \sqrt{a}\, v$.
+# The two mixtures are a rotation, and a rotation is undone by turning back: $x_0 = \sqrt{a}\, x - \sqrt{1 - a}\, v$,
+# and $\epsilon = \sqrt{1 - a}\, x + \sqrt{a}\, v$.
 # </details>
 #
 # <details><summary>Hint 3</summary>
@@ -526,12 +559,12 @@ check_03b(less_noise)
 #
 # 1. Send a picture of pure noise through the VAE and back. Why does it come back as something else? (2 minutes)
 # 2. Call `paint` with a prompt of things that exclude each other (`a photo of a red blue dog`). Who wins? (2 minutes)
-# 3. Put another prompt in place of the empty one: `paint("a photo of a cat", empty_prompt="a photo of a red cat")`. What is
-#    that good for? (2 minutes)
+# 3. Replace the empty prompt: `paint("a photo of a cat", empty_prompt="a photo of a red cat")`. What is that useful
+#    for? (2 minutes)
 #
 # <details><summary>Answers</summary>
 #
-# 1. The VAE learned pictures of toys; it can only paint what looks like them.
+# 1. The VAE was trained on pictures of toys, and can decode only what looks like them.
 #
 # ```python
 # noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
@@ -546,7 +579,8 @@ check_03b(less_noise)
 # plots.show(plots.show_images(both), alt="six dogs, asked to be red and blue")
 # ```
 #
-# 3. A **[negative prompt](../docs/glossary.md#negative-prompt)**: the picture is steered away from it. None of these cats should be red.
+# 3. A **[negative prompt](../docs/glossary.md#negative-prompt)**: the picture is steered away from it. None of these
+#    cats should be red.
 #
 # ```python
 # away = [decode(paint("a photo of a cat", empty_prompt="a photo of a red cat", seed=s)[0][-1]) for s in range(6)]
@@ -556,13 +590,13 @@ check_03b(less_noise)
 #
 # ## Quiz
 #
-# Five questions about *why*. Choose an answer, then open it: each says whether it is right, and why or why not.
+# Five questions about *why*. Choose an answer, then open it: it says whether it is right, and why.
 #
 # **1. Why does diffusion work on latents and not on pixels here?**
 #
 # <details><summary>A. Pixels cannot be noised, because they are whole numbers from 0 to 255.</summary>
 #
-# No: pixels are scaled to -1 to 1 and noised as well as latents; DeepFloyd IF does so.
+# No: pixels scaled to -1 to 1 can be noised just as well as latents; DeepFloyd IF does so.
 # </details>
 #
 # <details><summary>B. Latents are far fewer numbers, and they keep nearly all of the picture.</summary>
@@ -572,19 +606,19 @@ check_03b(less_noise)
 #
 # <details><summary>C. Latents have no colours, so that the UNet needs to learn nothing but shapes.</summary>
 #
-# No: the colours are in the latents too, spread over channels none of which is a colour.
+# No: the latents contain the colours too, spread over channels none of which is a colour.
 # </details>
 #
 # **2. Why does the workflow read `model_index.json` instead of trying to load an autoencoder?**
 #
 # <details><summary>A. Reading the index is needed to find out whether the machine has a GPU.</summary>
 #
-# No: the index lists a model's parts; the devices of a machine are torch's business.
+# No: the index lists a model's parts; torch finds the devices of a machine.
 # </details>
 #
 # <details><summary>B. The file holds the weights of the autoencoder in a format that loads faster.</summary>
 #
-# No: it holds names of classes only; weights lie in the folders of the parts.
+# No: it contains only names of classes; the weights are in the folders of the parts.
 # </details>
 #
 # <details><summary>C. A failed attempt may have many causes, and the index says what there is.</summary>
@@ -599,7 +633,7 @@ check_03b(less_noise)
 # Right: that is classifier-free guidance; far beyond the suggested scale contrasts are overdone.
 # </details>
 #
-# <details><summary>B. It is noise that the two answers share, and a large factor makes it cancel out.</summary>
+# <details><summary>B. It is noise that the two answers share, and a large factor makes it cancel.</summary>
 #
 # No: what the two answers share cancels in the difference whatever the factor is.
 # </details>
@@ -633,7 +667,7 @@ check_03b(less_noise)
 # Right: what a step adds to a weight may be smaller than the format's last digit (notebook 04).
 # </details>
 #
-# <details><summary>B. They are smaller than the trained weights, and so they need fewer digits.</summary>
+# <details><summary>B. They are fewer than the trained weights, and so they need fewer digits.</summary>
 #
 # No: most of the parameters are frozen; the trained ones are the small part.
 # </details>
@@ -646,7 +680,8 @@ check_03b(less_noise)
 # ## In short
 #
 # - Text encoder, VAE, UNet: words to vectors, pictures to latents, noise to less noise.
-# - The base's own files say which classes they are, and whether there is a VAE.
-# - Everything is frozen. What is trained comes on top.
+# - The UNet's blocks go down and up again; skip connections carry details, cross-attention carries the prompt.
+# - The base's own files say which classes its parts are, and whether there is a VAE.
+# - Everything is frozen. What is trained is added.
 #
 # Next: [04 Dual LoRA](04_dual_lora.ipynb), what is trained.

@@ -15,8 +15,8 @@
 # **What you will learn**: how instance and class images are paired; crops and flips; which results can be kept between
 # steps, when, and what that saves. Afterwards you can rebuild any step of any run on its own.
 #
-# **What you need**: notebooks [01](01_instance_data.ipynb) to [03](03_loading_and_freezing.ipynb). About 25 seconds on two
-# CPU cores if an earlier notebook has drawn the class images; half a minute more if not.
+# **What you need**: notebooks [01](01_instance_data.ipynb) to [03](03_loading_and_freezing.ipynb). About two minutes on two
+# CPU cores, most of it for two short trainings; half a minute later, when their results are kept.
 #
 # ---
 
@@ -40,13 +40,13 @@ if importlib.util.find_spec("dbnb") is None:
         raise SystemExit("dbnb is not here: open this notebook inside the project, set DBNB_SOURCE, or pip install it.")
     subprocess.run([sys.executable, "-m", "pip", "install", "-q", DBNB_SOURCE or str(projects[0])], check=True)
     importlib.invalidate_caches()
+importlib.import_module("dbnb")  # before torch, whose threads it keeps from spinning
 
 # %% [markdown]
 # The new module is `dbnb.dataset`.
 
 # %%
 import collections
-import statistics
 import tempfile
 import time
 from pathlib import Path
@@ -65,6 +65,7 @@ from dbnb.prior import class_images
 from dbnb.training import batch_at, precompute_embeds, training_step
 
 workflow.quiet_libraries()
+plots.you_are_here("05")
 
 # %% [markdown]
 # Steps 1 to 3, as the notebooks before this one did them:
@@ -119,7 +120,7 @@ plots.show(
 
 # %% [markdown]
 # **What you should see**: each photograph twice, once in samples 0 to 4, once in 5 to 9, in another order. Every image is
-# seen once before any is seen again, and the order is shuffled anew each time.
+# seen once before any is seen again, and the order is shuffled again each time.
 #
 # ## The batch
 #
@@ -127,6 +128,11 @@ plots.show(
 # second**. The loss later cuts the batch in the middle. Interleave the pictures by mistake while the prompts stay grouped,
 # and half of the subject is trained under the class prompt, without any error: it has happened to well-known scripts more
 # than once (notebook 09 does it on purpose).
+#
+# Why one batch, and not a step for the toy and then a step for the class? Because a step follows one gradient. In a joint
+# batch that gradient is a compromise: towards the toy, but not in a direction that the class objects to. Steps in turn
+# would first move the class word towards the toy and then back again, and AdamW's averages, which remember the last steps,
+# would mix the two anyway. One batch of eight is also cheaper than two of four.
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -154,9 +160,9 @@ plots.show(
 #
 # ## Crops and flips
 #
-# A photograph is made smaller until its shorter side has `resolution` pixels. What its longer side has too much is cut off:
-# around the middle, or at a place drawn anew each time. Mirroring half of the pictures is an option as well. Both make
-# five pictures go further; both can also show the model what is not so.
+# A photograph is scaled down until its shorter side has `resolution` pixels. The excess of its longer side is cut off: around
+# the middle, or at another random place each time. Mirroring half of the pictures is an option as well. Both make more of five
+# pictures, and both can teach the model something wrong.
 #
 # Our photographs are square. So, to have something to cut, here they are as a wide camera would have taken them:
 
@@ -208,11 +214,48 @@ print("the crops are those draws:", all(by_hand(n) == crops[n] for n in range(6)
 print(f"mirrored, of a thousand: {sum(one.draw('instance', n)[1] for n in range(1000)) / 1000:.1f}")
 
 # %% [markdown]
+# Look at the crops again: in most of them the muzzle or the tail touches the edge or is cut. For a rendered toy we know
+# exactly which pixels are the toy (`toybox.mask`), so we can count how often that happens. **Predict**: in how many of a
+# thousand random crops is more than a hundredth of the dog missing, and in how many more than a tenth? And in a panorama
+# twice as wide as high, with the same dog in its middle?
+
+# %%
+import numpy as np
+
+from dbnb import toybox
+from dbnb.toybox.sample import PICTURES, SAMPLE_TOY
+
+whole_mask = toybox.mask(SAMPLE_TOY, seed=PICTURES["photos"][0][1], size=256).crop((0, 40, 256, 232))
+columns = np.asarray(whole_mask.resize(photograph.size, Image.Resampling.BOX), dtype=float).sum(axis=0)
+
+
+def missing(columns: np.ndarray) -> np.ndarray:
+    """The share of the toy's pixels that is missing, for each of a thousand random crops."""
+    room = len(columns) - one.size + 1
+    starts = [int(torch.randint(room, (), generator=seeded(one.seed, CROP, 0, n))) for n in range(1000)]
+    return np.array([1 - columns[start : start + one.size].sum() / columns.sum() for start in starts])
+
+
+# %%
+for name, lost in (
+    ("this photograph", missing(columns)),
+    ("a panorama", missing(np.pad(columns, photograph.height - photograph.width // 2))),
+):
+    print(
+        f"{name}: over 1 % missing in {(lost > 0.01).mean():.0%} of the crops, over 10 % in {(lost > 0.1).mean():.0%}"
+    )
+
+# %% [markdown]
+# The wider the picture, the more often the dog is cut, and no message says so. A cut dog is trained under the same prompt
+# as a whole one, and so `sks dog` comes to mean half a dog, too. That is why `center_crop` is on by default. The safest way
+# is to crop your photographs yourself, around the subject.
+
+# %% [markdown]
 # ## A step is a number
 #
-# So which pictures come, how they are cropped, whether they are mirrored: all of it is computed from the seed and the
-# number of the sample, and from nothing else. There is no generator that moves on. **Predict**: step 137, built twice,
-# the second time by a dataset that has never been used?
+# Which pictures are drawn, how they are cropped and whether they are mirrored: all of it is computed from the seed and the
+# number of the sample, and from nothing else. No generator carries a state from one step to the next. **Predict**: if step 137
+# is built twice, the second time by a dataset that has never been used, will the two be equal?
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -228,7 +271,7 @@ print("equal:", torch.equal(batch_at(used, 137, 4)["pixel_values"], batch_at(fre
 #
 # ## Computed once: latents
 #
-# With a fixed crop the VAE says the same of a picture at every step. So it is asked once, before training.
+# With a fixed crop the VAE gives the same answer for a picture at every step, so it is asked once, before training.
 
 # %%
 cached = DreamBoothDataset(
@@ -246,8 +289,8 @@ print(f"{count} pictures encoded in {encoding:.1f} s; each now is {tuple(cached.
 
 # %% [markdown]
 # Twice as many channels as latents have: what is kept is the *[posterior](../docs/glossary.md#posterior)*, a mean and a (logarithm of the) variance of each
-# number, not one sample of it. Each step still draws its own. **Predict**: the mean of one photograph decoded, and
-# three samples. Will you see a difference?
+# number, not one sample of it. Each step still draws its own. **Predict**: will you see a difference between the decoded mean
+# of one photograph and three decoded samples?
 
 # %%
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
@@ -299,10 +342,13 @@ print({prompt: tuple(hidden.shape) for prompt, (hidden, _) in embeddings.items()
 # %% [markdown]
 # ## What it saves
 #
-# The same six steps in four ways, forward and backward; each bar is the median of one step's time. These machines are
-# noisy: compare, do not quote. **Predict**: which saves more, keeping latents or keeping text embeddings?
+# The same six steps are taken in four ways, forward and backward; each bar is the median of one step's time. Such times vary
+# with what else a machine does: compare them, do not quote them. **Predict**: which saves more, keeping latents or keeping text
+# embeddings?
 
 # %%
+import statistics
+
 add_adapters(components, config.adapters)
 ways = {
     "nothing kept": (dataset, None),
@@ -350,7 +396,7 @@ print(f"saved in {config.max_train_steps} steps: {(config.max_train_steps - even
 # %% [markdown]
 # **What you should see**: the lines cross early; from there on every step is a gain.
 #
-# Speed that changes the result would not count. **Predict**: the loss of step 3 in each of the four ways?
+# Speed that changes the result would be worth nothing. **Predict**: is the loss of step 3 the same in all four ways?
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -360,6 +406,155 @@ with torch.no_grad():
         for data, known in ways.values()
     ]
 print("equal to a millionth:", max(losses) - min(losses) < 1e-6)
+
+# %% [markdown]
+# ## Captions of your own
+#
+# So far all photographs share one prompt. But what a prompt does not mention goes to the identifier: if the dog wears a hat
+# in two of five photographs, `a photo of sks dog` has to explain the hat as well. A caption that says `with a hat` takes
+# that off the identifier's hands.
+#
+# People keep captions in three forms, and `--captions` reads all of them: a text file beside the picture (`01.txt`), a
+# `metadata.jsonl` with `file_name` and `text` as Hugging Face's datasets have it, or a folder's name as kohya's trainer uses
+# it (`10_sks dog`: ten repeats, under the prompt `sks dog`). Each caption must contain the identifier.
+
+# %%
+# NBVAL_CHECK_OUTPUT
+import json
+import shutil
+
+forms = {form: Path(tempfile.mkdtemp(), form) for form in ("text files", "one list", "10_sks dog")}
+captions = {
+    path.name: f"a photo of sks dog {toybox.SCENES[scene]}"
+    for path, (scene, _) in zip(concept.paths, PICTURES["photos"], strict=True)
+}
+for path in forms.values():
+    shutil.copytree(concept.paths[0].parent, path)
+for name in list(captions)[:4]:  # one is left out
+    (forms["text files"] / name).with_suffix(".txt").write_text(captions[name])
+lines = [json.dumps({"file_name": name, "text": text}) for name, text in captions.items()]
+(forms["one list"] / "metadata.jsonl").write_text("\n".join(lines))
+for form, path in forms.items():
+    for use in (False, True):
+        print(f"{form}:", Concept.from_folder(path, "sks", "dog", captions=use).report().splitlines()[-1].strip())
+
+# %% [markdown]
+# A run prints this line with its report on the photographs. Without the option it says that captions are there, and trains
+# under the instance prompt. A photograph without a caption keeps the instance prompt in any case:
+
+# %%
+# NBVAL_CHECK_OUTPUT
+with_captions = Concept.from_folder(forms["text files"], "sks", "dog", captions=True)
+own = DreamBoothDataset.of_concept(with_captions, prior.paths, size=config.resolution, seed=config.seed)
+for n in range(5):
+    print(f"sample {n}: {with_captions.paths[own.draw('instance', n)[0]].name}, {own[n]['instance_prompt']!r}")
+for path in forms.values():
+    shutil.rmtree(path.parent)
+
+# %% [markdown]
+# ## Masks: what counts as the subject
+#
+# The background of your photographs is trained on as well. With five different backgrounds that hardly matters: what they
+# have in common is the toy. But what if all your photographs were taken on the same carpet? Let us do exactly that, and put
+# the toy on the beach in all five.
+#
+# A *mask* says which pixels are the subject: `dog.mask.png` beside `dog.png`, white on the subject, or the alpha channel of
+# a picture that was cut out. With `--masked_loss` each place of the latents counts by how much of it is masked.
+
+# %%
+from dbnb.dataset import loss_weights
+
+beach = Path(tempfile.mkdtemp())
+for number, (_, seed) in enumerate(PICTURES["photos"], start=1):
+    toybox.photograph(SAMPLE_TOY, scene="beach", seed=seed, size=256).save(beach / f"{number:02d}.png")
+    toybox.mask(SAMPLE_TOY, seed=seed, size=256).save(beach / f"{number:02d}.mask.png")
+on_beach = Concept.from_folder(beach, "sks", "dog", resolution=config.resolution)
+
+# %% [markdown]
+# A mask goes wherever its photograph goes: it is cropped at the same place, mirrored with it, and then averaged over the
+# pixels that each place of the latents stands for. To see that, here are the same photographs in a wide format, with random
+# crops and flips:
+
+# %%
+wide = Path(tempfile.mkdtemp())
+for path in beach.iterdir():  # photographs and masks
+    Image.open(path).crop((0, 40, 256, 232)).save(wide / path.name)
+masked = DreamBoothDataset.of_concept(
+    Concept.from_folder(wide, "sks", "dog", resolution=config.resolution),
+    prior.paths,
+    masked=True,
+    size=config.resolution,
+    seed=config.seed,
+    center_crop=False,
+    random_flip=True,
+)
+batch, side = batch_at(masked, 0, 5), config.resolution // components.downsampling
+weights = loss_weights(batch, side, side)
+shutil.rmtree(wide)
+
+# %%
+rows = {
+    "photograph,\ncropped and flipped": [picture(pixels) for pixels in batch["pixel_values"][:5]],
+    "its mask": [picture(2 * mask.expand(3, -1, -1) - 1) for mask in batch["masks"]],
+    f"weights of the loss,\n{side} x {side} places": [
+        Image.fromarray((255 * (w[0] / weights.max())).byte().numpy()).convert("RGB") for w in weights[:5]
+    ],
+}
+plots.show(
+    plots.image_rows(
+        list(rows.values()),
+        labels=list(rows),
+        inches=1.2,
+        title="What is black in the last row gives no gradient",
+    ),
+    alt="Three rows of five: the toy on the beach, some mirrored, its white silhouette, and the silhouette on a coarse grid",
+)
+print(
+    f"places that count: {(weights[:5] > 0).float().mean():.0%}; the mean weight of a picture: {weights[:5].mean():.2f}"
+)
+
+# %% [markdown]
+# **What you should see**: silhouettes that lie on the toy, also where it is cut or mirrored. The weights of one picture have
+# a mean of 1, so that a small subject does not count less than a large one. Class images have no masks: everything in them
+# counts.
+#
+# Now two short trainings on these five photographs, without and with masks. **Predict**: you then ask for `a photo of sks
+# dog`, and no place. Where will the dog stand?
+
+# %%
+from dbnb.miniature.evaluate import Judge
+from dbnb.validation import draw
+
+judge, drawn = Judge(components.base), {}
+for masked_loss in (False, True):
+    settings = DreamBoothConfig(instance_data_dir=str(beach), masked_loss=masked_loss, max_train_steps=150)
+    session = workflow.trained(settings)
+    drawn[masked_loss] = draw(session.components, [on_beach.instance_prompt] * 24, settings.sampling)
+on_the_beach = {
+    masked_loss: (judge(np.stack([np.asarray(image) for image in images]))[:, 5] == list(toybox.SCENES).index("beach"))
+    for masked_loss, images in drawn.items()
+}
+
+# %%
+assert on_the_beach[True].mean() < on_the_beach[False].mean()
+plots.show(
+    plots.image_rows(
+        [drawn[False][:8], drawn[True][:8]],
+        labels=["without masks", "with masks"],
+        inches=1.1,
+        title="'a photo of sks dog': with masks far fewer dogs stand on the beach",
+    ),
+    alt="Above, the toy on the beach nearly every time; below, the toy in several places, with stains here and there",
+)
+for masked_loss, found in on_the_beach.items():
+    print(f"{'with' if masked_loss else 'without'} masks: {found.mean():.0%} of {len(found)} pictures show a beach")
+
+# %% [markdown]
+# **What you should see**: without masks the beach has become part of what `sks dog` means. With masks it appears far less
+# often. It does not disappear: each place of the latents is computed from its neighbours too, so that what is learned on the
+# toy's outline reaches a little beyond it. And where the loss does not count nothing corrects the model, which shows as
+# stains in the background. So masks do not replace varied photographs, but they are the first thing to try when all your
+# photographs have the same background.
 
 # %% [markdown]
 # ## Exercises
@@ -405,7 +600,7 @@ check_05a(collate)
 # ### Exercise B: an order without a memory (10 minutes)
 #
 # Which image does sample n show? Every image comes once before any comes again; each round (an *[epoch](../docs/glossary.md#epoch)*) has a random order of its
-# own; and the answer follows from n and the seed alone, so that sample 1,000 can be had without the 999 before it.
+# own; and the answer follows from n and the seed alone, so that you get sample 1,000 without going through the 999 before it.
 
 # %%
 from dbnb.exercises import check_05b

@@ -9,20 +9,23 @@
 # %% [markdown]
 # # 06 Training: one step by hand, then all of them
 #
-# **What you will do**: add noise to a picture and look at every level of it; take one training step by hand and draw
-# every tensor of it; write the loop in a cell and watch its curves while the subject arrives.
+# **What you will do**: add noise to a picture at every timestep; take one training step by hand and draw each of its
+# tensors; write the loop in a cell and watch its curves while the subject appears; train all weights of the UNet once,
+# as the DreamBooth paper does, and compare.
 #
-# **What you will learn**: the [forward process](../docs/glossary.md#forward-process), what the UNet is asked, the two losses. Afterwards you can write a training
-# loop for adapters yourself, and tell from its curves whether it learns, memorises or forgets.
+# **What you will learn**: the [forward process](../docs/glossary.md#forward-process), what the UNet is asked, and the
+# two losses. Afterwards you can write a training loop for adapters yourself, and tell from its curves whether it
+# learns, memorises or forgets.
 #
-# **What you need**: notebooks [02](02_prior_preservation.ipynb) to [05](05_dataset.ipynb). No GPU. On two CPU cores about a
-# minute, and half a minute more where no notebook has drawn the class images yet: here the training itself is the lesson, so it does not come from a cache.
+# **What you need**: notebooks [02](02_prior_preservation.ipynb) to [05](05_dataset.ipynb). No GPU. On two CPU cores
+# about a minute and a half, and half a minute more if no notebook has drawn the class images yet. The training itself
+# is the lesson here, so it does not come from a cache.
 #
 # ---
 
 # %% [markdown]
-# Run this first. It makes `dbnb` importable and changes nothing that is already installed. On Colab it asks for a file: give
-# it the project's wheel or zip, or set `DBNB_SOURCE`.
+# Run this first. It makes `dbnb` importable and changes nothing that is already installed. On Colab it asks for a
+# file: give it the project's wheel or zip, or set `DBNB_SOURCE`.
 
 # %% tags=["skip-execution", "nbval-skip"]
 import importlib.util
@@ -40,6 +43,7 @@ if importlib.util.find_spec("dbnb") is None:
         raise SystemExit("dbnb is not here: open this notebook inside the project, set DBNB_SOURCE, or pip install it.")
     subprocess.run([sys.executable, "-m", "pip", "install", "-q", DBNB_SOURCE or str(projects[0])], check=True)
     importlib.invalidate_caches()
+importlib.import_module("dbnb")  # before torch, whose threads it keeps from spinning
 
 # %% [markdown]
 # The new module is `dbnb.training`.
@@ -66,12 +70,16 @@ from dbnb.validation import draw
 
 workflow.quiet_libraries()
 
+# %%
+plots.you_are_here("06")
+
 # %% [markdown]
-# Steps 1 to 5, as the notebooks before this one did them, with fewer steps than the default, so that you need not wait, and
-# at one [learning rate](../docs/glossary.md#learning-rate) from beginning to end, so that the loop stays short (the default lets it decrease along a cosine). The
-# text encoder gets adapters too. The miniature does not need them, and its default leaves the text encoder frozen; here they
-# are trained so that the loop shows both parts, each with its own learning rate. Eight class images more than usual are
-# drawn: they will not be trained on, but are kept for a test.
+# First come steps 1 to 5, as in the notebooks before this one. The training has fewer steps than the default, so that
+# you do not have to wait, and one [learning rate](../docs/glossary.md#learning-rate) from beginning to end, so that
+# the loop stays short (by default the rate decreases along a cosine). The text encoder gets adapters too. The
+# miniature does not need them, and its default leaves the text encoder frozen; here they are trained so that the loop
+# shows both parts, each with its own learning rate. Eight extra class images are drawn. They are not trained on, but
+# kept for a test.
 
 # %%
 config = DreamBoothConfig(max_train_steps=160, train_text_encoder=True, learning_rate=1.2e-3, lr_scheduler="constant")
@@ -83,8 +91,8 @@ trained_on, kept_back = drawn[: config.num_class_images], drawn[config.num_class
 add_adapters(components, config.adapters)
 
 # %% [markdown]
-# Two datasets: what is trained on, and a second one of the same form for the test, six *further* photographs of the toy
-# and those eight class images.
+# There are two datasets: one to train on, and a second one of the same form for the test, with six *further*
+# photographs of the toy and those eight class images.
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -107,15 +115,15 @@ for name, data in zip(photographs, (dataset, further), strict=True):
 # %% [markdown]
 # ## The forward process: noise, by a formula
 #
-# Training needs noisy pictures whose noise is known. They are made in one go, for any level $t$ from 0 to 999
-# (Ho et al., 2020, equation 4):
+# Training needs noisy pictures whose noise is known. They are made in one step, for any timestep $t$ from 0 to 999 (Ho
+# et al., 2020, equation 4):
 #
 # $$ x_t = \sqrt{\bar\alpha_t}\, x_0 + \sqrt{1 - \bar\alpha_t}\; \epsilon $$
 #
-# ($x_0$ are the clean latents, $\epsilon$ is noise, and $\bar\alpha_t$, no relation of LoRA's $\alpha$, says how much of the
-# picture is left at level $t$: the scheduler holds it.)
+# ($x_0$ are the clean latents, $\epsilon$ is noise, and $\bar\alpha_t$, which has nothing to do with LoRA's $\alpha$,
+# says how much of the picture is left at $t$. The scheduler knows it.)
 #
-# **Predict**: at which $t$ is the toy no longer to be recognised?
+# **Predict**: from which $t$ on can you no longer recognise the toy?
 
 
 # %%
@@ -135,7 +143,7 @@ noised = dict(zip(x, decode(torch.cat(list(x.values()))), strict=True))
 few = list(noised)[::4]
 plots.show(
     plots.show_images(
-        [noised[t] for t in few], titles=[f"t = {t}" for t in few], title="An outline outlasts much noise"
+        [noised[t] for t in few], titles=[f"t = {t}" for t in few], title="The outline survives much noise"
     ),
     alt="The toy under growing noise: clear at t = 0, an outline in the middle, coloured noise at the end",
 )
@@ -144,8 +152,9 @@ plots.show(
 widgets.browse({f"t = {t}": picture for t, picture in noised.items()}, "noise level")
 
 # %% [markdown]
-# **What you should see**: the outline lasts to about the middle of the range, where the noise already has the larger share;
-# above that the eye finds nothing, and the model still a little. In numbers, the factors of the picture and of the noise:
+# **What you should see**: the outline survives to about the middle of the range, where the noise already has the
+# larger share. Above that the eye finds nothing, and the model still finds a little. These are the factors of the
+# picture and of the noise:
 
 # %%
 levels = np.arange(0, 1000, 20)
@@ -165,15 +174,17 @@ print(f"at t = 999 the picture still counts {alphas[999].sqrt():.3f}, the noise 
 # %% [markdown]
 # ## What is the UNet asked for?
 #
-# From $x_t$ and the noise follows the picture, from $x_t$ and the picture the noise. So one may ask for either, or for a
-# mix of both. Stable Diffusion 1 is asked for the noise, $\epsilon$, and so is Stable Diffusion 2 at 512 pixels. Stable
-# Diffusion 2 at 768 pixels (the preset `sd21`) and the miniature are asked for
+# If you know $x_t$ and the noise, you can compute the picture; if you know $x_t$ and the picture, you can compute the
+# noise. So you can ask the network for either, or for a mix of both. Stable Diffusion 1 and SDXL are asked for the
+# noise, $\epsilon$, and so is Stable Diffusion 2 at 512 pixels. Stable Diffusion 2 at 768 pixels (the preset `sd21`)
+# and the miniature are asked for
 #
 # $$ v = \sqrt{\bar\alpha_t}\, \epsilon - \sqrt{1 - \bar\alpha_t}\; x_0 $$
 #
-# which is called *[v-prediction](../docs/glossary.md#v-prediction)* (Salimans and Ho, 2022). Why? At $t = 999$ nearly all of $x_t$ is noise. "The noise is what you see" is then an answer
-# that is nearly right and says nothing about the picture. There $v$ is nearly minus the picture: the model has to commit
-# itself to a place and a colour. At $t = 0$ it is nearly the noise. A scheduler says which it is.
+# which is called *[v-prediction](../docs/glossary.md#v-prediction)* (Salimans and Ho, 2022). Why? At $t = 999$ nearly
+# all of $x_t$ is noise. "The noise is what you see" is then nearly right, and says nothing about the picture. There
+# $v$ is nearly minus the picture, so the model has to decide on a place and a colour. At $t = 0$, $v$ is nearly the
+# noise. The scheduler's config says what a base was trained for.
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -183,16 +194,18 @@ print(schedule.config.prediction_type)
 # %% [markdown]
 # ## One step, by hand
 #
-# Clean latents, noise, a level for each picture, the noisy latents, what is asked, the UNet's answer: a line each. The
-# levels are spread evenly here, low to high, once for the four of the subject and once for the four of the class; in
-# training they are drawn at random.
+# Each line makes one tensor: the clean latents, the noise, a timestep for each picture, the noisy latents, the target,
+# and the UNet's answer. The target has two cases, so that the cell is right for Stable Diffusion 1.5 and SDXL as well.
+# The timesteps are spread evenly here, from low to high, once for the four pictures of the subject and once for the
+# four of the class; in training they are drawn at random.
 
 # %%
 latents = clean_latents(components, batch, seed=0)
 noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(1))
 timesteps = torch.tensor([50, 350, 650, 950] * 2)
 noisy = schedule.add_noise(latents, noise, timesteps)
-target = schedule.get_velocity(latents, noise, timesteps)
+predicts_noise = schedule.config.prediction_type == "epsilon"
+target = noise if predicts_noise else schedule.get_velocity(latents, noise, timesteps)
 hidden = encode_prompts(components, batch["prompts"])
 prediction = components.unet(noisy, timesteps, encoder_hidden_states=hidden).sample
 print("latents", tuple(latents.shape), "| prompts", tuple(hidden.shape), "| prediction", tuple(prediction.shape))
@@ -200,15 +213,16 @@ print("latents", tuple(latents.shape), "| prompts", tuple(hidden.shape), "| pred
 # %%
 # NBVAL_CHECK_OUTPUT
 a = alphas[timesteps].view(-1, 1, 1, 1)
-by_hand = a.sqrt() * noise - (1 - a).sqrt() * latents
-print("the scheduler's v is the formula's:", torch.allclose(target, by_hand, atol=1e-5))
+by_hand = noise if predicts_noise else a.sqrt() * noise - (1 - a).sqrt() * latents
+print("the scheduler's target is the formula's:", torch.allclose(target, by_hand, atol=1e-5))
 
 # %% [markdown]
-# Now every tensor of this step as a picture. Three of them are pictures once they are decoded: the clean latents, the
-# noisy ones, and what the model *believes* the clean ones to be, which follows from its answer:
-# $\hat x_0 = \sqrt{\bar\alpha_t}\, x_t - \sqrt{1 - \bar\alpha_t}\; \hat v$. The noise, the target and the prediction are
-# no pictures; three of their channels are drawn as red, green and blue, a square for each number. **Predict**: in which
-# columns will the prediction look like the target?
+# Now look at every tensor of this step. Three of them become pictures when they are decoded: the clean latents, the
+# noisy latents, and what the model *believes* the clean latents to be. The belief is computed from the answer: for $v$
+# it is $\hat x_0 = \sqrt{\bar\alpha_t}\, x_t - \sqrt{1 - \bar\alpha_t}\; \hat v$, and for $\epsilon$ it is $\hat x_0 =
+# (x_t - \sqrt{1 - \bar\alpha_t}\; \hat\epsilon) / \sqrt{\bar\alpha_t}$. The noise, the target and the prediction are
+# not pictures; three of their channels are drawn as red, green and blue, one square for each number. **Predict**: in
+# which columns will the prediction look like the target?
 
 
 # %%
@@ -219,13 +233,16 @@ def tint(x: torch.Tensor) -> list[Image.Image]:
 
 
 answer = prediction.detach()
-believed = a.sqrt() * noisy - (1 - a).sqrt() * answer
+if predicts_noise:
+    believed = (noisy - (1 - a).sqrt() * answer) / a.sqrt()
+else:
+    believed = a.sqrt() * noisy - (1 - a).sqrt() * answer
 errors = F.mse_loss(answer, target, reduction="none").mean((1, 2, 3))
 rows = {
     "clean": decode(latents),
     "noise": tint(noise),
     "noisy: what\nthe UNet sees": decode(noisy),
-    "target v: what\nit is asked": tint(target),
+    "target: what\nit is asked": tint(target),
     "prediction:\nits answer": tint(answer),
     "what it believes\nis the picture": decode(believed),
 }
@@ -244,16 +261,27 @@ plots.show(
 )
 
 # %% [markdown]
-# **What you should see**: at $t = 50$ the target is nearly the noise in the second row, at $t = 950$ nearly the clean *latents*
-# with their sign turned: the dog's outline shows in it, not its colours. The prediction is nearest in the middle columns
-# (the smallest errors above them): at $t = 50$ there is hardly any noise to find, at $t = 950$ hardly any picture. In the last
-# row the belief is sharp where little was hidden, and vague, or altogether another toy, where much was. That guess is
-# where a subject is learned: at $t = 950$ with `sks` in the prompt, the best guess is the teal dog.
+# **What you should see**: at $t = 50$ the target is nearly the noise in the second row; at $t = 950$ it is nearly
+# minus the clean *latents*, so it shows the dog's outline, but not its colours. In the last row, the belief is sharp
+# where little was hidden, and blurred, or even another toy, where much was. **Why is it blurred?** Many toys fit a
+# picture that is nearly all noise. The loss is a squared error, and the answer with the smallest expected squared
+# error is the *mean* of all toys that fit. A mean of many sharp pictures is a blurred one. This guess is where a
+# subject is learned: after training, the mean of all that fits `sks dog` at $t = 950$ is the teal dog. At which
+# timestep is the prediction nearest to its target?
+
+# %%
+for half, values in zip(("subject", "class"), errors.chunk(2), strict=True):
+    smallest, largest = (int(timesteps[position]) for position in (values.argmin(), values.argmax()))
+    print(f"{half}: smallest error at t = {smallest}, largest at t = {largest}")
+
+# %% [markdown]
+# At a small $t$ there is hardly any noise to find, and at a large $t$ hardly any picture. In between, both help each
+# other.
 #
 # ## The loss, in two halves
 #
-# The number over each column is the mean squared difference between answer and target. The batch's first half is the
-# subject, the second the class: two means, then a sum.
+# The number above each column is the mean squared difference between answer and target. The first half of the batch is
+# the subject, and the second half is the class: take two means, then add them.
 
 # %%
 instance, prior = (half.mean() for half in errors.chunk(2))
@@ -261,8 +289,8 @@ loss = instance + config.prior_loss_weight * prior
 print(f"instance {instance:.4f} + {config.prior_loss_weight:g} x prior {prior:.4f} = {loss:.4f}")
 
 # %% [markdown]
-# One forward pass serves both halves. **Predict**: would two passes, one for each half, give the same loss? (Scripts have
-# got this wrong by pairing the halves another way; notebook 09 does it on purpose.)
+# One forward pass serves both halves. **Predict**: would two passes, one for each half, give the same loss? (Scripts
+# have got this wrong by pairing the halves differently; notebook 09 does it on purpose.)
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -274,8 +302,8 @@ with torch.no_grad():
 print("two passes, the same loss:", abs(sum(apart) - loss.item()) < 1e-4)
 
 # %% [markdown]
-# `training_step` is these lines as a function, with the draws made from the seed and the samples' numbers. It returns
-# all tensors on the way, so that you can look at any step of any run like this.
+# `training_step` contains these lines as a function. It draws noise and timesteps from the seed and the samples'
+# numbers, and returns all intermediate tensors, so that you can look at any step of any run in this way.
 
 # %%
 record = training_step(components, batch, seed=config.seed, prior_loss_weight=config.prior_loss_weight)
@@ -284,7 +312,7 @@ print(f"loss {record.loss:.4f} = {record.instance_loss:.4f} + {record.prior_loss
 # %% [markdown]
 # ## What moves?
 #
-# Backwards. **Predict**: where do gradients arrive?
+# Now the backward pass. **Predict**: which parameters get gradients?
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -295,13 +323,13 @@ for module in components.modules().values():
     module.zero_grad(set_to_none=True)
 
 # %% [markdown]
-# At the adapters, and nowhere else. All other weights only pass them on.
+# The adapters get gradients, and nothing else does. All other weights only pass them on.
 #
 # ## How to know whether it learns
 #
-# A step's loss depends mostly on the levels that were drawn: look at the errors above, column by column. So the curve of
-# single values is a cloud. A fair comparison asks the **same pictures at the same levels with the same noise** each time:
-# a *[held-out](../docs/glossary.md#held-out-loss)* loss. Three of them answer three questions.
+# The loss of a step depends mostly on the timesteps that were drawn: look at the errors above, column by column. So
+# the curve of single values is a cloud. A fair comparison uses the **same pictures at the same timesteps with the same
+# noise** each time: a *[held-out](../docs/glossary.md#held-out-loss)* loss. Three of them answer three questions.
 #
 # | held-out loss on | at noise never drawn in training | asks |
 # |---|---|---|
@@ -309,8 +337,8 @@ for module in components.modules().values():
 # | further photographs of the toy | yes | does it learn the *toy*, or just these pictures? |
 # | class images that are not trained on | yes | does it keep what it knew of dogs? |
 #
-# `measure` takes all three and draws four pictures, always from the same noise. An identity encoder (notebook 08) says how
-# near those come to the photographs. First, before any training:
+# `measure` computes all three and draws four pictures, always from the same noise. An identity encoder (notebook 08)
+# says how near these are to the photographs. First, before any training:
 
 # %%
 held_out = {"photographs, new noise": {}, "further photographs": {}, "class images not trained on": {}}
@@ -320,7 +348,7 @@ real = encoders.identity_features(concept.images())
 
 
 def measure(step: int) -> None:
-    """The three held-out losses, four pictures, and how near these come to the photographs."""
+    """The three held-out losses, four pictures, and how near these are to the photographs."""
     same, new = (held_out_loss(components, data, batches=6) for data in (dataset, further))
     losses = (same["instance_loss"], new["instance_loss"], new["prior_loss"])
     for values, value in zip(held_out.values(), losses, strict=True):
@@ -335,8 +363,8 @@ print({name: round(values[0], 4) for name, values in held_out.items()})
 # %% [markdown]
 # ## Live
 #
-# In a live notebook a figure can be redrawn while a cell runs: it is displayed once, with a handle, and the handle puts
-# another figure in its place. The loop below calls `look` every ten steps; every forty it measures as well.
+# In a live notebook a figure can be redrawn while a cell runs: it is displayed once, with a handle, and the handle
+# replaces it by another figure. The loop below calls `look` every ten steps; every forty steps it measures as well.
 
 # %%
 from IPython.display import display
@@ -359,8 +387,8 @@ def look(step: int) -> None:
 # %% [markdown]
 # ## The loop
 #
-# Everything is there. The text encoder's adapters get a lower learning rate of their own: at too high a rate the words for
-# places stop working. **Predict**: which of the five curves will fall, which stay?
+# Everything is ready. The text encoder's adapters get a lower learning rate of their own, because the words for places
+# stop working if it is too high. **Predict**: which of the five curves will fall, and which will stay?
 
 # %% tags=["the-loop"]
 groups = [
@@ -382,8 +410,8 @@ for step in range(config.max_train_steps):
         look(step + 1)
 
 # %% [markdown]
-# **What you should see**: two clouds whose means wander, and three lines of few points that mean something. That is
-# DreamBooth. The three lines by themselves:
+# **What you should see**: two clouds whose means wander, and three lines that can be trusted. That is DreamBooth. Here
+# are the three lines alone:
 
 # %%
 changes = [values[config.max_train_steps] - values[0] for values in held_out.values()]
@@ -399,12 +427,13 @@ plots.show(
 )
 
 # %% [markdown]
-# **What you should see**: the photographs' line falls furthest. That of the further photographs falls at first, since they show
-# the same toy from other sides, half of them in other places, and then hardly any more: what the first line gains from there
-# on is knowledge of these five photographs. Where the second turns up, training has begun to memorise (notebook 09). The
-# class images' line rises a little at the beginning: prior preservation holds the class, but not for nothing. Compare its
-# rise with the fall of the further photographs' line, not only with that of the first (the axis does not begin at 0). Said
-# as claims that can fail:
+# **What you should see**: the line of the photographs falls furthest. The line of the further photographs falls at
+# first, since they show the same toy from other sides, and then hardly any more: what the first line gains from there
+# on is knowledge of these five photographs. Where the second line turns up, training has begun to memorise (notebook
+# 09). The line of the class images rises a little at the beginning: prior preservation holds the class in place, but
+# it has a price. The title gives all three changes, so compare the rise of the class with the fall on *further*
+# photographs, and not only with the fall on those that were trained on. (The axis does not begin at 0.) Here are
+# claims that can fail:
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -414,6 +443,10 @@ assert mine > 0, f"the photographs were not learned: {fell}"
 assert others > 0, f"the toy was not learned, only its photographs: {fell}"
 assert -dogs < mine, f"the class lost as much as the subject won: {fell}"
 print("learned the photographs, learned the toy, and lost less of the class than was won on the photographs")
+
+# %%
+comparison = "more" if -dogs > others else "less"
+print(f"lost on the class: {-dogs:.3f}, {comparison} than was won on further photographs: {others:.3f}")
 
 # %% [markdown]
 # **Predict**: at which step does the dog take on the toy's colour? When do the spots come?
@@ -430,11 +463,10 @@ plots.show(
 )
 
 # %% [markdown]
-# **What you should see**: what is coarse comes first, the colour of the body; the yellow and the pattern follow. The default
-# training of notebook 00 takes more steps than this one and goes further. In a picture that is painted from noise, too,
-# coarse things come first (notebook 03). `likeness` is the mean cosine between these four pictures and the five photographs
-# in the space of a strict encoder, which counts a wrong pattern or a wrong hue as another toy. It may fall in between. Did it
-# rise from the first row to the last?
+# **What you should see**: coarse features come first, such as the colour of the body; the yellow and the pattern
+# follow. The default training of notebook 00 has more steps than this one and goes further. `likeness` is the mean
+# cosine between these four pictures and the five photographs, in the space of a strict encoder that takes a wrong
+# pattern or a wrong hue for another toy. Did it rise from the first row to the last?
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -445,9 +477,10 @@ print("nearer to the photographs than at first:", last > first)
 # %% [markdown]
 # ## The loop, and `train`
 #
-# `train` in `dbnb.training` is this loop with what a long run needs besides: [checkpoints](../docs/glossary.md#checkpoint), resuming, schedules, mixed
-# precision, accumulation. A test of this project runs the cell under *The loop* and `train`, and compares the adapters bit for bit.
-# Here are its first five steps, on a fresh copy of the base:
+# `train` in `dbnb.training` is this loop with everything that a long run needs in addition:
+# [checkpoints](../docs/glossary.md#checkpoint), resuming, schedules, mixed precision and accumulation. A test of this
+# project runs the cell under *The loop* and `train`, and compares the adapters bit for bit. Here are its first five
+# steps, on a fresh copy of the base:
 
 # %%
 import tempfile
@@ -469,18 +502,80 @@ pairs = [(a[name], b[name]) for a, b in zip(log, theirs, strict=False) for name 
 print(len(pairs), "losses; train and the cell agree:", all(abs(a - b) < 1e-3 * b for a, b in pairs))
 
 # %% [markdown]
+# ## As in the paper: all weights
+#
+# DreamBooth was published as fine-tuning of the whole network. The loop does not mind: give the optimizer all weights
+# of the UNet instead of the adapters, and a lower learning rate, because these weights do not start at zero. The
+# batches and the number of steps are the same. **Predict**: which of the two has the larger file, which learns the toy
+# better, and which keeps the class?
+
+# %%
+full = load_components(config.base)
+everything = list(full.unet.requires_grad_(True).parameters())
+optimizer = torch.optim.AdamW(everything, lr=1e-4)
+for step in range(config.max_train_steps):
+    batch = batch_at(dataset, step, config.train_batch_size)
+    training_step(full, batch, seed=config.seed, prior_loss_weight=config.prior_loss_weight).loss.backward()
+    torch.nn.utils.clip_grad_norm_(everything, config.max_grad_norm)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+# %%
+prompts = [concept.instance_prompt] * 4 + [concept.class_prompt] * 4
+drawn_by = {
+    name: draw(model, prompts, config.sampling) for name, model in (("adapters", components), ("all weights", full))
+}
+plots.show(
+    plots.image_rows(
+        list(drawn_by.values()),
+        labels=list(drawn_by),
+        titles=["sks dog"] * 4 + ["a dog"] * 4,
+        title="The same steps: adapters, and all weights of the UNet",
+    ),
+    alt="Two rows, by adapters and by all weights: four pictures of the toy, then four of other dogs",
+)
+
+# %% [markdown]
+# In training, each trained number takes four places in memory: itself, its gradient, and AdamW's two moments. The
+# frozen weights of the base come on top for the adapters.
+
+# %%
+from dbnb.tables import Table
+
+trained = {"adapters": (components, parameters), "all weights": (full, everything)}
+comparison = Table()
+for name, (model, numbers) in trained.items():
+    count = sum(p.numel() for p in numbers)
+    like = metrics.subject_fidelity(encoders.identity_features(drawn_by[name][:4]), real)
+    new = held_out_loss(model, further, batches=6)
+    comparison.append(
+        {"trained": name, "numbers": f"{count:,}", "memory for them": f"{16 * count / 2**20:.0f} MiB"}
+        | {"file": f"{4 * count / 2**20:.1f} MiB", "likeness": f"{like:.2f}"}
+        | {"further photographs": f"{new['instance_loss']:.3f}", "class images": f"{new['prior_loss']:.3f}"}
+    )
+comparison
+
+# %% [markdown]
+# **What you should see**: both have learned the toy; compare likeness and the two held-out losses in the table. The
+# sizes are far apart even though the miniature's adapters, at rank 16 on all layers, are large for their base. On
+# Stable Diffusion 1.5 all weights of the UNet are 860 million numbers, and adapters of rank 16 on attention are 3
+# million (notebook 10). An adapter can also be turned up and down, switched off and combined with others; fine-tuned
+# weights cannot. That is what LoRA replaces, and why this course uses it.
+
+# %% [markdown]
 # ## Exercises
 #
 # ### Exercise A: the forward process, for a batch (6 minutes)
 #
-# Write equation 4 for a batch in which every picture has its own level. `alphas` is the scheduler's table $\bar\alpha$.
+# Write equation 4 for a batch in which every picture has its own timestep. `alphas` is the scheduler's table
+# $\bar\alpha$.
 
 # %%
 from dbnb.exercises import check_06a
 
 
 def noisy_latents(x0, noise, alphas, timesteps):
-    """x_t for clean latents and noise (B, C, h, w), a table of one number for each level, and B levels."""
+    """x_t for clean latents and noise (B, C, h, w), a table of one number for each timestep, and B timesteps."""
     ...
 
 
@@ -489,12 +584,13 @@ check_06a(noisy_latents)
 # %% [markdown]
 # <details><summary>Hint 1</summary>
 #
-# `alphas[timesteps]` has the shape (B,). Multiplied with (B, C, h, w), torch would lay it along the *last* dimension.
+# `alphas[timesteps]` has the shape (B,). Multiplied by (B, C, h, w), torch would broadcast it along the *last*
+# dimension.
 # </details>
 #
 # <details><summary>Hint 2</summary>
 #
-# `.view(-1, 1, 1, 1)` lays it along the first.
+# `.view(-1, 1, 1, 1)` broadcasts it along the first.
 # </details>
 #
 # <details><summary>Solution</summary>
@@ -508,7 +604,7 @@ check_06a(noisy_latents)
 #
 # ### Exercise B: the loss with prior preservation (6 minutes)
 #
-# One prediction for the whole batch, instances first and class images second: make the loss of it.
+# You have one prediction for the whole batch, instance images first and class images second. Compute the loss.
 
 # %%
 from dbnb.exercises import check_06b
@@ -524,7 +620,7 @@ check_06b(dreambooth_loss)
 # %% [markdown]
 # <details><summary>Hint 1</summary>
 #
-# `errors.chunk(2)` cuts a batch into its halves. Before the mean or after it?
+# `errors.chunk(2)` splits a batch into its halves. Before the mean or after it?
 # </details>
 #
 # <details><summary>Hint 2</summary>
@@ -544,8 +640,8 @@ check_06b(dreambooth_loss)
 #
 # ### Exercise C: one step of the optimizer (6 minutes)
 #
-# The loss is there. Write what has to happen until the weights have changed and the next step can begin, and return the loss as a
-# plain number for the log.
+# The loss is computed. Write what has to happen until the weights have changed and the next step can begin, and return
+# the loss as a plain number for the log.
 
 # %%
 from dbnb.exercises import check_06c
@@ -561,8 +657,8 @@ check_06c(optimizer_step)
 # %% [markdown]
 # <details><summary>Hint 1</summary>
 #
-# Four calls in an order that matters: `loss.backward()`, `torch.nn.utils.clip_grad_norm_(…)`, `optimizer.step()`,
-# `optimizer.zero_grad()`.
+# There are four calls, and their order matters: `loss.backward()`, `torch.nn.utils.clip_grad_norm_(…)`,
+# `optimizer.step()`, `optimizer.zero_grad()`.
 # </details>
 #
 # <details><summary>Hint 2</summary>
@@ -585,16 +681,16 @@ check_06c(optimizer_step)
 # %% [markdown]
 # ## On your own
 #
-# 1. Which levels are hard? Plot the error of single samples against $t$. (4 minutes)
-# 2. Run twenty steps with a learning rate of 0.02. What do the held-out losses say after them, and
-#    what the pictures? (3 minutes)
-# 3. The line of the further photographs does not start where that of the photographs starts. Does that say anything about
-#    the training? (think)
+# 1. Which timesteps are hard? Plot the error of single samples against $t$. (4 minutes)
+# 2. Run twenty steps with a learning rate of 0.02. What do the held-out losses say afterwards, and what do the
+#    pictures say? (3 minutes)
+# 3. The line of the further photographs does not start where the line of the photographs starts. Does that say
+#    anything about the training? (think)
 #
 # <details><summary>Answers</summary>
 #
-# 1. It is high at both ends: where nearly all is noise the picture has to be guessed, and where there is hardly any noise
-#    it is hard to find.
+# 1. The error is high at both ends: where nearly everything is noise, the picture has to be guessed, and where there
+#    is hardly any noise, it is hard to find.
 #
 # ```python
 # points = []
@@ -607,7 +703,7 @@ check_06c(optimizer_step)
 # plots.show(plots.curves({"samples": (t, error)}, xlabel="t", ylabel="error"), alt="the error of samples against t")
 # ```
 #
-# 2. Both losses are far above their beginnings, and the pictures have fallen apart with them.
+# 2. Both losses are far above where they started, and the pictures have fallen apart.
 #
 # ```python
 # burnt = load_components(config.base)
@@ -628,7 +724,7 @@ check_06c(optimizer_step)
 #
 # ## Quiz
 #
-# Five questions about *why*. Choose an answer, then open it: each says whether it is right, and why or why not.
+# Five questions about *why*. Choose an answer, then open it: it says whether it is right, and why.
 #
 # **1. Why are the shares of picture and noise square roots?**
 #
@@ -637,7 +733,7 @@ check_06c(optimizer_step)
 # Right: the shares' squares are alpha and 1 - alpha, and variances add like squares.
 # </details>
 #
-# <details><summary>B. The roots make the noise grow evenly, by the same amount from level to level.</summary>
+# <details><summary>B. The roots make the noise grow evenly, by the same amount from step to step.</summary>
 #
 # No: how it grows is decided by the table of alphas, which is far from even.
 # </details>
@@ -654,14 +750,14 @@ check_06c(optimizer_step)
 # No: the loss is computed before the optimizer acts, and AdamW is not random.
 # </details>
 #
-# <details><summary>B. Noise levels are drawn at random, and some are much harder than others.</summary>
+# <details><summary>B. Timesteps are drawn at random, and some are much harder than others.</summary>
 #
-# Right: a held-out loss asks the same pictures at the same levels with the same noise.
+# Right: a held-out loss uses the same pictures at the same timesteps with the same noise.
 # </details>
 #
 # <details><summary>C. It is the loss of the class half alone, which has nothing to do with the toy.</summary>
 #
-# No: it is the sum of both halves, and both parts stand in the log.
+# No: it is the sum of both halves, and both parts are in the log.
 # </details>
 #
 # **3. Why is the held-out loss measured on *further* photographs of the toy, too?**
@@ -700,7 +796,7 @@ check_06c(optimizer_step)
 #
 # **5. At t = 950 the model's guess of the clean picture is another toy. Why is this no mistake?**
 #
-# <details><summary>A. The scheduler has swapped two pictures of the batch, as it does at high levels.</summary>
+# <details><summary>A. The scheduler has swapped two pictures of the batch, as it does at high noise.</summary>
 #
 # No: nothing is swapped; the noisy picture in the column belongs to the clean one above.
 # </details>
@@ -717,9 +813,10 @@ check_06c(optimizer_step)
 #
 # ## In short
 #
-# - Noise by a formula, a UNet that is asked for noise or for $v$, two means of squares, one sum.
-# - Only adapters get gradients.
-# - Judge by held-out losses (these pictures, further pictures, the class) and by pictures from fixed noise, never by the
-#   last loss value.
+# - Noise by a formula, a UNet that is asked for noise or for $v$, two mean squared errors, one sum.
+# - A belief is a mean of everything that fits, and therefore blurred where much is hidden.
+# - With LoRA only adapters get gradients; the paper fine-tuned all weights, with a larger optimizer and file.
+# - Judge by held-out losses (these pictures, further pictures, the class) and by pictures from fixed noise, never by
+#   the last loss value.
 #
 # Next: [07 Validation and export](07_validation_and_export.ipynb), what to do with the result.

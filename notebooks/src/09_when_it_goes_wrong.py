@@ -7,32 +7,41 @@
 # ---
 
 # %% [markdown]
-# # 09 When it goes wrong: ten failures, made on purpose and mended
+# # 09 When it goes wrong: find the fault of a run by its symptom
 #
-# **What you will do**: break DreamBooth in ten ways that people report again and again; see each as a picture or a
-# curve, find the check that catches it, and mend it.
+# **What you will do**: look up what you see, run the one line that checks for it, and apply the fix. Nearly all of the
+# faults are made here on purpose, so that you can see each of them on the miniature.
 #
-# **What you will learn**: to tell these failures apart from their symptoms. Afterwards you know which look to take first
-# when a training of your own fails.
+# **What you will learn**: to tell faults apart that look alike. Afterwards you know which check to run first when a
+# training of your own fails.
 #
-# **What you need**: notebooks [06](06_training.ipynb) and [07](07_validation_and_export.ipynb). No GPU. On two CPU cores
-# about two minutes, one when you come back, plus about two for the training of notebook [00](00_start_here.ipynb) where it
-# is not in the cache yet.
+# **What you need**: notebooks [06](06_training.ipynb) and [07](07_validation_and_export.ipynb) if you read it as a
+# lesson; nothing if you come with a broken run. No GPU. On two CPU cores about two minutes, plus two for the training
+# of notebook [00](00_start_here.ipynb) if it is not in the cache yet.
 #
 # | you see | look at |
 # |---|---|
-# | nothing has changed | 1, 5, 7 |
-# | colours burn, shapes dissolve | 2 |
-# | a photograph comes back, whatever the prompt says | 3 |
-# | every dog is the subject, or no dog any more | 4, 6, 8 |
-# | the subject lies on its side, or falls to pieces in its own colours | 9 |
-# | black pictures, a loss that is `nan` | 10 |
+# | the pictures are those of the base, or nearly | [1](#1-the-learning-rate-is-too-low), [2](#2-the-file-does-not-fit), [3](#3-the-adapter-is-off-or-nobody-asks-for-it), [4](#4-alpha-is-lost), [7](#7-adapters-in-half-precision) |
+# | colours burn, contrasts are too strong, shapes dissolve | [5](#5-the-learning-rate-is-too-high), [6](#6-the-guidance-is-too-high), [4](#4-alpha-is-lost), [18](#18-the-latents-have-another-scale) |
+# | a photograph comes back, whatever the prompt says | [8](#8-learned-by-heart) |
+# | the subject is right, and the background is always the same | [9](#9-the-background-was-learned-too), [8](#8-learned-by-heart) |
+# | every dog is the subject | [10](#10-there-are-no-class-images), [11](#11-the-halves-are-mixed-up), [13](#13-the-two-prompts-name-different-classes) |
+# | the class has turned into something else | [12](#12-the-class-images-show-something-else) |
+# | the subject comes with something that no photograph shows | [14](#14-the-identifier-means-something) |
+# | the subject lies on its side, or is cut off | [15](#15-the-photographs-lie-on-their-side) |
+# | two heads, repeated or cropped objects, coarse patches | [16](#16-another-resolution-than-the-base-was-trained-at) |
+# | patches of colour or noise instead of a picture | [17](#17-the-base-predicts-something-else), [18](#18-the-latents-have-another-scale), [5](#5-the-learning-rate-is-too-high) |
+# | black pictures, a loss that is `nan` | [19](#19-not-a-number), [20](#20-black-pictures-from-a-sound-adapter) |
+# | `CUDA out of memory` | [21](#21-out-of-memory) |
+#
+# Each entry has the same parts: what you **see**, how it was **made** here, a **check**, and the **fix** for Stable
+# Diffusion 1.5, SDXL and the flow models (Stable Diffusion 3, FLUX).
 #
 # ---
 
 # %% [markdown]
-# Run this first. It makes `dbnb` importable and changes nothing that is already installed. On Colab it asks for a file: give
-# it the project's wheel or zip, or set `DBNB_SOURCE`.
+# Run this first. It makes `dbnb` importable and changes nothing that is already installed. On Colab it asks for a
+# file: give it the project's wheel or zip, or set `DBNB_SOURCE`.
 
 # %% tags=["skip-execution", "nbval-skip"]
 import importlib.util
@@ -50,46 +59,46 @@ if importlib.util.find_spec("dbnb") is None:
         raise SystemExit("dbnb is not here: open this notebook inside the project, set DBNB_SOURCE, or pip install it.")
     subprocess.run([sys.executable, "-m", "pip", "install", "-q", DBNB_SOURCE or str(projects[0])], check=True)
     importlib.invalidate_caches()
+importlib.import_module("dbnb")  # before torch, whose threads it keeps from spinning
 
 # %% [markdown]
-# No new module: everything that is broken here was built in notebooks 01 to 08.
+# There is no new module. Everything that is broken here was built in notebooks 01 to 08; `dbnb.doctor`, which examines
+# adapter files, is used in entries 2 and 4.
 
 # %%
 import dataclasses
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import torch
-from peft import LoraConfig
-from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from dbnb import export, metrics, plots, toybox, workflow
-from dbnb.adapters import ATTENTION, adapted_modules, add_adapters, trainable_parameters
+from dbnb.adapters import adapted_modules, add_adapters, trainable_parameters
 from dbnb.config import DreamBoothConfig
 from dbnb.dataset import DreamBoothDataset, cache_latents
 from dbnb.models import load_components
 from dbnb.pictures import inspect_images, load_image
-from dbnb.toybox.sample import SAMPLE_DIR
+from dbnb.toybox.sample import SAMPLE_DIR, SAMPLE_TOY
 from dbnb.training import batch_at, held_out_loss, train, training_step
 from dbnb.validation import draw
 
 workflow.quiet_libraries()
+plots.you_are_here("09")
 
 # %% [markdown]
-# What to compare with: the base, and the training of notebook 00, which is right. The broken trainings are short, a few dozen
-# steps at a high rate. That is enough to break.
+# Every fault is compared with the base, or with `good`: the training of notebook 00. The broken trainings are short,
+# which is enough to break something.
 
 # %%
-import tempfile
-
 config = DreamBoothConfig()
 good = workflow.trained(config)
 base, concept = load_components(config.base), good.concept
 SUBJECT, CLASS = concept.instance_prompt, concept.class_prompt
 BEACH = f"{SUBJECT} {toybox.SCENES['beach']}"
-SHORT = dict(max_train_steps=50, learning_rate=2e-3, num_class_images=20)
-SHORT["lr_scheduler"] = "constant"
+COUNT = 5  # pictures a row
+SHORT = dict(max_train_steps=60, learning_rate=2e-3, lr_scheduler="constant", num_class_images=20)
 models, drawings = {"base": base, "good": good.components}, {}
 encoders = metrics.load_encoders(base.base)
 photographs = encoders.identity_features(concept.images())
@@ -99,9 +108,9 @@ folder = Path(temporary.name)
 
 # %%
 def drawn(name: str, prompt: str = SUBJECT) -> list:
-    """Six pictures by one of the models, always from the same noise; each is drawn once."""
+    """Pictures by one of the models, always from the same noise; each is drawn once."""
     if (name, prompt) not in drawings:
-        drawings[name, prompt] = draw(models[name], [prompt] * 6, config.sampling)
+        drawings[name, prompt] = draw(models[name], [prompt] * COUNT, config.sampling)
     return drawings[name, prompt]
 
 
@@ -117,8 +126,8 @@ def likeness(name: str, prompt: str = SUBJECT) -> float:
 
 
 # %% [markdown]
-# Two datasets with latents, one to train on and one that stays unseen, and the loop of notebook 06 in short, for failures
-# that no setting can make:
+# Some faults cannot be made by a setting. For these there are two datasets, one to train on and one that stays unseen,
+# and the loop of notebook 06 in short:
 
 # %%
 paths, unseen = good.prior.paths[:20], good.prior.paths[20:28]
@@ -141,86 +150,301 @@ def steps(components, batches, rate: float):
 
 
 # %% [markdown]
-# ## 1. Nothing happens
+# ## 1 the learning rate is too low
 #
-# **Made**: a learning rate of 1e-6. It is a good rate for fine-tuning *all* weights, so it stands in many recipes. For
-# adapters, which start at zero, it is far too low: AdamW moves a number by about the learning rate a step, so that even
-# thousands of steps get nowhere. **Predict**: the two rows?
+# **You see** the base's pictures; the loss curve is flat.
+#
+# **Made** by a rate of 1e-6, which is a good one for fine-tuning *all* weights and therefore stands in many recipes.
+# AdamW moves each number by about the learning rate in a step, and adapters start from zero.
 
 # %%
 slow = SHORT | dict(max_train_steps=20, learning_rate=1e-6)
 models["rate 1e-6"] = workflow.trained(dataclasses.replace(config, **slow)).components
-compare("base", "rate 1e-6", title="nothing has changed", alt="Two rows of dogs, equal picture by picture")
+compare("base", "rate 1e-6", "good", title="nothing has changed", alt="Two equal rows of dogs, and a row of the toy")
+
 
 # %% [markdown]
-# **Seen**: the rows are the same. **The check**: how strong an adapter is, is a number: $\|\frac{\alpha}{r}BA\|$ against
-# $\|W\|$. Measure it after training, and again after loading the file elsewhere.
+#
+# **Check**: `effect(unet)`, how large is the change $\frac{\alpha}{r}BA$ beside the weights $W$ that it is added to?
 
 
 # %%
+# NBVAL_CHECK_OUTPUT
 @torch.no_grad()
-def effect(components) -> float:
-    """Mean size of the change that the UNet's adapters make, as a share of the weights they sit on."""
-    layers = [m for m in components.unet.modules() if hasattr(m, "lora_A") and "default" in m.lora_A]
-    pairs = [(m.lora_B["default"].weight.flatten(1), m.lora_A["default"].weight.flatten(1)) for m in layers]
-    changes = [m.scaling["default"] * B @ A for m, (B, A) in zip(layers, pairs, strict=True)]
-    ratios = [change.norm() / m.base_layer.weight.norm() for change, m in zip(changes, layers, strict=True)]
+def effect(unet) -> float:
+    """Mean size of the change that a UNet's adapters make, as a share of the weights they sit on."""
+    ratios = []
+    for layer in unet.modules():
+        for name in getattr(layer, "lora_A", ()):
+            A, B = (half[name].weight.flatten(1) for half in (layer.lora_A, layer.lora_B))
+            ratios.append(layer.scaling[name] * (B @ A).norm() / layer.base_layer.weight.norm())
     return float(torch.stack(ratios).mean())
 
 
-print({name: f"{effect(models[name]):.6f}" for name in ("good", "rate 1e-6")})
-
-# %%
-# NBVAL_CHECK_OUTPUT
-assert effect(models["rate 1e-6"]) < 0.01 * effect(models["good"])
-print("less than a hundredth of a good training's effect")
+assert effect(models["rate 1e-6"].unet) < 0.01 * effect(models["good"].unet)
+print("at a rate of 1e-6: less than a hundredth of a good training's effect")
 
 # %% [markdown]
-# **Mended**: 1e-4 is a usual start for adapters on Stable Diffusion; the miniature's is in its preset. Below 1e-5, think
-# again.
 #
-# ## 2. Burnt
+# **Fix**, for all of them: start adapters at 1e-4 (`learning_rate`; the miniature's own, higher rate is in its
+# preset). A rate below 1e-5 is suspicious. If the effect is there and the pictures still do not show the subject,
+# train for more steps.
 #
-# **Made**: a learning rate of 2e-2, and the text encoder is trained at this rate too, as a careless recipe might do it.
-# **Predict**: what is left, the toy or the beach?
+# ## 2 the file does not fit
+#
+# **You see** the base's pictures, and no error: a loader that finds none of the names it looks for loads nothing.
+#
+# **Made** by writing one good adapter in three wrong ways: with the names that peft gives its tensors, with the text
+# encoder's tensors under a prefix that no loader reads, and as an adapter of Stable Diffusion 1.5.
+#
+# **Check**: `python -m dbnb.doctor FILE --base BASE`, which is `diagnose` here.
 
 # %%
-hot = SHORT | dict(max_train_steps=40, learning_rate=2e-2, train_text_encoder=True, text_encoder_learning_rate=2e-2)
-models["rate 2e-2"] = workflow.trained(dataclasses.replace(config, **hot)).components
-compare("good", "rate 2e-2", prompt=BEACH, title="burnt", alt="The teal toy on a beach; below muddy shapes, elsewhere")
+from safetensors import safe_open
 
-# %% [markdown]
-# **Seen**: muddy shapes, neither toy nor beach: the adapters outweigh what they sit on, in the UNet, and in
-# the text encoder, where the words for places are. **The check**: the held-out loss of notebook 06, on pictures that no
-# training has seen.
+sound = load_file(export.save_adapters(good.components, folder))
+with safe_open(folder / "pytorch_lora_weights.safetensors", "pt") as file:
+    header = file.metadata()
+of_text, of_unet = "te1.text_model.encoder.layers.0.self_attn.q_proj", "unet.down_blocks.0.attentions.0.proj_in"
+text_half = {f"{of_text}.lora_A.weight": torch.eye(16, 128) / 9, f"{of_text}.lora_B.weight": torch.eye(128, 16) / 9}
+large = {"A": torch.full((16, 320, 1, 1), 0.01), "B": torch.full((320, 16, 1, 1), 0.01)}
+written = {
+    "as it should be": sound,
+    "peft's names": {key.replace("unet.", "base_model.model."): value for key, value in sound.items()},
+    "a text encoder as te1": sound | text_half,
+    "for SD 1.5": {f"{of_unet}.lora_{half}.weight": matrix for half, matrix in large.items()},
+}
+for name, content in written.items():
+    save_file(content, folder / f"{name}.safetensors", header)
 
 # %%
-losses = {name: held_out_loss(models[name], further, batches=6) for name in ("base", "good", "rate 2e-2")}
+from dbnb.doctor import diagnose
+
+records = {name: diagnose(folder / f"{name}.safetensors", config.base) for name in written}
+for name, record in records.items():
+    print(
+        f"{name}: {record.findings[0]['code']}: {record.findings[0]['text']}" if record.findings else f"{name}: sound"
+    )
+first = {name: record.codes()[:1] for name, record in records.items()}
+assert list(first.values())[1:] == [["prefix_ignored"], ["text_encoder_ignored"], ["other_family"]], first
 plots.show(
-    plots.bars(
-        {
-            "the toy": {name: loss["instance_loss"] for name, loss in losses.items()},
-            "other dogs": {name: loss["prior_loss"] for name, loss in losses.items()},
-        },
-        ylabel="held-out loss",
-        title="A burnt model is worse than the base",
+    plots.image_rows(
+        list(zip(*(record.pictures for record in records.values() if record.pictures), strict=True)),
+        labels=["base", "file loaded"],
+        titles=["as it\nshould be", "peft's\nnames", "text encoder\nas te1"],
+        title="The same noise, before and after loading",
     ),
-    alt="Two groups of three bars: the good training is at or below the base, the burnt one above both",
+    alt="Pairs of pictures by file: with the right names the picture changes; with peft's names it stays as it was",
 )
 
+# %% [markdown]
+#
+# **Fix**: rename the tensors as the doctor says. *SD 1.5*: `unet.` and `text_encoder.`, or kohya's `lora_unet_` and
+# `lora_te_`. SDXL has two text encoders: `text_encoder.` and `text_encoder_2.`, or `lora_te1_` and `lora_te2_`. *Flow
+# models*: `transformer.` instead of `unet.`. An adapter of one family is of no use to another, whatever it is renamed
+# to: train it again on that base. Where only the text encoder's half was dropped, the subject is there but weak.
+#
+# ## 3 the adapter is off or nobody asks for it
+#
+# **You see** the base's pictures, although the file is sound.
+#
+# **Made** in the two ways in which it happens to everybody: the adapter was
+# disabled (for a comparison, or by loading another one), and the identifier was left out of the prompt.
+
 # %%
-# NBVAL_CHECK_OUTPUT
-assert losses["rate 2e-2"]["prior_loss"] > losses["base"]["prior_loss"], losses
-assert losses["rate 2e-2"]["instance_loss"] > losses["good"]["instance_loss"], losses
-print("burnt: worse than the base at dogs, worse than a good training at the toy")
+pipeline = export.reload_pipeline(good.components, export.save_adapters(good.components, folder))
+pipeline.disable_lora()
+drawings["disabled", SUBJECT] = draw(good.components, [SUBJECT] * COUNT, config.sampling, pipeline=pipeline)
+disabled = any(getattr(layer, "disable_adapters", False) for layer in pipeline.unet.modules())
+print("loaded:", pipeline.get_list_adapters(), "| active:", pipeline.get_active_adapters(), "| disabled:", disabled)
+plots.show(
+    plots.image_rows(
+        [drawn("good"), drawings["disabled", SUBJECT], drawn("good", CLASS)],
+        labels=["as it should be", "adapter disabled", f"asked for\n'{CLASS}'"],
+        title="A sound adapter that nobody uses",
+    ),
+    alt="A row of the teal toy; two rows of other dogs",
+)
 
 # %% [markdown]
-# **Mended**: a lower rate, a still lower one for the text encoder if it is trained at all; or a lower strength when the
-# adapter is used (notebook 07).
 #
-# ## 3. Learned by heart
+# **Check**: `any(getattr(layer, "disable_adapters", False) for layer in pipeline.unet.modules())` is false (a disabled
+# adapter still counts as active), and the prompt is that of the model card, letter by letter.
 #
-# **Made**: a training on a single photograph, taken in the desert, without class images, at a high rate. **Predict**: `… on the beach`?
+# **Fix**, for all of them: `pipeline.enable_lora()` and `pipeline.set_adapters(["default_0"], [1.0])`, with the name
+# that `get_list_adapters` prints; identifier *and* class word in the prompt. In ComfyUI and A1111 look at the strength
+# in the LoRA's node or tag.
+#
+# ## 4 alpha is lost
+#
+# **You see** a subject that was right during training and is weak, or burnt, after loading. An adapter counts
+# $\frac{\alpha}{r}$ times. A program that does not find $\alpha$ takes $\alpha = r$, so that another $\alpha$ makes
+# the file too weak or too strong.
+#
+# **Made** by writing the good adapter for two other values of alpha, with $B$ scaled to give the same product, and
+# leaving alpha out: four times the rank, and 1, which is the default of kohya's scripts.
+#
+# **Check**: `export.verify_reload(components, file, concept)` draws from the file and compares with the trained model;
+# `python -m dbnb` does it at the end of every run.
+
+# %%
+# NBVAL_CHECK_OUTPUT
+tensors, without_alpha = load_file(folder / "pytorch_lora_weights.safetensors"), {}
+for name, times in (("4 x rank", 1 / 4), ("1", config.rank)):  # B for this alpha, relative to that for alpha = rank
+    without_alpha[name] = folder / f"alpha {name}.safetensors"
+    save_file({key: value * (times if "lora_B" in key else 1) for key, value in tensors.items()}, without_alpha[name])
+    broken = export.reload_pipeline(good.components, without_alpha[name])
+    drawings[f"alpha {name}, lost", SUBJECT] = draw(
+        good.components, [SUBJECT] * COUNT, config.sampling, pipeline=broken
+    )
+    try:
+        export.verify_reload(good.components, without_alpha[name], concept, config.sampling)
+    except ValueError as error:
+        print(f"alpha {name}, lost: it {str(error).split(' it ')[-1].split(' (')[0].split('safetensors ')[-1]}")
+    print("  the doctor:", *diagnose(without_alpha[name], picture=False).codes())
+
+# %%
+compare(
+    "good",
+    "alpha 4 x rank, lost",
+    "alpha 1, lost",
+    title="one adapter, loaded at 1, 1/4 and 16 times its strength",
+    alt="Three rows: the toy; dogs that have little of it; patches of colour",
+)
+
+# %% [markdown]
+#
+# **Fix**: save alpha with the file, as `save_adapters` does, and diffusers' `save_lora_weights` with its metadata. SD
+# 1.5 and SDXL files of kohya carry a tensor `.alpha` for each layer: do not drop it when you rename tensors. If alpha
+# is known and the file cannot be changed, set the strength to alpha / rank. The same holds for flow models. A learning
+# rate belongs to its alpha as well: one that was tuned for kohya's alpha 1 is too high for alpha = rank, by up to the
+# factor of the rank.
+#
+# ## 5 the learning rate is too high
+#
+# **You see** colours that burn, then shapes that dissolve, whatever the prompt.
+#
+# **Made** by rates of 1e-2, and of 2e-2 with the text encoder trained
+# at the same rate.
+
+# %%
+for rate, further_settings in ((1e-2, {}), (2e-2, dict(train_text_encoder=True, text_encoder_learning_rate=2e-2))):
+    hot = SHORT | dict(max_train_steps=40, learning_rate=rate) | further_settings
+    models[f"rate {rate:g}"] = workflow.trained(dataclasses.replace(config, **hot)).components
+compare(
+    "good",
+    "rate 0.01",
+    "rate 0.02",
+    prompt=BEACH,
+    title="from burnt to dissolved",
+    alt="The teal toy on a beach; a toy that has lost its shape; patches of colour without toy or beach",
+)
+
+# %% [markdown]
+#
+# **Check**: `held_out_loss(components, further)["prior_loss"]`, the held-out loss of notebook 06 on class images that
+# training has not seen. A burnt model is worse at them than the base.
+
+# %%
+losses = {name: held_out_loss(models[name], further, batches=6) for name in ("base", "good", "rate 0.01", "rate 0.02")}
+kept = max(losses[name]["prior_loss"] for name in ("base", "good"))
+assert min(losses[name]["prior_loss"] for name in ("rate 0.01", "rate 0.02")) > 1.2 * kept, losses
+plots.show(
+    plots.bars(
+        {name: {"other dogs": loss["prior_loss"]} for name, loss in losses.items()},
+        ylabel="held-out loss",
+        title="The loss on class images tells a burnt model from a good one",
+    ),
+    alt="Four bars: base and good training low and alike, the higher rate above them, the highest rate far above",
+)
+
+# %% [markdown]
+#
+# **Fix**: a lower rate. To save this run, use a lower strength (notebook 07) or an earlier checkpoint. *SD 1.5 and
+# SDXL*: 1e-4 for the UNet, 1e-5 for text encoders, if they are trained at all. *Flow models*: 1e-4 or less, with the
+# text encoders frozen. Prodigy is the exception: its rate is 1.
+#
+# ## 6 the guidance is too high
+#
+# **You see** garish colours and hard contrasts, with a sound adapter.
+#
+# **Made** by raising `guidance_scale`.
+#
+# **Check**: `draw(…, guidance_scale=suggested(base)["guidance_scale"])`: the same noise at the scale that the base
+# suggests.
+
+# %%
+scales = (config.guidance_scale, 7.5, 15.0)
+rows = [
+    draw(good.components, [SUBJECT] * COUNT, dataclasses.replace(config.sampling, guidance_scale=g)) for g in scales
+]
+plots.show(
+    plots.image_rows(rows, labels=[f"guidance {g:g}" for g in scales], title="Fried: the same adapter, the same noise"),
+    alt="Three rows of the toy: sound at the suggested guidance, with harder contrasts at 7.5, fried at 15",
+)
+
+# %% [markdown]
+#
+# **Fix**: *SD 1.5*: 5 to 8. *SDXL*: 4 to 7. *Stable Diffusion 3*: about 4.5; FLUX.1 [dev] has its guidance built in,
+# about 3.5, and no negative prompt. Few-step variants (Turbo, Lightning, LCM, FLUX.1 [schnell]) are drawn at 0 to 2,
+# and are fried at the usual values.
+#
+# ## 7 adapters in half precision
+#
+# **You see** no symptom at first, only a subject that is learned worse than with the same settings elsewhere; or the
+# error `Attempting to unscale FP16 gradients`.
+#
+# **Made** by loading the base in `bfloat16` and letting peft add its adapters in the format that it finds; beside it,
+# the same by `add_adapters`, which casts them to `float32`. Six steps each, at 1e-4, the usual rate of large bases.
+#
+# **Check**: `{p.dtype for p in unet.parameters() if p.requires_grad}` before training. It should be `{torch.float32}`.
+
+# %%
+from peft import LoraConfig
+
+from dbnb.adapters import lora_targets
+
+still = {"A stood still": {}, "B stood still": {}}
+for name in ("bfloat16 adapters", "float32 adapters"):
+    half = load_components(config.base, weight_dtype=torch.bfloat16)
+    if name == "float32 adapters":
+        add_adapters(half, config.adapters)
+    else:
+        targets = lora_targets(half.unet, config.lora_layers)
+        half.unet.add_adapter(LoraConfig(r=config.rank, lora_alpha=config.rank, target_modules=targets))
+    before = {key: p.detach().clone() for key, p in trainable_parameters(half.unet)}
+    for _ in steps(half, (batch_at(dataset, n, 2) for n in range(6)), rate=1e-4):
+        pass
+    for matrix, shares in still.items():
+        pairs = [(p, before[key]) for key, p in trainable_parameters(half.unet) if f"lora_{matrix[0]}" in key]
+        shares[name] = torch.cat([(now == then).flatten() for now, then in pairs]).float().mean().item()
+
+# %%
+assert still["A stood still"]["bfloat16 adapters"] > 3 * still["A stood still"]["float32 adapters"] + 0.1, still
+plots.show(
+    plots.bars(still, ylabel="share of the numbers", title="In bfloat16 much of A does not move at all"),
+    alt="Pairs of bars: in bfloat16 a part of A has not changed in six steps; B has, and in float32 both have",
+)
+
+# %% [markdown]
+# A number of `bfloat16` has two to three decimal digits, and an update that is smaller than half a unit in its last
+# digit is rounded away. $A$ starts at random values, beside which an update is small: the larger a value, the more
+# certainly it stands still. $B$ starts at zero and moves, until its values are large enough to be held in the same
+# way.
+#
+# **Fix**, for all of them: cast what is trained to `float32` (diffusers' `cast_training_params`), whatever the format
+# of the base. Mixed precision then computes in half precision and keeps these weights in full.
+
+# %% [markdown]
+# ## 8 learned by heart
+#
+# **You see** a photograph, whatever the prompt says. This is [overfitting](../docs/glossary.md#overfitting).
+#
+# **Made** by training on a single photograph, taken in the desert, without class images, at a high
+# rate. Five photographs that are trained on for too long end there as well, only later.
+#
+# **Check**: `held_out_loss(components, data)["instance_loss"]`, once on the photographs that are trained on and once
+# on further photographs of the same toy.
 
 # %%
 alone = DreamBoothDataset(concept.paths[:1], SUBJECT, size=config.resolution)
@@ -228,7 +452,7 @@ _ = cache_latents(alone, base.vae)
 models["one photograph"] = learner = load_components(config.base)
 add_adapters(learner, config.adapters)
 curve = {"the one photograph": {}, "further photographs": {}}
-for done in steps(learner, (batch_at(alone, n, 4) for n in range(100)), rate=5e-3):
+for done in steps(learner, (batch_at(alone, n, 4) for n in range(60)), rate=5e-3):
     if done % 20 == 0:
         for name, data in zip(curve, (alone, further), strict=True):
             curve[name][done] = held_out_loss(learner, data, batches=6)["instance_loss"]
@@ -236,16 +460,13 @@ compare(
     "good",
     "one photograph",
     prompt=BEACH,
-    title="and it stands where it stood",
+    title="it stands where it was photographed",
     alt="Above the toy on a beach; below the same picture again and again, the toy in the desert",
 )
 
-# %% [markdown]
-# **Seen**: nearly the same picture, again and again; the place in the prompt is mostly ignored. This is [overfitting](../docs/glossary.md#overfitting). Five photographs trained for too long end
-# there as well, later. **The check**: two held-out losses, on what is trained on and on further photographs of the same
-# toy.
-
 # %%
+fell = {name: values[0] - values[60] for name, values in curve.items()}
+assert fell["the one photograph"] > 0 > fell["further photographs"], fell
 plots.show(
     plots.curves(
         {name: (list(values), list(values.values())) for name, values in curve.items()},
@@ -253,31 +474,60 @@ plots.show(
         ylabel="held-out loss",
         title="Overfitting is the gap between the lines",
     ),
-    alt="The loss on the one photograph falls fast; on further photographs it rises, or falls less",
+    alt="The loss on the one photograph falls fast, on further photographs it rises",
 )
 
+# %% [markdown]
+#
+# **Fix**, for all of them: more photographs, in more places; fewer steps (stop before the second line rises:
+# `--holdout` and `--select best`); class images; a lower rank. Large bases overfit at some hundred steps for each
+# photograph.
+#
+# ## 9 the background was learned too
+#
+# **You see** the subject, and always the same background. What all photographs have in common becomes part of the
+# subject.
+#
+# **Made** by photographs that were
+# all taken in the snow.
+#
+# **Check**: `plots.show_images(concept.images())`: what do all of them have in common, besides the subject?
+
 # %%
-# NBVAL_CHECK_OUTPUT
-fell = {name: values[0] - values[100] for name, values in curve.items()}
-assert fell["the one photograph"] > fell["further photographs"], fell
-phrases = encoders.text_features([f"{CLASS} {phrase}" for phrase in toybox.SCENES.values()])
-beaches = {}
-for name in ("good", "one photograph"):
-    places = (encoders.clip_features(drawn(name, BEACH)) @ phrases.T).argmax(1)
-    beaches[name] = int((places == list(toybox.SCENES).index("beach")).sum())
-assert beaches["one photograph"] < beaches["good"], beaches
-print("the gap has grown, and CLIP finds fewer beaches")
+snowy = folder / "snowy"
+snowy.mkdir()
+for seed in range(5):
+    toybox.photograph(SAMPLE_TOY, scene="snow", seed=seed, size=256).save(snowy / f"{seed}.png")
+models["all in the snow"] = workflow.trained(
+    dataclasses.replace(config, **SHORT, instance_data_dir=str(snowy))
+).components
+compare(
+    "good",
+    "all in the snow",
+    title="the snow came along",
+    alt="Above the toy in many places, below the toy in the snow, every time",
+)
 
 # %% [markdown]
-# **Mended**: more photographs, in more places; fewer steps (stop before the second line rises); class images.
 #
-# ## 4. Every dog is the subject
+# **Fix**, for all of them: photographs in other places; or `--masked_loss` with a mask for each photograph, so that
+# the background does not count; or `--captions`, which name the background, so that the words carry it and not the
+# identifier.
 #
-# **Made**: prior preservation off. (This is the training of notebook 02.) **Predict**: `a photo of a dog`?
+# ## 10 there are no class images
+#
+# **You see** the subject for every prompt that names its class.
+#
+# **Made** with `with_prior_preservation=False`; it is the training of notebook 02.
+#
+# **Check**: `likeness(name, CLASS)` and `metrics.diversity(…)`: how near to the subject are pictures of the bare class
+# prompt, and how varied?
 
 # %%
-drifted = dataclasses.replace(config, with_prior_preservation=False, max_train_steps=200)
-models["no class images"] = workflow.trained(drifted).components
+models["no class images"] = workflow.trained(dataclasses.replace(config, with_prior_preservation=False)).components
+near = {name: likeness(name, CLASS) for name in ("no class images", "good")}
+spread = {name: metrics.diversity(encoders.identity_features(drawn(name, CLASS))) for name in near}
+assert spread["no class images"] < spread["good"] and near["no class images"] > near["good"], (spread, near)
 compare(
     "base",
     "no class images",
@@ -288,73 +538,44 @@ compare(
 )
 
 # %% [markdown]
-# **Seen**: the class word has drifted. **The check**: how varied are pictures of the bare class prompt, and how near are
-# they to the subject?
+#
+# **Fix**: `with_prior_preservation`, with 100 to 200 class images that the base draws itself (SD 1.5 and SDXL). Many
+# trainings of flow models go without, with few steps; look at the class prompt then.
+#
+# ## 11 the halves are mixed up
+#
+# **You see** the subject in the class, although there are class images.
+#
+# **Made** by batches whose pictures are interleaved (subject, dog, subject, dog …) while their prompts
+# are grouped. No error comes up, since all shapes are right.
+#
+# **Check**: `first_half_is_the_subject(batch)`: is each picture of the first half an instance image?
+
 
 # %%
 # NBVAL_CHECK_OUTPUT
-near = {name: likeness(name, CLASS) for name in ("no class images", "good")}
-spread = {name: metrics.diversity(encoders.identity_features(drawn(name, CLASS))) for name in near}
-assert spread["no class images"] < spread["good"], spread
-assert near["no class images"] > near["good"], near
-print("without class images: dogs less varied, and nearer to the toy")
-
-# %% [markdown]
-# **Mended**: `with_prior_preservation` (notebook 02).
-#
-# ## 5. Good in training, weak after loading: alpha lost
-#
-# **Made**: a training with `lora_alpha = 4 * rank`, saved as some tools save it: the matrices, without the header that holds
-# alpha. **Predict**: what will whoever loads this file see?
-
-# %%
-louder = SHORT | dict(max_train_steps=40, rank=4, lora_alpha=16, learning_rate=1e-3)
-strong = workflow.trained(dataclasses.replace(config, **louder)).components
-whole = export.save_adapters(strong, folder)
-bare = folder / "without_header.safetensors"
-save_file(load_file(whole), bare)
-for name, path in (("with header", whole), ("without", bare)):
-    pipeline = export.reload_pipeline(strong, path)
-    drawings[name, SUBJECT] = draw(strong, [SUBJECT] * 6, config.sampling, pipeline=pipeline)
-compare(
-    "with header",
-    "without",
-    title="the same matrices at another strength",
-    alt="With the header dogs near the toy; without it dogs further from it, from the same matrices",
-)
-
-# %% [markdown]
-# **Seen**: two different rows. Without the header a loader takes alpha = rank: here a quarter of what was trained.
-# **The check**: draw with the reloaded file and compare with the model that was trained. `python -m dbnb` does it at the
-# end of every run.
-
-# %%
-# NBVAL_CHECK_OUTPUT
-try:
-    export.verify_reload(strong, bare, concept, config.sampling)
-except ValueError as error:
-    print(str(error).split(" (difference")[0].replace(str(bare), "the file without header"))
-
-# %% [markdown]
-# **Mended**: save with the metadata, as `save_adapters` does, or keep alpha equal to the rank.
-#
-# ## 6. The halves are mixed up
-#
-# **Made**: batches whose pictures are interleaved (subject, dog, subject, dog …) while their prompts are grouped. No error
-# comes up: all shapes are right. **Predict**: what becomes of `a photo of a dog`?
-
-
-# %%
 def interleaved(number: int) -> dict:
     """A batch with the mistake."""
     batch = batch_at(dataset, number, 4)
     return batch | {"latent_parameters": batch["latent_parameters"][[0, 4, 1, 5, 2, 6, 3, 7]]}
 
 
+def first_half_is_the_subject(batch: dict) -> bool:
+    """Whether all pictures of a batch's first half are instance images."""
+    known = torch.stack([dataset.latents["instance", i, False] for i in range(len(concept.paths))])
+    first = batch["latent_parameters"].chunk(2)[0]
+    return all(bool((known == picture).flatten(1).all(1).any()) for picture in first)
+
+
+print("as collate_fn makes it:", first_half_is_the_subject(batch_at(dataset, 0, 4)))
+print("interleaved:", first_half_is_the_subject(interleaved(0)))
+
+# %%
 models["mixed up"] = mixed = load_components(config.base)
 add_adapters(mixed, config.adapters)
-for _ in steps(mixed, map(interleaved, range(50)), rate=2e-3):
+for _ in steps(mixed, map(interleaved, range(100)), rate=2e-3):
     pass
+assert likeness("mixed up", CLASS) > likeness("good", CLASS), "dogs have not become the toy"
 compare(
     "good",
     "mixed up",
@@ -364,74 +585,18 @@ compare(
 )
 
 # %% [markdown]
-# **Seen**: the toy's teal and yellow among the dogs, although there were class images. **The check**: look at one batch
-# with its prompts (notebook 05), or let the computer look: is each picture of the first half an instance image?
-
-
-# %%
-# NBVAL_CHECK_OUTPUT
-def first_half_is_the_subject(batch: dict) -> bool:
-    """Whether all pictures of a batch's first half are instance images."""
-    known = torch.stack([dataset.latents["instance", i, False] for i in range(len(concept.paths))])
-    first = batch["latent_parameters"].chunk(2)[0]
-    return all(bool((known == picture).flatten(1).all(1).any()) for picture in first)
-
-
-assert likeness("mixed up", CLASS) > likeness("good", CLASS), "dogs have not become the toy"
-print("as collate_fn makes it:", first_half_is_the_subject(batch_at(dataset, 0, 4)))
-print("interleaved:", first_half_is_the_subject(interleaved(0)))
-
-# %% [markdown]
-# **Mended**: pictures and prompts are put together in one place, `collate_fn`, and a test compares the loss with that of two
-# separate passes (notebook 06).
 #
-# ## 7. Adapters in half precision
+# **Fix**, for all of them: put pictures and prompts together in one place (`collate_fn`), and compare the loss with
+# that of two separate passes (notebook 06).
 #
-# **Made**: the base is loaded in `bfloat16`, and peft adds its adapters in the format that it finds. Beside it, the same
-# by `add_adapters`. Six steps each, at 1e-4. **Predict**: one adapter matrix $A$, after minus before, as a picture?
-
-# %%
-low_rank = LoraConfig(r=4, lora_alpha=4, init_lora_weights="gaussian", target_modules=list(ATTENTION))
-changes, still, formats = {}, {}, {}
-for name in ("as peft adds it", "add_adapters"):
-    half = load_components(config.base, weight_dtype=torch.bfloat16)
-    if name == "add_adapters":
-        add_adapters(half, rank=4)
-    else:
-        half.unet.add_adapter(low_rank)
-    matrices = [p for key, p in trainable_parameters(half.unet) if "lora_A" in key]
-    start = [p.detach().clone() for p in matrices]
-    for _ in steps(half, (batch_at(dataset, n, 2) for n in range(6)), rate=1e-4):
-        pass
-    moved = [(p.detach() - before).float() for p, before in zip(matrices, start, strict=True)]
-    formats[name] = str(matrices[0].dtype).removeprefix("torch.")
-    changes[f"{name}: {formats[name]}"] = max(moved, key=torch.Tensor.numel)[:, :48].numpy()
-    still[name] = sum(int((change == 0).sum()) for change in moved) / sum(change.numel() for change in moved)
-
-# %%
-plots.show(
-    plots.matrices(changes, title="In bfloat16 most numbers of an adapter have not moved at all", inches=3.2),
-    alt="Two matrices: in bfloat16 nearly blank with a few entries, in float32 every entry has changed",
-)
-
-# %% [markdown]
-# **Seen**: nearly blank on one side. A number of `bfloat16` has two to three decimal digits; an update that is smaller than
-# half a unit in the last digit is rounded away (notebook 04). **The check**: look at the formats of what is trained, before training.
-
-# %%
-# NBVAL_CHECK_OUTPUT
-assert still["as peft adds it"] > 0.5 > still["add_adapters"], still
-print("formats:", formats)
-print("more than half of the numbers stood still:", {name: share > 0.5 for name, share in still.items()})
-
-# %% [markdown]
-# **Mended**: `add_adapters` casts what will be trained to `float32`. In `float16` the same mistake often ends in an error,
-# `Attempting to unscale FP16 gradients`; be glad of it.
+# ## 12 the class images show something else
 #
-# ## 8. Stale class images
+# **You see** a class that turns into something else: ask for a dog, and cats' ears appear.
 #
-# **Made**: a folder of class images left over from somebody's cats. Many scripts only count the files, and their number is
-# right. **Predict**: `a photo of a dog`?
+# **Made** with a folder of class images that was left over from somebody's cats.
+# Many scripts only count the files, and their number is right.
+#
+# **Check**: `called_dogs(images)`: what does CLIP call the class images?
 
 # %%
 stale = folder / "class_images"
@@ -439,98 +604,231 @@ stale.mkdir()
 for number in range(20):
     cat, scene = toybox.random_toy("cat", number), list(toybox.SCENES)[number % len(toybox.SCENES)]
     toybox.photograph(cat, scene=scene, seed=number).save(stale / f"{number}.png")
-cats = workflow.trained(dataclasses.replace(config, **SHORT, class_data_dir=str(stale)))
-models["cats as class"] = cats.components
+kinds = encoders.text_features([f"a photo of a {kind}" for kind in toybox.KINDS])
+
+
+def called_dogs(images: list) -> float:
+    """The share of pictures that CLIP calls dogs."""
+    return float(((encoders.clip_features(images) @ kinds.T).argmax(1) == toybox.KINDS.index("dog")).float().mean())
+
+
+shares = [
+    called_dogs([load_image(path) for path in found[:20]]) for found in (sorted(stale.iterdir()), good.prior.paths)
+]
+print(
+    "called dogs by CLIP: {:.0%} of the images that were left over, {:.0%} of those drawn by the base".format(*shares)
+)
+
+# %%
+longer = SHORT | dict(max_train_steps=100, class_data_dir=str(stale))
+models["cats as class"] = workflow.trained(dataclasses.replace(config, **longer)).components
+print("called dogs by CLIP:", {name: f"{called_dogs(drawn(name, CLASS)):.0%}" for name in ("good", "cats as class")})
 compare(
     "good",
     "cats as class",
     prompt=CLASS,
-    title="class images of cats do not hold it",
-    alt="Above dogs; below dogs that have changed, towards the toy's colours or towards cats",
+    title="class images of cats make cats of dogs",
+    alt="Above dogs; below cats, or dogs that have something of a cat",
 )
 
 # %% [markdown]
-# **Seen**: the class images of cats do not protect the dogs. Compare with the row above: dogs may have taken on the toy's
-# colours or something of a cat. **The check**: do the class images fit their prompt? CLIP reads them.
+#
+# **Fix**, for all of them: a cache whose manifest says what made each picture (notebook 02); of your own folder, look
+# at the contact sheet first. Class images also have to come from the base that is trained: those of SD 1.5 do not fit
+# SDXL.
+#
+# ## 13 the two prompts name different classes
+#
+# **You see** the subject in its class, as in 10, although the class images are sound. The instance prompt says `a
+# photo of sks corgi`, the class prompt `a photo of a dog`: `dog` is held in place, and `corgi` drifts. (Not run here:
+# it looks like 10.)
+#
+# **Check**: `class_word in class_prompt.split()`.
 
 # %%
 # NBVAL_CHECK_OUTPUT
-kinds = encoders.text_features([f"a photo of a {kind}" for kind in toybox.KINDS])
-share = {}
-for name, session in (("left over", cats), ("drawn by the base", good)):
-    seen = encoders.clip_features([load_image(path) for path in session.prior.paths[:20]])
-    share[name] = float(((seen @ kinds.T).argmax(1) == toybox.KINDS.index("dog")).float().mean())
-assert share["left over"] < 0.5 < share["drawn by the base"], share
-print("called dogs by CLIP, most of the left over ones:", share["left over"] > 0.5)
-print("called dogs by CLIP, most of the drawn ones:", share["drawn by the base"] > 0.5)
+apart = dataclasses.replace(config, class_word="corgi", class_prompt="a photo of a dog")
+for settings in (config, apart):
+    instance = f"a photo of {settings.identifier} {settings.class_word}"
+    held = settings.class_prompt or f"a photo of a {settings.class_word}"
+    print(f"{instance!r}, {held!r}: the same class word: {settings.class_word in held.split()}")
 
 # %% [markdown]
-# **Mended**: a cache whose manifest says what made each picture (notebook 02), so that this cannot happen by accident.
 #
-# ## 9. Rotated photographs
+# **Fix**, for all of them: the same class word in both prompts, and a word that the base knows. Draw the class prompt
+# before training: if the base draws something else, take the more general word in both.
 #
-# **Made**: telephones store pictures lying down and note the turn beside them. These were read without the note.
-# **Predict**: will training set the toy upright again, since it knows how dogs stand?
+# ## 14 the identifier means something
+#
+# **You see** something of the identifier's old meaning in the pictures, or afterwards that meaning is lost. The best
+# known case: to Stable Diffusion `sks` is a rifle, and rifles appear beside the dog.
+#
+# **Made** with `red` as the identifier.
+#
+# **Check**: `draw(base, ["a photo of sks"] * 6)`, before training: do the pictures have anything in common?
+
+# %%
+models["identifier red"] = workflow.trained(dataclasses.replace(config, **SHORT, identifier="red")).components
+compare(
+    "base",
+    "identifier red",
+    prompt="a photo of a red car",
+    title="the word 'red' is taken",
+    alt="Above red cars; below cars in the teal and yellow of the toy",
+)
+
+# %% [markdown]
+#
+# **Fix**: another rare token. *SD 1.5 and SDXL*: `ohwx` is the usual one; ask `token_report` (notebook 01) and draw it
+# first. *Flow models*: T5 splits words differently and understands nearly anything, so draw the word there as well; a
+# made-up name often works.
+#
+# ## 15 the photographs lie on their side
+#
+# **You see** a subject that lies, stands on its head or falls to pieces, and so does the background. Telephones store
+# pictures as the sensor saw them and note the turn beside them (EXIF).
+#
+# **Made** by photographs that were read without that note.
+#
+# **Check**: `plots.show_images(session.dataset.images["instance"])`, the contact sheet of what training sees.
 
 # %%
 lying = folder / "lying"
 lying.mkdir()
 for path in concept.paths:
     load_image(path).rotate(90, expand=True).save(lying / path.name)
-turned = SHORT | dict(instance_data_dir=str(lying), with_prior_preservation=False)
+turned = SHORT | dict(
+    instance_data_dir=str(lying), with_prior_preservation=False, max_train_steps=150, learning_rate=3e-3
+)
 fallen = workflow.trained(dataclasses.replace(config, **turned))
 models["trained lying"] = fallen.components
-compare("good", "trained lying", title="the shape is lost", alt="Above the toy upright; below shapes in its colours")
-
-# %% [markdown]
-# **Seen**: the toy's colours, but no dog that stands upright as before. The base has never seen a dog lying on its side, and
-# fifty steps distort the dog; they do not set the photographs upright. **The check**: the contact sheet of what
-# training sees. It takes one line and catches bad crops, too:
-
-# %%
 plots.show(
-    plots.show_images(fallen.dataset.images["instance"], title="What training saw lies on its side"),
-    alt="Five squares with a teal dog lying on its side",
+    plots.image_rows(
+        [fallen.dataset.images["instance"], drawn("trained lying")],
+        labels=["what training saw", f"'{SUBJECT}'"],
+        title="The world lies on its side",
+    ),
+    alt="Above five squares with a teal dog on its side; below pictures whose sky is on the left and ground on the right",
 )
 
+# %% [markdown]
+#
+# **Fix**, for all of them: read with `load_image`, which follows the note, or with Pillow's `ImageOps.exif_transpose`;
+# turn a picture that has lost its note by hand. The contact sheet also shows cut-off heads: crop the photographs
+# yourself, or use `center_crop`.
+#
+# ## 16 another resolution than the base was trained at
+#
+# **You see** coarse patches, two heads, cropped or repeated objects.
+#
+# **Made** by drawing with the miniature, without any adapter. It was trained at 64 pixels, and draws at half of that
+# and at one and a half times that here.
+#
+# **Check**: `pipeline.unet.config.sample_size` times the factor of the autoencoder, which is 8 for SD 1.5 and SDXL.
+
 # %%
-# NBVAL_CHECK_OUTPUT
-note = Image.Exif()
-note[0x0112] = 6  # "turn by a quarter"
-load_image(concept.paths[0]).rotate(90, expand=True).save(folder / "telephone.jpg", exif=note)
-upright = np.asarray(load_image(concept.paths[0]), dtype=int)
-errors = {"with the note": load_image(folder / "telephone.jpg"), "without": load_image(lying / concept.paths[0].name)}
-errors = {name: np.abs(np.asarray(image, dtype=int) - upright).mean() for name, image in errors.items()}
-assert errors["with the note"] < 10 < errors["without"], errors
-print("load_image follows the note:", errors["with the note"] < 10)
+sizes = (config.resolution, config.resolution // 2, config.resolution * 3 // 2)
+rows = [draw(base, [CLASS] * COUNT, dataclasses.replace(config.sampling, resolution=size)) for size in sizes]
+plots.show(
+    plots.image_rows(
+        [[picture.resize((192, 192), 0) for picture in row] for row in rows],
+        labels=[f"{size} pixels" for size in sizes],
+        title="A base draws well at the size it was trained at",
+    ),
+    alt="One dog in each picture at 64 pixels; hardly a dog at 32; two dogs side by side at 96",
+)
 
 # %% [markdown]
-# **Mended**: `load_image` turns pictures by their note; a picture that has lost it must be turned by hand.
 #
-# ## 10. Not a number
+# **Fix**: train and draw at the size of the base. *SD 1.5*: 512. *SDXL*: 1024, in training *and* in drawing; at 512 it
+# draws crude, cropped pictures, even without any adapter. If the card is too small for that, take SD 1.5. *Stable
+# Diffusion 3*: 1024; FLUX was trained at several sizes, and 512 works.
 #
-# **Made**: one broken value in the base, as an overflow in `float16` makes it; one step by a loop that does not look; then
-# the value is mended. **Predict**: is all well again?
+# ## 17 the base predicts something else
+#
+# **You see** patches of colour, and a loss that begins far above that of other trainings. A UNet predicts the noise
+# ($\epsilon$) or $v$ (notebook 06), and a scheduler that takes one for the other draws nonsense.
+#
+# **Made** by telling the miniature's scheduler that its UNet predicts noise.
+#
+# **Check**: `pipeline.scheduler.config.prediction_type`, and the first loss.
+
+# %%
+models["taken for epsilon"] = wrong = load_components(config.base)
+kind = type(wrong.noise_scheduler)
+wrong.noise_scheduler = kind.from_config(wrong.noise_scheduler.config, prediction_type="epsilon")
+first = [
+    training_step(models[name], batch_at(dataset, 0, 4), seed=0).loss.item() for name in ("base", "taken for epsilon")
+]
+compare(
+    "base",
+    "taken for epsilon",
+    prompt=CLASS,
+    title=f"a first loss of {first[1]:.1f} instead of {first[0]:.1f}",
+    alt="Above dogs; below patches of colour",
+)
+
+# %% [markdown]
+#
+# **Fix**: SD 1.5 and SDXL predict noise. Stable Diffusion 2.1 at 768 pixels predicts $v$, and so do some fine-tuned
+# SDXL checkpoints; a checkpoint in one file does not say so: give `prediction_type="v_prediction"` when you load it,
+# and use `rescale_betas_zero_snr` if its card says so. Flow models predict noise minus picture and have schedulers of
+# their own; an `epsilon` option does not apply to them.
+#
+# ## 18 the latents have another scale
+#
+# **You see** dark and soft pictures, or hard edges and wrong colours, from the base as well. The autoencoder's latents
+# are multiplied by `scaling_factor` before training and divided by it before decoding; forgotten on one side,
+# everything is too strong or too weak.
+#
+# **Made** with factors that are not the miniature's.
+#
+# **Check**: `latents.std()` is near 1.
+
+# %%
+factors, rows = (1.0, 0.18215, 4.0), []
+other = load_components(config.base)
+for factor in factors:
+    other.vae.register_to_config(scaling_factor=factor)
+    rows.append(draw(other, [CLASS] * COUNT, config.sampling))
+latents = torch.stack([dataset.latents["class", i, False] for i in range(len(paths))]).chunk(2, dim=1)[0]
+print(
+    f"standard deviation of the miniature's latents, at its factor of {base.vae.config.scaling_factor:g}: {latents.std():.2f}"
+)
+plots.show(
+    plots.image_rows(
+        rows, labels=[f"factor {factor:g}" for factor in factors], title="The factor belongs to the autoencoder"
+    ),
+    alt="Dogs; the same dogs, dark and soft, at SD 1.5's factor; the same with hard edges and wrong colours at 4",
+)
+
+# %% [markdown]
+#
+# **Fix**: read it from `vae.config`, never type it. *SD 1.5*: 0.18215. *SDXL*: 0.13025. Flow models also subtract a
+# `shift_factor`: 1.5305 and 0.0609 in Stable Diffusion 3, 0.3611 and 0.1159 in FLUX. If you replace an autoencoder,
+# replace it by one of the same family.
+#
+# ## 19 not a number
+#
+# **You see** a loss of `nan`, then black pictures, for good.
+#
+# **Made** by one broken value in the base, as an overflow in `float16` makes it; then one step by a loop that does not
+# check; then the value is put right. It does not help: the step has written `nan` into the adapters.
+#
+# **Check**: `math.isfinite(loss)`, *before* the step.
 
 # %%
 models["after one nan"] = broken = load_components(config.base)
 add_adapters(broken, rank=4)
-bias = broken.unet.conv_out.bias
-value = bias[0].item()
-with torch.no_grad():
-    bias[0] = float("nan")
-for _ in steps(broken, [batch_at(dataset, 0, 4)], rate=1e-4):
-    pass
-with torch.no_grad():
-    bias[0] = value
+value = broken.unet.conv_out.bias[0].item()
+for number in (float("nan"), value):
+    with torch.no_grad():
+        broken.unet.conv_out.bias[0] = number
+    if number != value:
+        _ = list(steps(broken, [batch_at(dataset, 0, 4)], rate=1e-4))
 with np.errstate(invalid="ignore"):  # a nan has no grey level: that is what we want to see
-    compare("good", "after one nan", title="black", alt="Above the teal toy; below six black squares")
+    compare("good", "after one nan", title="black", alt="Above the teal toy; below black squares")
 
-# %% [markdown]
-# **Seen**: black pictures, and they stay black: the one step has written `nan` into every adapter. **The check** comes
-# *before* the step: is the loss finite? `train` asks at every step.
-
-# %%
 fresh, refused = load_components(config.base), "nothing was refused"
 add_adapters(fresh, rank=4)
 with torch.no_grad():
@@ -548,39 +846,55 @@ for name, components in (("the bare loop", broken), ("train", fresh)):
 print("train said:", refused)
 
 # %% [markdown]
-# **Mended**: `bfloat16` instead of `float16`, a lower rate, a VAE in `float32`.
 #
-# ## A doctor for files
+# **Fix**: go back to a checkpoint before the first `nan`; the file itself cannot be repaired. *SD 1.5*: `bfloat16`
+# instead of `float16` if the GPU supports it (from 2020 on), a lower rate, clipped gradients. *SDXL*: the autoencoder
+# in `float32` as well. Flow models: `bfloat16`; T5 overflows in `float16`.
 #
-# Some of these failures are in the file that somebody hands you. `dbnb.doctor` looks at any LoRA file, whoever wrote it:
-# which base it was made for, how strong it is, which of its keys a loader reads. **Made**: the file of failure 5, and three
-# that were damaged: without its header, as before the first step, with the names that peft gives. **Predict**: which of
-# the four change a picture?
+# ## 20 black pictures from a sound adapter
+#
+# **You see** black pictures, and the loss was finite. (Not run here: it takes a large base.) There are two causes, and
+# one **check** for each:
+#
+# - *The autoencoder overflows in `float16`*, SDXL's in particular. `pipeline(…,
+#   output_type="latent").images.isfinite().all()` is true, and the decoded picture is black. The **fix** for *SDXL*:
+#   `pipeline.vae.to(torch.float32)` (`upcast_vae`), or the repaired `madebyollin/sdxl-vae-fp16-fix`. SD 1.5 and *flow
+#   models*: `bfloat16`, or `float32` for the autoencoder alone.
+# - *The safety checker of SD 1.5* has replaced the picture by a black one; it sometimes flags harmless pictures.
+#   `pipeline(…).nsfw_content_detected` holds a `True`. The **fix**: another seed, or a look at what the prompt asks
+#   for; SDXL and flow models have no such checker in diffusers.
+#
+# If the latents are not finite, it is entry 19.
+#
+# ## 21 out of memory
+#
+# **You see** `CUDA out of memory`, and the traceback says when: in `backward` (training), in `vae.decode` (decoding),
+# or when class images or validation pictures are drawn beside the optimizer. (No card is filled here: the numbers are
+# computed from the shapes of the networks, as in notebook 10.)
+#
+# **Check**: `torch.cuda.max_memory_allocated()` after each phase. What the first remedies bring, on SDXL:
 
 # %%
-# NBVAL_CHECK_OUTPUT
-from dbnb.doctor import diagnose, norm_alt, norm_figure
+from dbnb.planner import BASES, drawing_memory, training_memory
+from dbnb.tables import Table
 
-tensors, patients = load_file(whole), {"as it was saved": whole, "without header": bare}
-damaged = {
-    "not trained": {key: value * ("lora_A" in key) for key, value in tensors.items()},
-    "peft's names": {key.replace("unet.", "base_model.model."): value for key, value in tensors.items()},
+sdxl = BASES["Stable Diffusion XL"]
+needs = {
+    "a training step: activations": training_memory(sdxl)["activations"],
+    "the same with gradient_checkpointing": training_memory(sdxl, gradient_checkpointing=True)["activations"],
+    "decoding four pictures at once": drawing_memory(sdxl, pictures=4)["vae"],
+    "decoding one at a time (sample_batch_size=1)": drawing_memory(sdxl, pictures=1)["vae"],
 }
-for name, changed in damaged.items():
-    patients[name] = folder / f"{name}.safetensors"
-    save_file(changed, patients[name])
-records = {name: diagnose(path) for name, path in patients.items()}
-for name, record in records.items():
-    print(f"{name}: {', '.join(record.codes()) or 'sound'}; the picture changes: {record.effect > 0}")
-
-# %%
-print(*(finding["text"] for finding in records["peft's names"].findings), sep="\n")
-plots.show(norm_figure(records["as it was saved"]), alt=norm_alt(records["as it was saved"]))
+Table({"SDXL, besides the weights": name, "memory": f"{size / 2**30:.1f} GiB"} for name, size in needs.items())
 
 # %% [markdown]
-# **Seen**: each fault by its name, and bars: the adapter's norm by block. Only the first two files change a picture, and the
-# second of them at a quarter of the strength that was trained, which nobody can know from the file. In a terminal:
-# `python -m dbnb.doctor FILE --base BASE`.
+#
+# **Fix**, in this order. *In training*: `gradient_checkpointing`, `train_batch_size=1` with
+# `gradient_accumulation_steps`, the text encoders frozen and their states computed once, a lower rank, an optimizer
+# with 8-bit states. *In decoding*: fewer pictures at once (`sample_batch_size`), `pipeline.vae.enable_slicing()` and
+# `enable_tiling()`. *In validation*: `num_validation_images` down, and `torch.cuda.empty_cache()` before. Notebook 10
+# computes which base fits on which card. FLUX has 12 billion weights, 24 GB in `bfloat16`: it has to be quantized or
+# offloaded on most cards.
 #
 # ## Now you
 #
@@ -589,9 +903,7 @@ plots.show(norm_figure(records["as it was saved"]), alt=norm_alt(records["as it 
 # %%
 rows = ("no class images", "base", "cats as class", "mixed up", "good")
 figure = plots.image_rows([drawn(name, CLASS) for name in rows], labels=list("ABCDE"), title="Five models: who is who?")
-plots.show(figure, alt="Five rows of six pictures, labelled A to E, for the reader to tell apart")
-
-# %%
+plots.show(figure, alt="Five rows of pictures, labelled A to E, for the reader to tell apart")
 temporary.cleanup()
 
 # %% [markdown]
@@ -599,9 +911,9 @@ temporary.cleanup()
 #
 # ### Exercise A: six broken runs (20 minutes)
 #
-# `broken_runs` makes six very small trainings (an adapted linear layer that denoises points), each with another of the faults
-# in `FAULTS`. Look at them, for example at `runs["A"].losses`, then write a function that finds the fault of any run from
-# what the run left behind. It has to tell a good run from a broken one, too.
+# `broken_runs` makes six very small trainings (an adapted linear layer that denoises points), each with a different
+# fault from `FAULTS`. Look at them, for example at `runs["A"].losses`, then write a function that finds the fault of
+# any run from what the run left behind. It also has to recognise a good run.
 #
 # | a run's | is |
 # |---|---|
@@ -629,19 +941,20 @@ check_09a(diagnose)
 # %% [markdown]
 # <details><summary>Hint 1</summary>
 #
-# The order of your questions matters. After a `nan` no number means anything, so ask for it first; in `bfloat16` an adapter
-# hardly moves either, so ask for the format before you ask for the effect.
+# The order of your questions matters. After a `nan` no number means anything, so ask for it first. In `bfloat16` an
+# adapter hardly changes either, so ask for the format before you ask for the effect.
 # </details>
 #
 # <details><summary>Hint 2</summary>
 #
-# Five looks of this notebook are enough: is the loss finite (10)? Which format (7)? The effect, after training (1) and after
-# loading (5)? What is in the batch's first half (6)? And the two held-out losses (3).
+# Five checks of this notebook are enough: is the loss finite (19)? Which format (7)? The effect, after training (1)
+# and after loading (4)? What is in the batch's first half (11)? And the two held-out losses (8).
 # </details>
 #
 # <details><summary>Hint 3</summary>
 #
-# `all(any(torch.equal(row, photograph) for photograph in run.photographs) for row in half)` says whether all rows are photographs.
+# `all(any(torch.equal(row, photograph) for photograph in run.photographs) for row in half)` says whether all rows are
+# photographs.
 # </details>
 #
 # <details><summary>Solution</summary>
@@ -670,8 +983,8 @@ check_09a(diagnose)
 #
 # ### Exercise B: what does a file reach? (8 minutes)
 #
-# An adapter that loads without an error may still change nothing: its keys name layers that this UNet does not have, or have
-# another prefix. Write the look that tells. A layer is reached if the file has both of its matrices, as
+# An adapter that loads without an error can still change nothing (entry 2): its keys name layers that this UNet does
+# not have, or have another prefix. Write the check. A layer is reached if the file has both of its matrices, as
 # `unet.<layer>.lora_A.weight` and `unet.<layer>.lora_B.weight`, and if the UNet has a layer of exactly this name.
 
 # %%
@@ -703,47 +1016,36 @@ check_09b(reached)
 # %% [markdown]
 # ## On your own
 #
-# 1. Which row is which? Which do pictures alone hardly tell apart? (2 minutes)
-# 2. Train with photographs that are all taken in the snow (`toybox.photograph` makes them). What does the subject bring
-#    along to the beach? (3 minutes)
-# 3. Pick a failure you have met yourself. Which of the ten is it, and which check would have caught it? (think)
+# 1. Which row of the last figure is which? Which rows can you hardly tell apart by looking? (2 minutes)
+# 2. Pick two faults that look alike, such as 5 and 6, or 10 and 11. Which check tells them apart, and what would you
+#    change first if you could not run it? (3 minutes)
+# 3. Pick a failure that you have met yourself. Which entry is it, and which check would have found it? (think)
 #
 # <details><summary>Answers</summary>
 #
-# 1. A: no class images. B: the base. C: cats as class images. D: halves mixed up. E: the good training. E should
-#    be nearest to B. A and D both have something of the toy in the class. A picture does not say why: a look at a batch
-#    does.
-# 2. What is common to all photographs becomes part of the subject: look for snow, or at least a pale ground.
-#
-# ```python
-# from dbnb.toybox.sample import SAMPLE_TOY
-#
-# snowy = tempfile.TemporaryDirectory()
-# for seed in range(5):
-#     toybox.photograph(SAMPLE_TOY, scene="snow", seed=seed, size=256).save(Path(snowy.name, f"{seed}.png"))
-# settings = SHORT | dict(instance_data_dir=snowy.name, with_prior_preservation=False)
-# models["all in the snow"] = workflow.trained(dataclasses.replace(config, **settings)).components
-# compare("good", "all in the snow", prompt=BEACH, title="what came along?", alt="the toy on a beach, or in the snow")
-# snowy.cleanup()
-# ```
-#
+# 1. A: no class images. B: the base. C: cats as class images. D: the halves are mixed up. E: the good training. E
+#    should be nearest to B. A and D both have something of the toy in the class. A picture does not say why; a look at
+#    one batch does.
+# 2. For 5 and 6, draw with a lower guidance scale: if the picture is sound then, it was 6. For 10 and 11, look at one
+#    batch with its prompts. If you cannot run a check, change what costs least and can be undone: the guidance scale,
+#    then the strength of the adapter, and only then the training.
 # 3. Write the check down as a cell, and run it before the next long training.
 # </details>
 #
 # ## Quiz
 #
-# Five questions about *why*. Choose an answer, then open it: each says whether it is right, and why or why not.
+# Five questions about *why*. Choose an answer, then open it: it says whether it is right, and why.
 #
 # **1. Why does a rate of 1e-6, good for fine-tuning, do nothing for adapters?**
 #
 # <details><summary>A. Adapters are frozen below a rate of 1e-5, which peft does to save time.</summary>
 #
-# No: nothing is frozen; the adapters move, only hardly at all.
+# No: nothing is frozen; the adapters do change, but hardly at all.
 # </details>
 #
 # <details><summary>B. AdamW moves a number by about the rate a step, and adapters start at zero.</summary>
 #
-# Right: a fine-tuned weight is good already, while an adapter has its whole way before it.
+# Right: a fine-tuned weight is good from the start, while an adapter has to grow from zero.
 # </details>
 #
 # <details><summary>C. Its gradients vanish at this rate, since they are divided by the rate.</summary>
@@ -765,10 +1067,10 @@ check_09b(reached)
 #
 # <details><summary>C. Errors of this kind come up only when the adapter is saved to its file.</summary>
 #
-# No: the file is as it should be, and holds what was learned from wrong pairs.
+# No: the file is as it should be, and holds what was learned from the wrong pairs.
 # </details>
 #
-# **3. Why does one `nan` ruin an adapter for good, even if its cause is mended?**
+# **3. Why does one `nan` ruin an adapter for good, even if its cause is removed?**
 #
 # <details><summary>A. The file format cannot store <code>nan</code> and replaces it by the largest number.</summary>
 #
@@ -785,7 +1087,7 @@ check_09b(reached)
 # Right: a sum with `nan` is `nan`, so the check comes before the step: is the loss finite?
 # </details>
 #
-# **4. Held-out losses on the photographs and on further ones part company. What does that tell?**
+# **4. The held-out losses on the photographs and on further ones separate. What does that tell you?**
 #
 # <details><summary>A. The learning rate is too low, so the two have not met each other yet.</summary>
 #
@@ -806,12 +1108,12 @@ check_09b(reached)
 #
 # <details><summary>A. What counts is what the file's user gets, and loading can lose some of it.</summary>
 #
-# Right: a missing alpha or a wrong prefix gives no error, only a weaker adapter or none.
+# Right: a missing alpha or a wrong prefix gives no error, only a weaker adapter or none at all.
 # </details>
 #
-# <details><summary>B. Loading always changes the weights by rounding, and rounding has to be mended.</summary>
+# <details><summary>B. Loading always changes the weights by rounding, which has to be corrected.</summary>
 #
-# No: the matrices are stored in `float32` as they were trained; nothing is to be mended.
+# No: the matrices are stored in `float32` as they were trained; nothing has to be corrected.
 # </details>
 #
 # <details><summary>C. Diffusers refuses to load an adapter that has not been compared beforehand.</summary>
@@ -821,15 +1123,17 @@ check_09b(reached)
 #
 # ## In short
 #
-# | look | catches |
+# | check | finds |
 # |---|---|
-# | the contact sheet, and one batch with its prompts | 6, 8, 9 |
-# | the formats of what is trained | 7 |
-# | held-out losses: photographs, further photographs, class | 2, 3 |
-# | each step's loss: is it finite? | 10 |
-# | the bare class prompt, before and after | 4, 6, 8 |
-# | an adapter's effect, after training and after loading | 1, 5 |
-#
-# Six looks catch all ten.
+# | the contact sheet, and one batch with its prompts | 9, 11, 12, 15 |
+# | both prompts and the identifier, drawn by the base | 3, 13, 14 |
+# | the scheduler's `prediction_type`, the autoencoder's `scaling_factor`, the base's own size | 16, 17, 18 |
+# | the number formats of what is trained and of the autoencoder | 7, 20 |
+# | each step's loss: is it finite? | 19 |
+# | held-out losses: photographs, further photographs, class | 5, 8 |
+# | the bare class prompt, before and after | 10, 11, 12, 13 |
+# | the effect of the adapter, after training and after loading; `python -m dbnb.doctor` | 1, 2, 4 |
+# | the same seed at the suggested guidance scale | 6 |
+# | the most memory in use, phase by phase | 21 |
 #
 # Next: [10 On a real base](10_on_a_real_base.ipynb).

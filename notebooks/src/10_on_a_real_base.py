@@ -9,15 +9,16 @@
 # %% [markdown]
 # # 10 On a real base: your own subject on a GPU
 #
-# **What you will do**: plan memory and time for larger bases before you download anything; see which lines of the course
-# change for a real base, for a command line, for several GPUs; run the very same cells here.
+# **What you will do**: plan memory and time for larger bases before you download anything; go from photographs to an adapter
+# with the cells that a GPU runs too; put two subjects into one adapter; see what changes for a command line and for several
+# GPUs.
 #
 # **What you will learn**: what fills a GPU's memory and which switch empties it; which settings a real base wants.
 # Afterwards you can say of a base and a card whether they go together, and start a training of your own subject.
 #
-# **What you need**: notebook [07](07_validation_and_export.ipynb). No GPU. On two CPU cores less than a minute, plus about
-# two for the training of notebook [00](00_start_here.ipynb) where it is not in the cache yet. How long a training takes on
-# your card is a section below.
+# **What you need**: notebook [07](07_validation_and_export.ipynb). No GPU. On two CPU cores about a minute and a half, plus
+# two minutes for each of two trainings that are not in the cache yet, that of notebook [00](00_start_here.ipynb) and that of
+# two subjects. How long a training takes on your card is a section below.
 #
 # ---
 
@@ -41,13 +42,13 @@ if importlib.util.find_spec("dbnb") is None:
         raise SystemExit("dbnb is not here: open this notebook inside the project, set DBNB_SOURCE, or pip install it.")
     subprocess.run([sys.executable, "-m", "pip", "install", "-q", DBNB_SOURCE or str(projects[0])], check=True)
     importlib.invalidate_caches()
+importlib.import_module("dbnb")  # before torch, whose threads it keeps from spinning
 
 # %% [markdown]
 # The new module is `dbnb.planner`.
 
 # %%
-import functools
-import tempfile
+import pathlib
 import time
 
 import torch
@@ -57,15 +58,15 @@ from dbnb.adapters import adapted_modules, add_adapters, train_mode, trainable_p
 from dbnb.config import DreamBoothConfig
 from dbnb.dataset import DreamBoothDataset, cache_latents
 from dbnb.models import load_components
-from dbnb.planner import BASES, CARDS, training_memory
+from dbnb.planner import BASES, CARDS, peak_memory, training_memory, weight_memory
 from dbnb.presets import PRESETS
 from dbnb.tables import Table
-from dbnb.toybox import SCENES
 from dbnb.training import batch_at, training_step
 from dbnb.validation import validation_images
 
 workflow.quiet_libraries()
 print("this machine:", "a CUDA device" if torch.cuda.is_available() else "no CUDA device")
+plots.you_are_here("10")
 
 # %% [markdown]
 # ## What fills the memory?
@@ -78,6 +79,8 @@ print("this machine:", "a CUDA device" if torch.cuda.is_available() else "no CUD
 
 # %%
 # NBVAL_CHECK_OUTPUT
+import functools
+
 GIB = 2**30
 
 
@@ -115,9 +118,9 @@ plots.show(
 )
 
 # %% [markdown]
-# **What you should see**: no: activations for Stable Diffusion 2.1 and XL; weights for 1.5 and for the three bases with a T5,
-# a text encoder of billions of parameters (DeepFloyd IF, Stable Diffusion 3.5, FLUX.1), of which FLUX.1 has the largest
-# network as well. Adapters are nearly nothing everywhere. What is frozen needs no gradients and no moments, and that is why
+# **What you should see**: it is not the same for every base. Activations are the largest for Stable Diffusion 2.1 and XL,
+# weights for 1.5 and for the three bases with a T5, a text encoder of billions of parameters (DeepFloyd IF, Stable Diffusion
+# 3.5, FLUX.1). Adapters are nearly nothing everywhere. What is frozen needs no gradients and no moments, and that is why
 # LoRA fits where fine-tuning does not. How much would fine-tuning take for the UNet's weights, gradients and moments in
 # `float32`?
 
@@ -200,23 +203,29 @@ print(f"{without:.3f} s a step, with checkpointing {with_it:.3f} s: {with_it / w
 
 
 # %%
-def largest_batch(name: str, gib: float, checkpointing: bool = False, scale: float = 1.0, resting: bool = False) -> int:
-    """The largest even number of pictures a step that fits; `scale` 2 is float32 instead of half precision, and while
-    they are `resting`, text encoders and VAE are not on the card, which must hold them before and after."""
-    plan, base = memory(name, checkpointing), BASES[name]
-    free = gib - LIBRARIES - plan["adapters"] - scale * plan["weights"]
-    if free < 0:
-        return 0
-    free += resting * 2 * scale * (base.text_parameters + base.vae_parameters) / GIB
-    return int(free / (scale * plan["activations"])) * 2
+@functools.cache
+def weights(name: str, quantization: str | None) -> float:
+    """GiB of all frozen parts."""
+    if quantization is None:
+        return memory(name)["weights"]
+    return weight_memory(BASES[name], quantization=quantization) / GIB
+
+
+def largest_batch(
+    name: str, gib: float, checkpointing: bool = False, scale: float = 1.0, quantization: str | None = None
+) -> int:
+    """The largest even number of pictures a step that fits; `scale` 2 is float32 instead of half precision."""
+    plan = memory(name, checkpointing)
+    free = gib - LIBRARIES - plan["adapters"] - scale * weights(name, quantization)
+    return max(0, int(free / (scale * plan["activations"])) * 2)
 
 
 # %%
 rows = Table()
 ways = {
-    "half precision": (False, 1.0),
-    "and checkpointing": (True, 1.0),
-    "and encoders that rest": (True, 1.0, True),
+    "half precision": (False,),
+    "and checkpointing": (True,),
+    "and 4 bits": (True, 1.0, "nf4"),
     "float32, checkpointing": (True, 2.0),
 }
 for name in BASES:
@@ -231,12 +240,56 @@ assert largest_batch(SD, 8, True) >= 2, "not even one photograph and one class i
 print(f"{SD} and 8 GB: fits in half precision with checkpointing")
 
 # %% [markdown]
+# The third row of each base has linear layers in 4 bits (`quantization="nf4"`, after QLoRA of Dettmers et al., 2023): weights
+# that are frozen can be rounded once, and the adapters learn on top of what that changed. It needs bitsandbytes and a CUDA
+# device. **What you should see**: a transformer consists of linear layers, and so even FLUX.1 fits on a card of 16 GB. Most of
+# Stable Diffusion 1.5 consists of convolutions, which stay as they are.
+#
 # These plans are for adapters on attention. A text encoder that is trained too adds little. Where prompts are encoded once
 # and latents are kept from the start (notebook 05), no step needs text encoders and VAE: they leave the card, and return for
-# every picture that is drawn. So all weights must fit in any case, and what their rest wins is room for a larger batch.
+# every picture that is drawn. So all weights must fit in any case; moving them away makes room for a larger batch.
 #
+# As a recipe: for each card the fastest way that has room for one pair of pictures, and how many pairs then fit.
+
+# %%
+PRECISION = {"half precision": "", "and checkpointing": ", checkpointing", "and 4 bits": ", checkpointing, nf4"}
+
+
+def recipe(name: str, card: float) -> str:
+    """The first of the ways in which a base fits on a card, fewest switches first."""
+    for label, switches in PRECISION.items():
+        if pairs := largest_batch(name, card, *ways[label]) // 2:
+            return f"{pairs} pair{'s' * (pairs > 1)}{switches}"
+    return "does not fit"
+
+
+Table(
+    {"base": short(name).replace("\n", ", ")} | {card: recipe(name, size) for card, size in cards.items()}
+    for name in BASES
+)
+
+# %% [markdown]
+# The next cell plans for the card of this machine, or, where there is none, for one with 16 GB, such as a T4, which Colab
+# offers. A step is not the only thing that needs room: pictures are drawn before and after, and the VAE decodes them.
+# `peak_memory` gives the highest moment of each phase, for one pair of pictures a step, and four pictures drawn at once.
+
+# %%
+if torch.cuda.is_available():
+    card = torch.cuda.get_device_properties(0)
+    card_name, card_gib = card.name, card.total_memory / GIB
+else:
+    card_name, card_gib = "a card of 16 GB", 16.0
+print(f"{card_name}, {card_gib:.0f} GiB")
+for name in BASES:
+    print(f"  {short(name).replace(chr(10), ', '):16} {recipe(name, card_gib)}")
+peaks = peak_memory(BASES[SD], batch=2, gradient_checkpointing=True)
+phases = ", ".join(f"{phase} {size / GIB + LIBRARIES:.1f} GiB" for phase, size in peaks.items())
+print(f"{SD} with checkpointing, libraries included: {phases}")
+
+# %% [markdown]
 # This is arithmetic, checked against the memory of real steps (tests of this project do so on small networks), and
-# not a measurement on each card: leave a margin.
+# not a measurement on each card: leave a margin. **No cell of this notebook has been run on a published checkpoint or on a
+# GPU yet**; what has been tested are small random checkpoints of each family on a processor.
 #
 # ## What changes for a real base
 #
@@ -256,46 +309,213 @@ print({base: f"{rates['miniature'] / rate:.0f} times lower" for base, rate in ra
 # training scripts do it: that is enough for a large base, and the file stays small (the miniature needs them on all layers,
 # notebook 04). The text encoder stays frozen on all bases; training it needs more memory and a careful rate.
 #
-# **The cell to change.** On a GPU, take out the `#` and put in your folder. On a small card, add
-# `gradient_checkpointing=True`. On Colab, upload the photographs into that folder first:
+# ## From photographs to an adapter
+#
+# **Install.** On Colab, choose a runtime with a GPU, and run the first cell of this notebook: torch for CUDA is there already.
+# On a machine of your own, from the project's folder:
+#
+# ```bash
+# pip install -e ".[jupyter]"               # without the constraints of linux-cpu.txt, which would bring a torch for CPUs
+# pip install -e ".[jupyter,quantization]"  # and this for a base in 4 bits
+# ```
+#
+# **Keep what must not be lost.** Trainings keep a checkpoint after each quarter of their steps in the folder `DBNB_CACHE`. With
+# that folder on your Drive, a dropped connection costs little: run the notebook again, and the training goes on from the last
+# checkpoint. Do this before all other cells (not run on Colab by this project yet):
 #
 # ```python
-# from google.colab import files
+# import os
+# from google.colab import drive, files
+#
+# drive.mount("/content/drive")
+# os.environ["DBNB_CACHE"] = "/content/drive/MyDrive/dbnb"
+# ```
+#
+# **Photographs**, three to ten of them, from your computer to the Drive:
+#
+# ```python
 # from dbnb.pictures import save_uploads
 #
-# save_uploads(files.upload(), "my photographs")
+# save_uploads(files.upload(), "/content/drive/MyDrive/my photographs")
 # ```
+#
+# **The cell to change.** On a GPU, remove the `#` and put in your folder, your class word and what the plan above says of your
+# card. (These settings have not been run on a published checkpoint yet.)
 
 # %%
+import tempfile
+
 settings = dict(base="miniature", class_word="dog", identifier="sks")
-# settings = dict(base="sd15", instance_data_dir="my photographs", class_word="dog", identifier="sks")
+results = tempfile.mkdtemp()
+# settings = dict(base="sd15", instance_data_dir="/content/drive/MyDrive/my photographs", class_word="dog", identifier="sks")
+# settings |= dict(gradient_checkpointing=True, num_validation_images=8)
+# results = "/content/drive/MyDrive/my dog"
 config = DreamBoothConfig(**settings)
 print(f"{config.base}: {config.max_train_steps} steps, {config.resolution} px, precision {config.mixed_precision!r}")
 
 # %% [markdown]
-# And from here on nothing changes. That is the same call as in notebook 00, whatever the base:
+# And from here on nothing changes, whatever the base. **The training** is the call of notebook 00. It shows four pictures after
+# each quarter, always from the same noise. If they do not come nearer to your subject, interrupt it and change a setting. Here,
+# the training of notebook 00 comes from the cache, and so the way is drawn from its checkpoints afterwards.
 
 # %%
-session = workflow.trained(config)
-after = validation_images(session.components, session.concept, config.sampling, count=8, sets=("scenes",))
+from dbnb.validation import draw, grid
+
+
+def look(session: workflow.Session, step: int) -> None:
+    """Pictures on the way, as the training goes on."""
+    pictures = draw(session.components, [session.concept.instance_prompt] * 4, config.sampling)
+    plots.show(plots.show_images(pictures, title=f"step {step}"), alt=f"Four pictures after {step} steps")
+
+
+session = workflow.trained(config, on_checkpoint=look)
+way = grid(
+    session.components, session.config.output_dir, session.concept.instance_prompt, config.sampling, strengths=(1.0,)
+)
 plots.show(
-    plots.image_rows(
-        [after.scenes],
-        titles=[SCENES[name] for name in after.scene_names],
-        inches=1.3,
-        title=f"'{session.concept.instance_prompt} …' on {config.base}",
-    ),
-    alt="The subject in eight places",
+    plots.show_images(list(way.values()), titles=[f"step {step}" for step, _ in way], title="The way to the subject"),
+    alt="One picture at each checkpoint, from the same noise: colours come first, the pattern later",
 )
 
 # %% [markdown]
-# **What you should see**: here the toy in eight places; with your settings your subject. The eight places are those of the toy
-# world, and a real base knows them too.
+# **Before and after**, from the same noise. At strength 0 the adapters change nothing, so that one model draws both.
+
+# %%
+from dbnb.adapters import strength
+
+COUNT = min(8, config.num_validation_images)
+further = workflow.references(config)
+with strength(session.components, 0.0):
+    before = validation_images(session.components, session.concept, config.sampling, count=COUNT)
+after = validation_images(session.components, session.concept, config.sampling, count=COUNT)
+plots.show(
+    plots.image_rows(
+        [before.subject, after.subject, before.scenes, after.scenes, before.classes, after.classes],
+        labels=[f"{when}:\n{what}" for what in ("subject", "in places", "the class") for when in ("before", "after")],
+        inches=1.1,
+        title=f"'{session.concept.instance_prompt}' on {config.base}: only the subject has changed",
+    ),
+    alt="Pairs of rows before and after: any dogs become the subject, alone and in places, and the class stays as varied",
+)
+
+# %% [markdown]
+# **What you should see**: here, the toy alone and in eight places; with your settings, your subject. The places are those of
+# the toy world, and a real base knows them too. The last two rows should be equally varied.
+#
+# **In numbers**, as in notebook 08. A real base is measured by DINO and CLIP, which are fetched once; where they are not
+# available the pictures have to do.
+
+# %%
+from dbnb import metrics
+
+try:
+    encoders = metrics.load_encoders(session.components.base)
+except OSError as error:
+    numbers, table = None, f"no numbers: {error}"
+else:
+    numbers = workflow.measured(session, before, after, encoders, further)
+    table = metrics.metrics_table(numbers)
+table
+
+# %% [markdown]
+# **The file, and the proof that it loads.** Two forms of the same adapter: diffusers' own, and kohya's, which A1111 and ComfyUI
+# read. `verify_reload` loads the first into the plain base and compares what both draw.
+
+# %%
+from dbnb import export
+
+adapter = export.save_adapters(session.components, pathlib.Path(results))
+export.save_kohya(session.components, pathlib.Path(results))
+export.model_card(session.concept, config, numbers, has_text_encoder=False).save(f"{results}/README.md")
+difference = export.verify_reload(session.components, adapter, session.concept, config.sampling)
+print(f"reloads: no pixel differs by more than {difference}/255")
+for path in sorted(pathlib.Path(results).iterdir()):
+    print(f"{path.name:40} {path.stat().st_size / 2**20:6.2f} MiB")
+
+# %% [markdown]
+# With `results` on your Drive you are done: the folder holds what others need. To load it anywhere with diffusers alone:
+#
+# ```python
+# pipeline.load_lora_weights("my dog", weight_name="pytorch_lora_weights.safetensors")
+# pipeline("a photo of sks dog on the beach").images[0]
+# ```
+#
+# ## When the result is not good
+#
+# Look at the pictures first, then change one thing. The links lead into notebook [09](09_when_it_goes_wrong.ipynb), which shows
+# each of these faults and how to check for it.
+#
+# | what you see | what to change first |
+# |---|---|
+# | any dog, the subject only now and then | twice as many steps; then twice the [learning rate](09_when_it_goes_wrong.ipynb#1-the-learning-rate-is-too-low) |
+# | the base's picture, as if nothing had been trained | the identifier in the [prompt](09_when_it_goes_wrong.ipynb#3-the-adapter-is-off-or-nobody-asks-for-it); whether the [file fits](09_when_it_goes_wrong.ipynb#2-the-file-does-not-fit) the base |
+# | burnt colours, hard contrasts | half the [learning rate](09_when_it_goes_wrong.ipynb#5-the-learning-rate-is-too-high), or strength 0.7; a lower [guidance scale](09_when_it_goes_wrong.ipynb#6-the-guidance-is-too-high) |
+# | always the pose or the background of a photograph | [fewer steps](09_when_it_goes_wrong.ipynb#8-learned-by-heart), more varied photographs, [masks](09_when_it_goes_wrong.ipynb#9-the-background-was-learned-too) |
+# | every dog is the subject | [class images](09_when_it_goes_wrong.ipynb#10-there-are-no-class-images), and `prior_loss_weight` 1 |
+# | black pictures | `mixed_precision="bf16"`, the [safety checker](09_when_it_goes_wrong.ipynb#20-black-pictures-from-a-sound-adapter) |
+# | `CUDA out of memory` | the recipe above, and its [three phases](09_when_it_goes_wrong.ipynb#21-out-of-memory) |
+#
+# ## Two subjects in one adapter
+#
+# `--concepts` names a file that says for each subject what the command's own options say for one: photographs, identifier and
+# class word. The subjects take turns within each batch, each with class images of its own. **Predict**: will a dog and a cat
+# mix?
+
+# %%
+import json
+
+from dbnb import toybox
+from dbnb.toybox.sample import SAMPLE_TOY, write_toy
+
+both = pathlib.Path(tempfile.mkdtemp())
+entries = []
+for toy, identifier in ((SAMPLE_TOY, "sks"), (toybox.random_toy("cat", 31), "zwx")):
+    photographs = write_toy(toy, both / toy.kind)
+    entries.append(dict(instance_data_dir=str(photographs), identifier=identifier, class_word=toy.kind))
+(both / "concepts.json").write_text(json.dumps(entries))
+two = workflow.trained(DreamBoothConfig(concepts=str(both / "concepts.json")))
+
+# %%
+sampling = DreamBoothConfig().sampling
+drawn = {
+    subject.concept.name: validation_images(
+        two.components, subject.concept, sampling, count=8, sets=("subject",)
+    ).subject
+    for subject in two.subjects
+}
+photographs = {subject.concept.name: subject.concept.images() for subject in two.subjects}
+likeness = metrics.who_looks_like_whom(metrics.load_encoders(two.components.base), drawn, photographs)
+assert all(max(row, key=row.get) == name for name, row in likeness.items()), likeness
+rows = {}
+for name in drawn:
+    rows |= {f"{name}:\nphotographs": photographs[name], f"{name}:\ndrawn": drawn[name]}
+plots.show(
+    plots.image_rows(list(rows.values()), labels=list(rows), inches=1.1, title="Two names, two toys, one adapter"),
+    alt="Photographs and drawn pictures of two toys: a teal dog with yellow spots, and a cat of other colours",
+)
+metrics.likeness_table(likeness)
+
+# %% [markdown]
+# **What you should see**: below the photographs of each toy that toy, and each row of the table highest under its own name. In
+# the same number of steps each subject has had half of the pictures, so neither comes as near to its photographs as a subject
+# alone. (Two subjects of one class share their class word; how well they are kept apart is not measured here.)
+#
+# A batch holds all subjects only if it has a pair for each. What does that cost in memory? The adapters stay the same; a step
+# has more pictures, and drawing takes what it took for one subject:
+
+# %%
+for pairs in (1, 4):
+    step = sum(memory(SD, True, 2 * pairs).values()) + LIBRARIES
+    print(f"{SD}, {pairs} pair{'s' * (pairs > 1)} a step: training {step:.1f} GiB, ", end="")
+    print(", ".join(f"{phase} {peaks[phase] / GIB + LIBRARIES:.1f} GiB" for phase in ("drawing", "decoding")))
+
+# %% [markdown]
+# (Two subjects have been trained on the miniature only, not on a published checkpoint.)
 #
 # ## How long will it take?
 #
-# Nobody can tell without your card, but twenty steps on it can. The log of every run has each step's seconds (those of a run
-# from the cache were measured when it was made, perhaps on another day).
+# That depends on your card, and twenty steps on it are enough to tell. The log of every run has each step's seconds (those of
+# a run from the cache were measured when it was made, perhaps on another day).
 
 # %%
 log = session.log[:60]
@@ -455,13 +675,13 @@ print("one batch of four, and two of two, the same loss:", abs(four - sum(twos) 
 # accelerate launch --multi_gpu --num_processes 2 -m dbnb --base sd15 --instance_data_dir photos/ --class_word dog
 # ```
 #
-# `train_batch_size` counts for each process: two with 4 make what one with 8 makes, but for rounding. The first process
+# `train_batch_size` counts for each process: two with 4 make what one with 8 makes, except for rounding. The first process
 # alone writes. A checkpoint goes on in another number of processes too, if processes times `train_batch_size` stays the same.
 #
 # Several machines take `--num_machines`, `--machine_rank` and the first one's `--main_process_ip` besides, on each of them.
 # (Tested by this project: two processes on one processor, against one. Not tested: several cards, several machines.)
 #
-# In a notebook, accelerate's `notebook_launcher` starts the same function, in as many processes as there are cards. Whoever
+# In a notebook, accelerate's `notebook_launcher` starts the same function, in as many processes as there are cards. A process that
 # has touched a card cannot share it: with several cards, restart the kernel first and run only the imports, the line
 # `settings = …` and this cell. Here it is one process, and twenty steps:
 
