@@ -58,7 +58,7 @@ class Concept:
         identifier: str,
         class_word: str,
         *,
-        resolution: int = 64,
+        resolution: int = 128,
         instance_prompt: str | Sequence[str] | None = None,
         class_prompt: str | None = None,
         holdout: int = 0,

@@ -53,7 +53,7 @@ class Sampling:
 
     num_inference_steps: int = 10
     guidance_scale: float = 2.5
-    resolution: int = 64
+    resolution: int = 128
     batch_size: int = 25
     seed: int = 0
     max_sequence_length: int | None = None

@@ -51,7 +51,7 @@ class DreamBoothDataset(Dataset):
         *,
         class_paths: Sequence[Path] = (),
         class_prompt: str = "",
-        size: int = 64,
+        size: int = 128,
         center_crop: bool = True,
         random_flip: bool = False,
         seed: int = 0,

@@ -251,7 +251,7 @@ def _no_pictures(where: str, folder: Path, notes: Sequence[ImageNote]) -> str:
 
 
 def inspect_images(
-    folder: Path | str, resolution: int = 64, *, option: str | None = None
+    folder: Path | str, resolution: int = 128, *, option: str | None = None
 ) -> tuple[list[Path], list[ImageNote]]:
     """The usable pictures of a folder, sorted by name, and a note on every entry in it.
 

@@ -28,7 +28,7 @@ _LARGE = dict(
 PRESETS: dict[str, dict[str, Any]] = {
     "miniature": dict(
         base="miniature",
-        resolution=64,
+        resolution=128,
         max_train_steps=300,
         learning_rate=3e-3,
         text_encoder_learning_rate=3e-4,
@@ -100,7 +100,7 @@ _FLOWS = {"SD3Transformer2DModel": "sd35", "FluxTransformer2DModel": "flux"}
 def suggested(base: str) -> dict[str, Any]:
     """The settings that a base suggests: its preset, or for a pipeline's folder what its own configs tell.
 
-    Without a VAE it is an IF, with a second text encoder an SDXL, and one that draws at most 64 pixels a miniature; a
+    Without a VAE it is an IF, with a second text encoder an SDXL, and one that draws at most 128 pixels a miniature; a
     transformer is told by its class, and a FLUX.1 without a guidance input draws in four steps (its [schnell]). A hub
     id without a preset is taken for a Stable Diffusion, and one file for what the names of its tensors tell. Raises
     ValueError where a config or that file cannot be read.

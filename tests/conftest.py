@@ -51,9 +51,9 @@ def class_paths(tmp_path_factory):
 
 @pytest.fixture
 def dataset(concept, class_paths) -> DreamBoothDataset:
-    """Instance and class images at 64 px."""
+    """Instance and class images at 128 px."""
     return DreamBoothDataset(
-        concept.paths, concept.instance_prompt, class_paths=class_paths, class_prompt=concept.class_prompt, size=64
+        concept.paths, concept.instance_prompt, class_paths=class_paths, class_prompt=concept.class_prompt, size=128
     )
 
 

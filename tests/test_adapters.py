@@ -20,7 +20,7 @@ from dbnb.models import encode_prompts, load_components
 
 
 def test_adapters_change_nothing_at_first(components):
-    sample, t = torch.randn(2, 6, 16, 16), torch.tensor([10, 900])
+    sample, t = torch.randn(2, 12, 16, 16), torch.tensor([10, 900])
     with torch.no_grad():
         hidden = encode_prompts(components, ["a dog", "a cat"])
         before = components.unet(sample, t, encoder_hidden_states=hidden).sample
@@ -193,7 +193,7 @@ def test_settings_are_said_as_a_record_as_a_runs_or_by_name():
     config = DreamBoothConfig(rank=4, lora_layers="attention", seed=3)
     said = (adapters_of(config), adapters_of(config.adapters), adapters_of(lora_layers="attention", rank=4, seed=3))
     assert said[0] == said[1] == said[2] and adapters_of(config, rank=2).rank == 2
-    drawn = (sampling_of(config), sampling_of(config.sampling), sampling_of(resolution=64, seed=3))
+    drawn = (sampling_of(config), sampling_of(config.sampling), sampling_of(resolution=128, seed=3))
     assert drawn[0] == drawn[1] == drawn[2] and sampling_of().num_inference_steps == config.num_inference_steps
     with pytest.raises(TypeError, match="ranks"):
         adapters_of(ranks=4)

@@ -18,7 +18,7 @@ def test_words_get_shares_of_every_place_at_every_step(components):
     assert found.words == ("a", "photo", "of", "a", "red", "dog") and found.maps.shape == (4, 6, 16, 16)
     assert (found.maps >= 0).all() and (found.maps.sum(1) < 1).all()
     assert [len(row) for row in attention_rows([found])] == [7]
-    assert found.overlay(5).size == found.image.size == (64, 64)
+    assert found.overlay(5).size == found.image.size == (128, 128)
 
 
 def test_the_picture_is_the_one_that_is_drawn_unwatched(components):

@@ -28,7 +28,7 @@ def folder(tmp_path, concept):
 
 
 def _note(folder, name):
-    return next(note for note in inspect_images(folder)[1] if note.name == name)
+    return next(note for note in inspect_images(folder, 64)[1] if note.name == name)
 
 
 def test_prompts_and_report(concept):
@@ -135,7 +135,7 @@ def test_odd_pictures_are_used_or_left_out_with_a_remark(folder):
     (folder / "phone.HEIC").write_bytes(b"ftypheic")
     Image.new("RGBA", (80, 80), (255, 0, 0, 0)).save(folder / "cut-out.png")
     Image.new("RGBA", (80, 80), (255, 0, 0, 255)).save(folder / "screenshot.png")
-    paths, notes = inspect_images(folder)
+    paths, notes = inspect_images(folder, 64)
     remarks = {note.name: (note.used, note.note) for note in notes}
     assert remarks["long.png"][0] and "very long" in remarks["long.png"][1] and "enlarged" in remarks["long.png"][1]
     for name in ("thread.png", "dot.png"):

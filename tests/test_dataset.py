@@ -17,7 +17,7 @@ def _dataset(concept, class_paths, **options):
 
 def test_instances_come_first_with_their_prompts(dataset):
     batch = collate_fn([dataset[n] for n in range(3)])
-    assert batch["pixel_values"].shape == (6, 3, 64, 64) and batch["halves"] == 2
+    assert batch["pixel_values"].shape == (6, 3, 128, 128) and batch["halves"] == 2
     assert batch["prompts"] == ["a photo of sks dog"] * 3 + ["a photo of a dog"] * 3
     index, _ = dataset.draw("instance", 1)
     assert torch.equal(batch["pixel_values"][1], dataset.pixels("instance", index, False))
@@ -82,7 +82,7 @@ def test_random_crops_refuse_a_cache(concept, class_paths, components, tmp_path)
 
 def test_several_instance_prompts_share_the_samples_out(concept, class_paths):
     prompts = ("a photo of sks dog", "sks dog", "my sks dog")
-    options = dict(class_paths=class_paths, class_prompt="a photo of a dog", size=64)
+    options = dict(class_paths=class_paths, class_prompt="a photo of a dog", size=128)
     several = DreamBoothDataset(concept.paths, prompts, **options)
     one = DreamBoothDataset(concept.paths, prompts[0], **options)
     drawn = [several[n]["instance_prompt"] for n in range(300)]

@@ -131,7 +131,7 @@ def test_a_read_only_folder_is_said_before_anything_is_made(monkeypatch, compone
     folder = Path(tempfile.mkdtemp())  # pytest's own nobody else may enter
     os.chmod(folder, 0o555)
     monkeypatch.setenv("DBNB_CACHE", str(folder / "cache"))
-    sampling = Sampling(resolution=64, num_inference_steps=1, guidance_scale=1.0, batch_size=1)
+    sampling = Sampling(resolution=128, num_inference_steps=1, guidance_scale=1.0, batch_size=1)
 
     def work():
         if os.getuid() == 0:  # who may write everywhere
@@ -183,7 +183,7 @@ def test_a_damaged_checkpoint_is_never_taken(state, tmp_path, name):
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "gif"])
 def test_a_damaged_picture_is_a_picture_or_a_sentence(concept, tmp_path, suffix):
     path = tmp_path / f"picture.{suffix}"
-    load_image(concept.paths[0]).resize((64, 64)).save(path)
+    load_image(concept.paths[0]).resize((128, 128)).save(path)
     whole, rng, refused = path.read_bytes(), random.Random(0), 0
     for _ in range(40):
         path.write_bytes(_damaged(whole, rng))
@@ -198,7 +198,7 @@ def test_a_damaged_picture_is_a_picture_or_a_sentence(concept, tmp_path, suffix)
 def test_a_damaged_cache_is_drawn_again_and_never_used(components, tmp_path, monkeypatch):
     monkeypatch.setenv("DBNB_CACHE", str(tmp_path))
     # One at a time: in a batch of another size a pixel may round otherwise.
-    sampling = Sampling(resolution=64, num_inference_steps=1, guidance_scale=1.0, batch_size=1)
+    sampling = Sampling(resolution=128, num_inference_steps=1, guidance_scale=1.0, batch_size=1)
     found = prior.class_images(components, "a photo of a dog", 2, sampling)
     folder = found.paths[0].parent
     whole = {path: path.read_bytes() for path in folder.iterdir() if path.suffix in (".png", ".json")}

@@ -26,7 +26,7 @@ def drawn(tmp_path_factory):
     """Class images that the miniature drew, as a run caches them."""
     components = load_components("miniature")
     return class_images(
-        components, PROMPT, fit.CLASS_IMAGES, resolution=64, num_inference_steps=10, guidance_scale=2.5
+        components, PROMPT, fit.CLASS_IMAGES, resolution=128, num_inference_steps=10, guidance_scale=2.5
     ).paths
 
 
@@ -52,14 +52,14 @@ def _outside(folder):
 def test_renders_are_inside_and_what_the_base_never_met_is_outside(components, drawn, tmp_path):
     strange, renders = _outside(tmp_path), sorted((SAMPLE_DIR / "photos").iterdir())
     renders += sorted((SAMPLE_DIR / "references").iterdir())
-    found = base_fit(components, renders + strange, drawn, PROMPT, resolution=64)
+    found = base_fit(components, renders + strange, drawn, PROMPT, resolution=128)
     assert [picture.name for picture in found.outside()] == [path.name for path in strange]
     distances = [picture.distance for picture in found.pictures]
     assert min(distances[len(renders) :]) > 1.3 * max(distances[: len(renders)])
     assert all(picture.psnr is not None for picture in found.pictures)
     assert all(path.name in found.remark() for path in strange) and "01.png" not in found.remark()
     assert "dbnb.toybox" in found.remark() and "--base" in found.remark() and "\n" not in found.remark()
-    assert base_fit(components, renders, drawn, PROMPT, resolution=64).remark() == ""
+    assert base_fit(components, renders, drawn, PROMPT, resolution=128).remark() == ""
 
 
 @pytest.mark.parametrize("kind", ["cat", "car", "teapot"])
@@ -71,9 +71,9 @@ def test_toys_of_other_kinds_are_inside(components, tmp_path, kind):
         toybox.photograph(toy, scene=scene, seed=50 + i, size=256).save(paths[-1])
     prompt = f"a photo of a {kind}"
     drawn = class_images(
-        components, prompt, fit.CLASS_IMAGES, resolution=64, num_inference_steps=10, guidance_scale=2.5
+        components, prompt, fit.CLASS_IMAGES, resolution=128, num_inference_steps=10, guidance_scale=2.5
     ).paths
-    found = base_fit(components, paths, drawn, prompt, resolution=64)
+    found = base_fit(components, paths, drawn, prompt, resolution=128)
     assert not found.outside(), found
 
 
@@ -92,7 +92,7 @@ def test_every_base_can_be_asked(tmp_path, class_paths, family):
 
 
 def test_the_loss_of_a_picture_depends_on_no_other_and_on_no_global_state(components, drawn):
-    data = fit.DreamBoothDataset(drawn[:3], PROMPT, size=64)
+    data = fit.DreamBoothDataset(drawn[:3], PROMPT, size=128)
     pictures = [data.pixels("instance", index, flip=False) for index in range(3)]
     together = denoising_losses(components, pictures, PROMPT)
     torch.seed()
@@ -118,7 +118,7 @@ def test_psnr_is_ten_times_the_logarithm_of_peak_over_error(components, monkeypa
 
 def test_too_few_class_images_are_refused(components, drawn):
     with pytest.raises(ValueError, match="7 class images tell too little"):
-        base_fit(components, drawn[:1], drawn[:7], PROMPT, resolution=64)
+        base_fit(components, drawn[:1], drawn[:7], PROMPT, resolution=128)
 
 
 def test_a_run_remarks_on_pictures_outside_and_says_nothing_of_others(config, tmp_path):
@@ -149,8 +149,8 @@ def test_it_costs_less_than_sixteen_training_steps(components, drawn):
             times.append(time.process_time() - started)
         return min(times)
 
-    look = seconds(lambda: base_fit(components, paths, drawn, PROMPT, resolution=64))
+    look = seconds(lambda: base_fit(components, paths, drawn, PROMPT, resolution=128))
     add_adapters(components)
-    dataset = DreamBoothDataset(paths, "a photo of sks dog", class_paths=drawn, class_prompt=PROMPT, size=64)
+    dataset = DreamBoothDataset(paths, "a photo of sks dog", class_paths=drawn, class_prompt=PROMPT, size=128)
     step = seconds(lambda: training_step(components, batch_at(dataset, 0, 4), seed=0).loss.backward())
     assert look < 16 * step

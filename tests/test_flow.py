@@ -34,7 +34,7 @@ def test_words_are_told_as_the_trained_encoder_understands_them():
 def test_an_untrained_transformer_changes_nothing_and_says_nothing():
     torch.manual_seed(0)
     model = flow.Model(miniature.path())
-    latents = torch.randn(3, design.LATENT_CHANNELS, flow.LATENTS, flow.LATENTS)
+    latents = torch.randn(3, model.transformer.config.in_channels, design.LATENT_SIZE, design.LATENT_SIZE)
     told = model.conditions(tokenize(design.tokenizer(), CAPTIONS))
     assert told["encoder_hidden_states"].shape == (
         3,
@@ -66,7 +66,7 @@ def test_plain_diffusers_draws_with_what_is_shipped(run, tmp_path):
         "print(i.size, 'dbnb' in sys.modules)"
     )
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
-    assert output.stdout.strip().endswith("(64, 64) False")
+    assert output.stdout.strip().endswith("(128, 128) False")
     assert sum(path.stat().st_size for path in run[2].rglob("*") if path.is_file()) <= 20e6
 
 
@@ -86,7 +86,7 @@ def test_the_command_resumes_and_trains_what_is_to_be_trained(run):
 
 def test_the_workflow_takes_it_for_a_small_flow(run):
     components = load_components(run[2])
-    assert components.absent() == [] and suggested(str(run[2]))["resolution"] == 64
+    assert components.absent() == [] and suggested(str(run[2]))["resolution"] == 128
     model, words = flow.Model(miniature.path()), design.tokenizer()
     flow.restore("flow", model, run[0])
     assert load_encoders(run[2]).identity.config.model_type == "resnet"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -13,9 +14,20 @@ from dbnb.miniature import design, evaluate, grow
 from dbnb.miniature.data import photographs
 
 
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """The miniature with an autoencoder and a UNet for 64 pixels, untrained."""
+    folder = tmp_path_factory.mktemp("small") / "base"
+    shutil.copytree(miniature.path(), folder)
+    torch.manual_seed(0)
+    design.vae().save_pretrained(folder / "vae")
+    design.unet().save_pretrained(folder / "unet")
+    return folder
+
+
 @pytest.fixture
-def base():
-    return StableDiffusionPipeline.from_pretrained(miniature.path())
+def base(small):
+    return StableDiffusionPipeline.from_pretrained(small)
 
 
 def test_a_widened_unet_predicts_what_it_did_and_nothing_new(base):
@@ -45,8 +57,17 @@ def test_a_grown_autoencoder_has_twice_the_side_and_most_of_the_small_one(base):
     assert torch.allclose(*inner, atol=1e-4)
 
 
-def test_the_command_grows_a_base_resumes_and_ships(tmp_path):
-    options = ["--output_dir", str(tmp_path / "run"), "--photographs", "24", "--batch_sizes", *"226"]
+def test_the_command_grows_a_base_resumes_and_ships(small, tmp_path):
+    options = [
+        "--start_from",
+        str(small),
+        "--output_dir",
+        str(tmp_path / "run"),
+        "--photographs",
+        "24",
+        "--batch_sizes",
+        *"226",
+    ]
     grow.main([*options, "--steps", *"222", "--ship", str(tmp_path / "large")])
     pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "large")
     pipeline.set_progress_bar_config(disable=True)

@@ -112,7 +112,7 @@ def test_expected_errors_are_one_sentence(tmp_path, capsys, arguments, words):
 
 
 def test_options_follow_the_presets_and_say_what_is_wrong(capsys):
-    assert parse_args([]).resolution == 64 and parse_args(["--base", "sd15"]).resolution == 512
+    assert parse_args([]).resolution == 128 and parse_args(["--base", "sd15"]).resolution == 512
     assert {name: DreamBoothConfig(base=name).resolution for name in ("sd21", "sdxl", "if")} == {
         "sd21": 768,
         "sdxl": 1024,
@@ -138,7 +138,7 @@ def test_reference_images_are_redrawn_by_strength(config):
         for s in (0.2, 0.9)
     )
     target = np.array([200, 60, 60])
-    assert weak.shape == (64, 64, 3) and np.abs(weak - target).mean() < np.abs(strong - target).mean()
+    assert weak.shape == (128, 128, 3) and np.abs(weak - target).mean() < np.abs(strong - target).mean()
 
 
 @pytest.mark.parametrize(

@@ -149,7 +149,7 @@ def test_what_a_prompt_set_is_too_small_for_is_left_out(encoders, components):
     alone = ValidationImages([photo], [], [], [], [photo])
     numbers = metrics.evaluate(encoders, alone, [photo], "a photo of a dog")
     assert set(numbers) == {"subject_fidelity", "clip_i", "class_subject_similarity"}
-    assert metrics.ceiling(encoders, components, [photo], [], 64) == {}
+    assert metrics.ceiling(encoders, components, [photo], [], 128) == {}
     assert "normalized_subject_fidelity" not in metrics.report(numbers, numbers, {})["after"]
     assert set(metrics.evaluate(encoders, ValidationImages([photo], [], [], [], []), [photo], "a photo of a dog")) == {
         "subject_fidelity",
@@ -162,5 +162,5 @@ def test_what_a_prompt_set_is_too_small_for_is_left_out(encoders, components):
 def test_where_there_is_no_autoencoder_pictures_stay_as_they_are(components):
     components.vae = None
     [photo] = _shots(toybox.random_toy("dog", 1), ["beach"])
-    [same] = metrics.through_vae(components, [photo.resize((64, 64))], 64)
-    assert same.tobytes() == photo.resize((64, 64)).tobytes()
+    [same] = metrics.through_vae(components, [photo.resize((128, 128))], 128)
+    assert same.tobytes() == photo.resize((128, 128)).tobytes()

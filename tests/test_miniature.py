@@ -28,7 +28,7 @@ def test_plain_diffusers_draws_with_it_without_our_package(tmp_path):
         "print(i.size, 'dbnb' in sys.modules)"
     )
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
-    assert output.stdout.strip().endswith("(64, 64) False")
+    assert output.stdout.strip().endswith("(128, 128) False")
 
 
 def test_all_parts_are_safetensors_and_small():

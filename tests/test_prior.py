@@ -15,7 +15,7 @@ from dbnb import prior
 from dbnb.config import Sampling
 from dbnb.prior import class_images
 
-SAMPLING = Sampling(num_inference_steps=2, guidance_scale=2.0, resolution=64, batch_size=3)
+SAMPLING = Sampling(num_inference_steps=2, guidance_scale=2.0, resolution=128, batch_size=3)
 
 
 @pytest.fixture(autouse=True)
@@ -116,7 +116,7 @@ def test_images_are_png_at_training_resolution_with_a_manifest(components):
     paths = class_images(components, "a photo of a dog", 2, SAMPLING).paths
     for path in paths:
         with Image.open(path) as image:
-            assert image.format == "PNG" and image.size == (64, 64)
+            assert image.format == "PNG" and image.size == (128, 128)
     manifest = json.loads((paths[0].parent / "manifest.json").read_text())
     assert manifest["recipe"]["prompt"] == "a photo of a dog" and set(manifest["images"]) == {p.name for p in paths}
 

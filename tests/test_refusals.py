@@ -398,6 +398,6 @@ def test_a_prompt_length_that_a_text_encoder_cannot_take_is_named(tmp_path, fami
 def test_a_seed_of_64_bits_trains(components, concept, config):
     config = dataclasses.replace(config, seed=2**64 - 1, max_train_steps=2, checkpointing_steps=0)
     add_adapters(components, rank=2, seed=config.seed)
-    dataset = DreamBoothDataset(concept.paths, concept.instance_prompt, size=64, seed=config.seed)
+    dataset = DreamBoothDataset(concept.paths, concept.instance_prompt, size=128, seed=config.seed)
     assert [line["step"] for line in train(config, components, dataset)] == [1, 2]
     assert len(draw(components, [concept.instance_prompt], config.sampling)) == 1

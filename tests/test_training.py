@@ -64,7 +64,7 @@ def test_the_forward_process_is_ddpms(components, dataset):
     a = components.noise_scheduler.alphas_cumprod[record.timesteps].view(-1, 1, 1, 1)
     expected = a.sqrt() * record.latents + (1 - a).sqrt() * record.noise
     assert torch.allclose(record.noisy_latents, expected, atol=1e-6)
-    assert record.latents.shape == (4, 6, 16, 16) and torch.equal(clean_latents(components, batch, 0), record.latents)
+    assert record.latents.shape == (4, 12, 16, 16) and torch.equal(clean_latents(components, batch, 0), record.latents)
 
 
 def test_v_prediction_and_an_unknown_target(components, dataset):
@@ -127,7 +127,7 @@ def test_a_step_rebuilt_alone_is_the_step_that_was_taken(config, concept, datase
     fresh = load_components("miniature")
     add_adapters(fresh, rank=4)
     pictures = DreamBoothDataset(
-        concept.paths, concept.instance_prompt, class_paths=class_paths, class_prompt=concept.class_prompt, size=64
+        concept.paths, concept.instance_prompt, class_paths=class_paths, class_prompt=concept.class_prompt, size=128
     )
     optimizer = torch.optim.AdamW([p for _, p in trainable_parameters(fresh.unet)])
     identity = run_identity(config, fresh, pictures)

@@ -22,8 +22,9 @@ tags: [text-to-image, diffusers, miniature, dbnb]
 
 # The miniature: a Stable Diffusion in small
 
-{parameters}; 64 x 64 pixels, 16 x 16 latents of 6 channels, DDPM schedule, {prediction_type}. It draws six kinds of
-toys ({kinds}) in eight places, and carries the encoders that measure it: a CLIP, an identity encoder, a judge.
+{parameters}; {side} x {side} pixels, {latents}, DDPM schedule, {prediction_type}. It draws six
+kinds of toys ({kinds}) in eight places, and carries the encoders that measure it: a CLIP, an
+identity encoder, a judge.
 
 ![Every kind in every place, from 'a photo of a {{kind}} {{place}}'; seeds 0 to 47, none chosen](grid.png)
 
@@ -39,6 +40,8 @@ differ by one thing. Reproduce it with `python -m dbnb.miniature.train`; the ste
 cores) time for them:
 
 {stages}
+
+{grown}
 
 {note}
 
@@ -157,6 +160,26 @@ def pilots(base: Path) -> str:
     return f"{text}\n\n{rows.markdown()}"
 
 
+def stages(recipe: dict) -> str:
+    """The stages of a training as a table."""
+    return Table(
+        {"stage": n, "steps": f"{s['step']:,}", "batch": str(s["batch_size"]), "minutes": f"{s['minutes']:.0f}"}
+        for n, s in recipe["stages"].items()
+    ).markdown()
+
+
+def grown(recipe: dict) -> str:
+    """How a base was grown to twice the side; "" for one that was not."""
+    if "grown" not in recipe:
+        return ""
+    text = (
+        f"Then grown to twice the side by `python -m dbnb.miniature.grow`, on {recipe['grown']['photographs']:,} new "
+        "photographs and a third as many in colours without a name: an autoencoder of factor 8, whose first latent "
+        "channels stay those of the small one, and the UNet with the channels that are new:"
+    )
+    return f"{text}\n\n{stages(recipe['grown'])}"
+
+
 def write_card(base: Path, evaluation: Path) -> None:
     """Write README.md and grid.png into the base's folder."""
     result = json.loads(evaluation.read_text())
@@ -174,18 +197,18 @@ def write_card(base: Path, evaluation: Path) -> None:
     )
     figure.savefig(base / "grid.png")
     parameters = "; ".join(f"{row['part'].replace('_', ' ')} {row['parameters']}" for row in components.table())
-    stages = Table(
-        {"stage": n, "steps": f"{s['step']:,}", "batch": str(s["batch_size"]), "minutes": f"{s['minutes']:.0f}"}
-        for n, s in recipe["stages"].items()
-    ).markdown()
+    config, vae = components.denoiser.config, components.vae.config
     text = _TEXT.format(
         prediction_type=components.noise_scheduler.config.prediction_type.replace("_", "-"),
         parameters=f"Parameters: {parameters}",
+        side=vae.sample_size,
+        latents=f"{config.sample_size} x {config.sample_size} latents of {config.in_channels} channels",
         kinds=", ".join(toybox.KINDS),
         photographs=recipe["photographs"],
         look_alikes=recipe["look_alikes"],
         cores=result["cores"],
-        stages=stages,
+        stages=stages(recipe),
+        grown=grown(recipe),
         pilots=pilots(base),
         note=recipe.get("note", ""),
         steps=sampling.num_inference_steps,

@@ -43,31 +43,30 @@ from dbnb.miniature.train import PHOTOGRAPHS, restore, stage_record
 NAME = "flow"
 WIDTH, HEAD, BLOCKS = 160, 32, 7
 SECOND_WIDTH = 32  # of the second text encoder
-LATENTS = design.RESOLUTION // 4  # to a side
 # Tokens of the T5, all of them zeros: as many as the pipeline takes when it is told nothing, and as few as a T5 reads.
 # A picture should be the same with both.
 _MANY, FEW = 256, 2
 _LONG_EVERY = 16  # steps
 
 
-def transformer() -> SD3Transformer2DModel:
-    """(B, 6, 16, 16) latents in 64 tokens of 2 x 2 -> the direction from picture to noise.
+def transformer(channels: int) -> SD3Transformer2DModel:
+    """(B, `channels`, 16, 16) latents in 64 tokens of 2 x 2 -> the direction from picture to noise.
 
     Each block adds nothing, and the direction is 0, until it is trained (adaLN-Zero of Peebles and Xie, 2023).
     """
     text = design.TEXT_WIDTH + SECOND_WIDTH
     model = SD3Transformer2DModel(
-        sample_size=LATENTS,
+        sample_size=design.LATENT_SIZE,
         patch_size=2,
-        in_channels=design.LATENT_CHANNELS,
-        out_channels=design.LATENT_CHANNELS,
+        in_channels=channels,
+        out_channels=channels,
         num_layers=BLOCKS,
         attention_head_dim=HEAD,
         num_attention_heads=WIDTH // HEAD,
         caption_projection_dim=WIDTH,
         joint_attention_dim=text,
         pooled_projection_dim=text,
-        pos_embed_max_size=LATENTS // 2,
+        pos_embed_max_size=design.LATENT_SIZE // 2,
         qk_norm="rms_norm",
     )
     for name, layer in model.named_modules():
@@ -144,7 +143,7 @@ class Model(nn.Module):
 
     def __init__(self, base: Path) -> None:
         super().__init__()
-        self.transformer = transformer()
+        self.transformer = transformer(AutoencoderKL.load_config(base / "vae")["latent_channels"])
         self.text_encoder = first_text_encoder(CLIPTextModel.from_pretrained(base / "text_encoder"))
         self.text_encoder_2 = second_text_encoder(CLIPTokenizer.from_pretrained(base / "tokenizer"))
         text = self.text_encoder.text_model
@@ -226,8 +225,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     torch.manual_seed(args.seed)  # the new parts' first weights
     folder, model = args.output_dir, Model(args.start_from)
-    data = Photographs(args.photographs, folder / "data")
     vae = AutoencoderKL.from_pretrained(args.start_from / "vae").float().eval()
+    data = Photographs(args.photographs, folder / "data", vae.config.sample_size)
     stage = Stage(
         name=NAME,
         steps=args.steps,

@@ -1,4 +1,6 @@
-"""Grow a trained base to twice the side: `python -m dbnb.miniature.grow --output_dir runs/grown --ship runs/large`.
+"""Grow a base to twice the side: `python -m dbnb.miniature.grow --start_from runs/small --ship runs/large`.
+
+`runs/small` is what `python -m dbnb.miniature.train --ship runs/small` writes.
 
 128-pixel pictures from latents of the same 16 x 16, with twice the channels. The first half of them is taught to stay
 what it was, the latents of the picture at half its side; the other half holds what those pictures lack. So the UNet and
@@ -20,7 +22,7 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import nn
 from transformers import CLIPTextModel
 
-from dbnb.miniature import design, path
+from dbnb.miniature import design
 from dbnb.miniature.fit import Stage, fit, generator
 from dbnb.miniature.stages import (
     Denoiser,
@@ -130,7 +132,7 @@ def ship(base: Path, vae: AutoencoderKL, model: Denoiser, folder: Path, target: 
 def main(argv: list[str] | None = None) -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--start_from", type=Path, default=path(), help="the base that is grown")
+    parser.add_argument("--start_from", type=Path, required=True, help="the base that is grown, of 64 pixels")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/grown"))
     parser.add_argument("--photographs", type=int, default=PHOTOGRAPHS)
     parser.add_argument("--steps", type=int, nargs=len(STAGES), default=(4000, 12000, 4000), metavar=STAGES)

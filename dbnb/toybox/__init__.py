@@ -44,7 +44,7 @@ __all__ = [
 ]
 
 
-def photograph(toy: Toy, *, scene: str = "beach", seed: int = 0, size: int = 64, supersample: int = 2) -> Image.Image:
+def photograph(toy: Toy, *, scene: str = "beach", seed: int = 0, size: int = 128, supersample: int = 2) -> Image.Image:
     """Photograph a toy in a scene; `seed` draws camera, light and where the landmarks stand.
 
     The same arguments give the same picture at any size. Raises ValueError for an unknown scene or a size below 8.
@@ -52,7 +52,7 @@ def photograph(toy: Toy, *, scene: str = "beach", seed: int = 0, size: int = 64,
     return Image.fromarray(pixels(toy, scene=scene, seed=seed, size=size, supersample=supersample))
 
 
-def mask(toy: Toy, *, seed: int = 0, size: int = 64, supersample: int = 2) -> Image.Image:
+def mask(toy: Toy, *, seed: int = 0, size: int = 128, supersample: int = 2) -> Image.Image:
     """Where the toy is in `photograph(toy, seed=seed)`, whatever the scene: white on black, grey at its edges.
 
     Raises ValueError for a size below 8.
@@ -64,7 +64,7 @@ def mask(toy: Toy, *, seed: int = 0, size: int = 64, supersample: int = 2) -> Im
     return Image.fromarray(silhouette(parts(toy), _view(seed), size, supersample))
 
 
-def pixels(toy: Toy, *, scene: str, seed: int, size: int = 64, supersample: int = 2) -> np.ndarray:
+def pixels(toy: Toy, *, scene: str, seed: int, size: int = 128, supersample: int = 2) -> np.ndarray:
     """The photograph as an array: (size, size, 3) uint8. Raises ValueError for a scene or size that there is not."""
     if scene not in SCENES:
         raise ValueError(f"Scene {scene!r} is unknown: choose one of {', '.join(SCENES)}.")

@@ -317,7 +317,7 @@ plots.show(
 #
 # ## The same loop, on the miniature
 #
-# Pictures need nothing new. The point becomes a latent of 6 x 16 x 16 numbers, the network becomes a UNet, and the
+# Pictures need nothing new. The point becomes a latent of 12 x 16 x 16 numbers, the network becomes a UNet, and the
 # word becomes the hidden states of a prompt. There is one difference: this UNet answers with $v =
 # \sqrt{\bar\alpha_t}\,\epsilon - \sqrt{1 - \bar\alpha_t}\,x_0$ (Salimans and Ho, 2022), a mixture from which both
 # noise and picture can be computed. This is its version of `belief` and of the noise:

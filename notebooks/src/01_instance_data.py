@@ -135,7 +135,7 @@ print(len(list(folder.iterdir())), "files")
 
 # %%
 # NBVAL_CHECK_OUTPUT
-paths, notes = inspect_images(folder, resolution=64)
+paths, notes = inspect_images(folder, resolution=128)
 for note in notes:
     print(f"{note.name:14} {'used' if note.used else 'not used'}")
 print(len(paths), "of", len(notes), "are used")
@@ -203,7 +203,7 @@ plots.show(
 # %%
 Image.fromarray(np.hstack([np.asarray(photographs[0])] * 3)).save(folder / "wide.png")
 middle, anywhere = (
-    DreamBoothDataset([folder / "wide.png"], "", size=64, center_crop=center_crop) for center_crop in (True, False)
+    DreamBoothDataset([folder / "wide.png"], "", size=128, center_crop=center_crop) for center_crop in (True, False)
 )
 pieces = [middle[0]["instance_pixels"], *(anywhere[number]["instance_pixels"] for number in range(5))]
 plots.show(

@@ -238,7 +238,7 @@ os.environ["DBNB_CACHE"] = own_cache.name
 
 
 def ask(prompt: str, count: int, **changed):
-    sampling = dataclasses.replace(Sampling(num_inference_steps=10, guidance_scale=4.0, resolution=64), **changed)
+    sampling = dataclasses.replace(Sampling(num_inference_steps=10, guidance_scale=4.0, resolution=128), **changed)
     made = class_images(base, prompt, count, sampling)
     print(f"{prompt!r}, {count}: {made.decision} ({made.reason})")
     return made

@@ -129,13 +129,13 @@ Table({"architecture": name, "adapters go to": ", ".join(row.lora_targets)} for 
 # ## The autoencoder (VAE): pictures to latents and back
 #
 # Diffusion on pixels is expensive. The VAE encodes a picture into **[latents](../docs/glossary.md#latents)**, which
-# here have a quarter of the width and height and a few more channels, and decodes latents into pictures. All training
+# here have an eighth of the width and height and more channels, and decodes latents into pictures. All training
 # happens on latents.
 
 # %%
 # NBVAL_CHECK_OUTPUT
 robot = toybox.Toy("robot", body="red", accent="yellow", pattern="striped")
-picture = toybox.photograph(robot, scene="beach", seed=3, size=64)
+picture = toybox.photograph(robot, scene="beach", seed=3, size=128)
 pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 127.5 - 1.0
 with torch.no_grad():
     latents = components.vae.encode(pixels).latent_dist.mean
@@ -167,8 +167,8 @@ plots.show(
 # %%
 toys = [toybox.random_toy(kind, 7) for kind in toybox.KINDS]
 scenes = list(toybox.SCENES)
-originals = [toybox.photograph(toy, scene=scenes[i], seed=i, size=64) for i, toy in enumerate(toys)]
-back = through_vae(components, originals, 64)
+originals = [toybox.photograph(toy, scene=scenes[i], seed=i, size=128) for i, toy in enumerate(toys)]
+back = through_vae(components, originals, 128)
 errors = [np.asarray(a, dtype=float) - np.asarray(b, dtype=float) for a, b in zip(originals, back, strict=True)]
 psnr = [10 * np.log10(255**2 / (error**2).mean()) for error in errors]
 plots.show(
@@ -567,8 +567,8 @@ check_03b(less_noise)
 # 1. The VAE was trained on pictures of toys, and can decode only what looks like them.
 #
 # ```python
-# noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
-# pair = [noise, *through_vae(components, [noise], 64)]
+# noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (128, 128, 3), dtype=np.uint8))
+# pair = [noise, *through_vae(components, [noise], 128)]
 # plots.show(plots.show_images(pair, titles=["noise", "through the VAE"]), alt="noise before and after the VAE")
 # ```
 #

@@ -469,7 +469,7 @@ print(f"other photographs of the toy reach {top:.2f};", {name: round(value, 2) f
 # %%
 plots.show(
     plots.image_rows(
-        [[photograph.resize((64, 64)) for photograph in photographs], *drawn.values()],
+        [[photograph.resize((128, 128)) for photograph in photographs], *drawn.values()],
         labels=["photographs", *(f"{name}:\nfidelity {value:.2f}" for name, value in fidelity.items())],
         title="The same steps and learning rate: adapters on attention only, and on all layers",
     ),

@@ -171,7 +171,7 @@ folder = tempfile.TemporaryDirectory()
 wide_paths = [Path(folder.name, path.name) for path in concept.paths]
 for path, photograph in zip(wide_paths, concept.images(), strict=True):
     photograph.crop((0, 40, 256, 232)).save(path)
-one = DreamBoothDataset(wide_paths[:1], concept.instance_prompt, size=64, center_crop=False, random_flip=True)
+one = DreamBoothDataset(wide_paths[:1], concept.instance_prompt, size=128, center_crop=False, random_flip=True)
 photograph = one.images["instance"][0]
 print("made smaller:", photograph.size)
 

@@ -145,7 +145,7 @@ toys |= {f"hue {n} degrees": dataclasses.replace(SAMPLE_TOY, body=turned(SAMPLE_
 toys |= {name: look_alike(SAMPLE_TOY, name, rng) for name in DIFFERENCES if name != "hue"}
 toys["another dog"] = toybox.random_toy("dog", 5)
 taken = {
-    name: [toybox.photograph(toy, scene=scene, seed=100 + i, size=64) for i, scene in enumerate(SCENES)]
+    name: [toybox.photograph(toy, scene=scene, seed=100 + i, size=128) for i, scene in enumerate(SCENES)]
     for name, toy in toys.items()
 }
 
@@ -265,7 +265,7 @@ Table(
 from dbnb.validation import draw
 
 there = f"{concept.instance_prompt} {SCENES['beach']}"
-sets = {"photographs": [toybox.photograph(SAMPLE_TOY, scene="beach", seed=100 + i, size=64) for i in range(8)]}
+sets = {"photographs": [toybox.photograph(SAMPLE_TOY, scene="beach", seed=100 + i, size=128) for i in range(8)]}
 sets |= {
     name: draw(one, [there] * 8, config.sampling)
     for name, one in (("drawn", session.components), ("drawn by the base", base))

@@ -721,7 +721,7 @@ plots.show(
 #
 # **You see** coarse patches, two heads, cropped or repeated objects.
 #
-# **Made** by drawing with the miniature, without any adapter. It was trained at 64 pixels, and draws at half of that
+# **Made** by drawing with the miniature, without any adapter. It was trained at 128 pixels, and draws at half of that
 # and at one and a half times that here.
 #
 # **Check**: `pipeline.unet.config.sample_size` times the factor of the autoencoder, which is 8 for SD 1.5 and SDXL.
@@ -731,11 +731,11 @@ sizes = (config.resolution, config.resolution // 2, config.resolution * 3 // 2)
 rows = [draw(base, [CLASS] * COUNT, dataclasses.replace(config.sampling, resolution=size)) for size in sizes]
 plots.show(
     plots.image_rows(
-        [[picture.resize((192, 192), 0) for picture in row] for row in rows],
+        [[picture.resize((384, 384), 0) for picture in row] for row in rows],
         labels=[f"{size} pixels" for size in sizes],
         title="A base draws well at the size it was trained at",
     ),
-    alt="One dog in each picture at 64 pixels; hardly a dog at 32; two dogs side by side at 96",
+    alt="One dog in each picture at 128 pixels; hardly a dog at 64; two dogs side by side at 192",
 )
 
 # %% [markdown]
