@@ -171,20 +171,26 @@ def adapted_modules(components: Components) -> dict[str, torch.nn.Module]:
 
 
 @contextmanager
-def strength(components: Components, factor: float) -> Iterator[None]:
-    """Within the block the trained adapters count `factor` times: 0 is the base, 1 what was trained."""
+def strength(components: Components, factor: float, *, only: str = "") -> Iterator[None]:
+    """Within the block the trained adapters count `factor` times: 0 is the base, 1 what was trained.
+
+    With `only`, the beginning of a layer's name such as "mid_block.", the adapters of all other layers count nothing.
+    Raises ValueError where no adapted layer's name begins so.
+    """
     scaled = [
-        (layer, layer.scaling["default"])
+        (name, layer, layer.scaling["default"])
         for module in adapted_modules(components).values()
-        for layer in module.modules()
+        for name, layer in module.named_modules()
         if isinstance(layer, lora.LoraLayer) and "default" in layer.scaling
     ]
+    if only and not any(name.startswith(only) for name, _, _ in scaled):
+        raise ValueError(f"only={only!r} is the beginning of no adapted layer's name.")
     try:
-        for layer, scale in scaled:
-            layer.scaling["default"] = factor * scale
+        for name, layer, scale in scaled:
+            layer.scaling["default"] = factor * scale if name.startswith(only) else 0.0
         yield
     finally:
-        for layer, scale in scaled:
+        for _, layer, scale in scaled:
             layer.scaling["default"] = scale
 
 

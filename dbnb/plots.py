@@ -351,6 +351,30 @@ def scatter(points: Mapping[str, tuple[float, float]], *, xlabel: str, ylabel: s
 
 
 @_all_text_is_text
+def plane(
+    points: Mapping[str, tuple[float, float]],
+    paths: Mapping[str, Sequence[tuple[float, float]]],
+    *,
+    xlabel: str,
+    ylabel: str,
+    title: str = "",
+) -> Figure:
+    """Named points in a plane, and what moves among them: each path from its first place, a ring, to its last."""
+    figure, axis = _plot(xlabel, ylabel, title, size=(7.2, 4.4))
+    for name, (x, y) in points.items():
+        axis.plot(x, y, "o", ms=5, color="0.45")
+        axis.annotate(name, (x, y), xytext=(5, 4), textcoords="offset points", fontsize=SMALL, color="0.3")
+    for i, (name, places) in enumerate(paths.items()):
+        style = dict(color=PALETTE[i % len(PALETTE)], label=name)
+        axis.plot(*zip(*places, strict=True), marker=MARKERS[i % len(MARKERS)], ms=6, lw=1.5, **style)
+        axis.plot(*places[0], "o", ms=11, mfc="none", color=style["color"])
+    axis.margins(0.12)
+    axis.grid(alpha=0.3)
+    figure.legend(loc="outside right center", frameon=False, fontsize=LABEL)
+    return figure
+
+
+@_all_text_is_text
 def intervals(
     panels: Mapping[str, Mapping[str, tuple[float, float]]], *, faint: Collection[str] = (), title: str = ""
 ) -> Figure:

@@ -12,6 +12,7 @@ from dbnb.adapters import (
     adapter_table,
     add_adapters,
     lora_targets,
+    strength,
     train_mode,
     trainable_parameters,
 )
@@ -152,6 +153,30 @@ def test_lora_layers_say_where_adapters_sit(components):
     add_adapters(named, rank=2, lora_layers="to_q, conv1")
     ends = {name.rsplit(".", 1)[1] for name, layer in named.unet.named_modules() if hasattr(layer, "lora_A")}
     assert ends == {"to_q", "conv1"}
+
+
+@pytest.mark.parametrize("only, counts", [("", 1), ("up_blocks.2.", 1), ("down_blocks.0.", 0)])
+def test_strength_counts_the_layers_it_is_told_and_puts_all_back(components, only, counts):
+    add_adapters(components, lora_layers="all", rank=2)
+    layers = {name: m for name, m in components.unet.named_modules() if isinstance(m, lora.LoraLayer)}
+    nudged = next(name for name in layers if name.startswith("up_blocks.2."))
+    torch.nn.init.ones_(layers[nudged].lora_B["default"].weight)
+    trained = {name: layer.scaling["default"] for name, layer in layers.items()}
+    sample, hidden = torch.randn(1, components.unet.config.in_channels, 16, 16), torch.randn(1, 24, 128)
+
+    def answer() -> torch.Tensor:
+        with torch.no_grad():
+            return components.unet(sample, 500, encoder_hidden_states=hidden).sample
+
+    whole = answer()
+    with strength(components, 0.0):
+        plain = answer()
+    with strength(components, 1.0, only=only):
+        assert torch.allclose(answer(), whole if counts else plain, atol=1e-5)
+    assert not torch.allclose(whole, plain, atol=1e-3)
+    assert {name: layer.scaling["default"] for name, layer in layers.items()} == trained
+    with pytest.raises(ValueError, match="no adapted layer"), strength(components, 1.0, only="up_block.2"):
+        pass
 
 
 @pytest.mark.parametrize("wrong", ["to_z", "to_q,conv9", "to_q,", "Attention"])

@@ -42,6 +42,7 @@ def _pixels(figure) -> np.ndarray:
         plots.bars({"one": {"a": 0.5, "b": 0.7}, "two": {"a": 0.1}}, ylabel="share", marks={"most": 1.0}),
         plots.histogram([0.1, 0.2, 0.2], xlabel="share", marks={"mean": 0.17, "end": 0.2}),
         plots.scatter({"a": (0.1, 0.2)}, xlabel="x", ylabel="y"),
+        plots.plane({"a": (0.1, 0.2)}, {"b": [(0.3, 0.1), (0.5, 0.4)]}, xlabel="x", ylabel="y"),
         plots.matrices({"W": np.eye(4)}, title="t", labels="abcd"),
         plots.matrices({"A": np.eye(5), "B": np.eye(5)}, groups={"two": 2, "three": 3}, unit="cosine"),
     ],
@@ -89,6 +90,7 @@ def test_any_words_in_a_figure_are_text_and_end_nothing(words):
         plots.bars({words: {words: 0.5, "b": 0.7}}, ylabel=words, marks={words: 1.0}),
         plots.histogram([0.1, 0.2], xlabel=words, marks={words: 0.17}),
         plots.scatter({words: (0.1, 0.2)}, xlabel=words, ylabel=words),
+        plots.plane({words: (0.1, 0.2)}, {words: [(0.3, 0.1)]}, xlabel=words, ylabel=words, title=words),
         plots.matrices({words: np.eye(2)}, title=words, labels=[words] * 2, unit=words),
         plots.matrices({words: np.eye(2)}, groups={words: 2}),
     ]
