@@ -507,8 +507,8 @@ def last_words(prompts: list[str]) -> torch.Tensor:
 words, pair = [*COLORS, "spotted", "striped"], [concept.instance_prompt, concept.class_prompt]
 with strength(dual.components, 0.0):
     fixed, path = last_words([f"a photo of a {word} {concept.class_word}" for word in words]), [last_words(pair)]
-for folder in checkpoints(Path(dual.config.output_dir)):
-    load_weights(folder, dual.components)  # the last of them is the end of the training
+for checkpoint in checkpoints(Path(dual.config.output_dir)):
+    load_weights(checkpoint, dual.components)  # the last of them is the end of the training
     path.append(last_words(pair))
 every = torch.cat([fixed, *path])
 plane = torch.linalg.svd(every - every.mean(0), full_matrices=False).Vh[:2].T
