@@ -470,6 +470,8 @@ for block in in_order:
     with strength(session.components, 1.0, only=block):
         by_block[f"{block.strip('.')} alone"] = draw(session.components, prompts, config.sampling)
 by_block["all blocks"] = draw(session.components, prompts, config.sampling)
+
+# %%
 fidelity = {name: metrics.subject_fidelity(encoders.identity_features(p), real) for name, p in by_block.items()}
 gained = {
     name: (f - fidelity["no adapter"]) / (fidelity["all blocks"] - fidelity["no adapter"])
@@ -477,8 +479,6 @@ gained = {
 }
 first, second = sorted(in_order, key=lambda block: -gained[f"{block.strip('.')} alone"])[:2]
 first, second = (f"{block.strip('.')} alone" for block in (first, second))
-
-# %%
 plots.show(
     plots.image_rows(
         list(by_block.values()),
@@ -491,8 +491,10 @@ plots.show(
 # %% [markdown]
 # **What you should see**: most blocks alone change hardly anything, and one of them brings nearly the whole toy: the last. It
 # is the one that paints the details, from all that the others hand on to it. The block before it changes colours and places,
-# but not towards the toy: its adapters were trained *together* with the others', and are of little use without them. (Do not
-# conclude that training this one block is enough: what the others would have learned, it would have to learn as well. Try it.)
+# but not towards the toy: its adapters were trained *together* with the others', and are of little use without them. Would
+# it be enough to *train* the last block alone? What the others have learned, it would then have to learn as well. Try it:
+# `lora_layers` takes the names of blocks too, such as `up_blocks.2` or `up_blocks.1,up_blocks.2`. A step is shorter then, since
+# no gradient has to go back beyond these blocks.
 #
 # ## What attention alone cannot paint
 #

@@ -391,8 +391,6 @@ plots.show(
     ),
     alt="Three dogs at seven strengths: any dog at 0, the toy around 1, and overdone beyond",
 )
-
-# %%
 widgets.browse({f"{s:g}": by_strength[s][0] for s in strengths}, "strength")
 
 # %% [markdown]
@@ -477,23 +475,17 @@ plots.show(
 # How far have its adapters moved the states of the prompt?
 
 # %%
+from dbnb.adapters import strength
+from dbnb.checkpoints import checkpoints, load_weights
+from dbnb.models import encode_prompts
+from dbnb.toybox import COLORS
+
 states = {}
 for on in (0, 1):
     both_parts.set_adapters("toy", {"unet": 1, "text_encoder": on})
     states[on], _ = both_parts.encode_prompt(concept.instance_prompt, both_parts.device, 1, False)
 share = (states[1] - states[0]).norm() / states[0].norm()
 print(f"the hidden states of '{concept.instance_prompt}' have moved by {share:.1%} of their length")
-
-# %% [markdown]
-# Where do they move it? Each point below is the state of a prompt's last word, `dog`: behind a colour or a pattern as the
-# frozen text encoder has it, and for the two prompts of the training at each checkpoint that was kept. They are drawn in the
-# plane in which these states differ most. **Predict**: does `sks dog` move towards the toy's colours?
-
-# %%
-from dbnb.adapters import strength
-from dbnb.checkpoints import checkpoints, load_weights
-from dbnb.models import encode_prompts
-from dbnb.toybox import COLORS
 
 
 @torch.no_grad()
@@ -502,6 +494,11 @@ def last_words(prompts: list[str]) -> torch.Tensor:
     ends = [len(dual.components.tokenizer(prompt).input_ids) - 2 for prompt in prompts]
     return encode_prompts(dual.components, prompts)[range(len(prompts)), ends]
 
+
+# %% [markdown]
+# Where do they move it? Each point below is the state of a prompt's last word, `dog`: behind a colour or a pattern as the
+# frozen text encoder has it, and for the two prompts of the training at each checkpoint that was kept. They are drawn in the
+# plane in which these states differ most. **Predict**: does `sks dog` move towards the toy's colours?
 
 # %%
 words, pair = [*COLORS, "spotted", "striped"], [concept.instance_prompt, concept.class_prompt]
@@ -585,8 +582,6 @@ run.save(output / "config.json")
 card = export.model_card(concept, run, numbers, has_text_encoder=False)
 card.save(output / "README.md")
 plots.show(losses, alt="Two clouds of losses, of photographs and of class images; their running means wander")
-
-# %%
 print(card.text[: card.text.index("## Settings")].strip())
 
 # %% [markdown]
