@@ -554,3 +554,518 @@ plots.show(
 # divides by a factor of 0.07, which multiplies every error by 14. By this distance that cloud is nearer to the points
 # than their mean is, but it is no better drawing. And these are points in a plane: how pictures compare is not measured
 # here.
+
+# %% [markdown]
+# ## Where text and picture meet
+#
+# Newer bases have a new network as well: a **[transformer](../docs/glossary.md#transformer)** in place of the UNet. It
+# cuts the latents into tokens (here 64 of 2 x 2 latents) and lets them pass through blocks that are all alike. In a
+# UNet the places of the picture ask the words in cross-attention, and the words stay what they are. In Stable Diffusion
+# 3 both are tokens of **one** attention, a [joint attention](../docs/glossary.md#joint-attention): everything asks
+# everything, and so the words change from block to block. Each side has projections of its own; those of the words are
+# called `add_q_proj`, `add_k_proj`, `add_v_proj` and `to_add_out`.
+#
+# `transformer` makes a small network of this family, untrained. The figure is drawn from the names of the layers in its
+# first block; filled are those that `lora_targets` gives an adapter.
+
+# %%
+network = transformer()
+targets = lora_targets(network, "attention")
+plots.show(
+    plots.joint_block(network.transformer_blocks[0], targets, title="One block: two sides, one attention"),
+    alt="Two rows of boxes, for picture tokens and text tokens, that meet in one box for attention and part again",
+)
+
+# %% [markdown]
+# Is it really one attention? The next cell computes it by hand: queries, keys and values of both sides, put behind each
+# other, and one softmax over all of them. (Each query and key is divided by its size, `norm_q` and so on; the scale is
+# learned.)
+
+# %%
+# NBVAL_CHECK_OUTPUT
+attention = network.transformer_blocks[0].attn
+generator = torch.Generator().manual_seed(0)
+picture, text = (torch.randn(1, tokens, network.inner_dim, generator=generator) for tokens in (64, 26))
+
+
+def heads(values: torch.Tensor) -> torch.Tensor:
+    """(1, tokens, width) -> (1, heads, tokens, width of a head)."""
+    return values.unflatten(2, (attention.heads, -1)).transpose(1, 2)
+
+
+with torch.no_grad():
+    query = torch.cat([attention.norm_q(heads(attention.to_q(picture))), attention.norm_added_q(heads(attention.add_q_proj(text)))], 2)
+    key = torch.cat([attention.norm_k(heads(attention.to_k(picture))), attention.norm_added_k(heads(attention.add_k_proj(text)))], 2)
+    value = torch.cat([heads(attention.to_v(picture)), heads(attention.add_v_proj(text))], 2)
+    weights = (query @ key.mT / query.shape[-1] ** 0.5).softmax(-1)
+    mixed = (weights @ value).transpose(1, 2).flatten(2)
+    mine = attention.to_out[0](mixed[:, :64]), attention.to_add_out(mixed[:, 64:])
+    theirs = attention(hidden_states=picture, encoder_hidden_states=text)
+print("the block's own answer:", all(torch.allclose(a, b, atol=1e-5) for a, b in zip(mine, theirs, strict=True)))
+print("one attention over", " x ".join(map(str, weights.shape[2:])), "tokens, of which 64 are the picture's")
+
+# %% [markdown]
+# Which layers get adapters, then? `attention` means the projections of both sides. A rank of 16 has this many
+# parameters, layer by layer:
+
+# %%
+of_layer = {}
+for name, layer in network.named_modules():
+    target = next((target for target in targets if name.endswith(f".{target}")), None)
+    if target is not None:
+        of_layer.setdefault(target, []).append(16 * (layer.in_features + layer.out_features))
+Table(
+    {"layer": name, "side": "text" if "add" in name else "picture", "blocks": str(len(sizes)), "parameters": f"{sum(sizes):,}"}
+    for name, sizes in of_layer.items()
+)
+
+# %% [markdown]
+# **What you should see**: as many adapters on the side of the words as on that of the picture, except for the last
+# block: nothing reads the words after it, so it has no `to_add_out`. On a UNet the adapters could only change how the
+# picture *listens* to the rare word. Here they can also change what becomes of the word on its way.
+#
+# ## One training step, by hand
+#
+# Now a whole base of this family: the network from above, the miniature's autoencoder and text encoder, and what the
+# pipeline of Stable Diffusion 3 needs besides, written to a folder as plain diffusers would have it. It is
+# **untrained**, and it would draw nothing but patches. A step does not mind: the arithmetic is the same. (Such a
+# network starts with zeros where each block adds to the picture, and no adapter below them would ever get a gradient;
+# so these zeros get small random numbers here.)
+
+# %%
+folder = tempfile.TemporaryDirectory()
+with torch.random.fork_rng(), torch.no_grad():
+    torch.manual_seed(0)
+    untrained = Model(miniature.path())
+    for parameter in untrained.transformer.parameters():
+        if not parameter.any():
+            parameter.normal_(std=0.02)
+ship(untrained, AutoencoderKL.from_pretrained(miniature.path() / "vae"), Path(folder.name) / "base", recipe={})
+config = DreamBoothConfig(
+    base=f"{folder.name}/base",
+    output_dir=f"{folder.name}/run",
+    max_train_steps=6,
+    train_batch_size=2,
+    lora_layers="attention",
+    lr_scheduler="constant",
+    tokenizer_max_length=FEW,
+    checkpointing_steps=0,
+    validation_steps=0,
+)
+
+# %%
+components = load_components(config.base)
+add_adapters(components, config.adapters)
+print("times are drawn:", config.weighting_scheme, "| path:", type(components.path).__name__)
+components
+
+# %% [markdown]
+# The dataset is the one from the beginning: five photographs, and eight class images that the miniature has drawn. Each
+# line of the step makes one tensor. The noise and the times are drawn from the run's seed and the samples' numbers, as
+# `training_step` does it, so that the two can be compared.
+#
+# The time first. Logit-normal is the sigmoid of a normal number; it chooses one of the thousand shares in the base's
+# own list, which begins at 1. Then a point of the line, and its direction.
+
+# %%
+batch = batch_at(dataset, number=0, batch_size=config.train_batch_size)
+samples = [(half, number) for half in range(batch["halves"]) for number in batch["n"]]
+x = clean_latents(components, batch, seed=config.seed)
+n = torch.stack([torch.randn(x.shape[1:], generator=seeded(config.seed, NOISE, *sample)) for sample in samples])
+normal = torch.stack([torch.randn((), generator=seeded(config.seed, TIMESTEP, *sample)) for sample in samples])
+s = components.noise_scheduler.sigmas[(1000 * normal.sigmoid()).long()].view(-1, 1, 1, 1)
+seen, target = (1 - s) * x + s * n, n - x
+hidden, pooled = embed_prompts(components, batch["prompts"], max_length=config.tokenizer_max_length)
+print("shares of noise:", ", ".join(f"{share:.3f}" for share in s.flatten().tolist()))
+
+# %% [markdown]
+# The network is told the time as $1000\,s$, the hidden states of the prompts, which become its text tokens, and one
+# pooled vector for each prompt. Then the loss in two halves, exactly as in notebook 06.
+
+# %%
+answer = components.transformer(
+    hidden_states=seen, timestep=1000 * s.flatten(), encoder_hidden_states=hidden, pooled_projections=pooled
+).sample
+instance, prior = ((answer - target) ** 2).chunk(2)
+loss = instance.mean() + config.prior_loss_weight * prior.mean()
+print(f"instance {instance.mean():.4f} + {config.prior_loss_weight:g} x prior {prior.mean():.4f} = {loss:.4f}")
+
+# %%
+# NBVAL_CHECK_OUTPUT
+options = dict(
+    seed=config.seed,
+    prior_loss_weight=config.prior_loss_weight,
+    objective=config.objective,
+    tokenizer_max_length=config.tokenizer_max_length,
+)
+record = training_step(components, batch, **options)
+pairs = ((record.noise, n), (record.timesteps, 1000 * s.flatten()), (record.target, target), (record.loss, loss))
+print("the package's step has the same noise, times, target and loss:", all(torch.allclose(*pair) for pair in pairs))
+
+# %% [markdown]
+# **What you should see**: an instance loss and a prior loss of about the same size. The network knows nothing, and so
+# both are about the mean square of $n - x$. Only four lines differ from the step of notebook 06: how the time is drawn,
+# what is seen, what is asked, and how the network is called. The batch, the two halves and the optimizer do not know
+# which path this is.
+#
+# So the loop is notebook 06's loop. A test of this project compares this cell with `train`, too, bit for bit.
+
+# %% tags=["the-loop"]
+parameters = [p for _, p in trainable_parameters(components.denoiser)]
+optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, fused=True)
+log = []
+for step in range(config.max_train_steps):
+    record = training_step(
+        components,
+        batch_at(dataset, step, config.train_batch_size),
+        seed=config.seed,
+        prior_loss_weight=config.prior_loss_weight,
+        objective=config.objective,
+        tokenizer_max_length=config.tokenizer_max_length,
+    )
+    record.loss.backward()
+    torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    log.append({"step": step + 1, "instance_loss": record.instance_loss.item(), "prior_loss": record.prior_loss.item()})
+
+# %%
+# NBVAL_CHECK_OUTPUT
+another = load_components(config.base)
+add_adapters(another, config.adapters)
+theirs = train(config, another, dataset)
+pairs = [(a[name], b[name]) for a, b in zip(log, theirs, strict=True) for name in ("instance_loss", "prior_loss")]
+print(len(pairs), "losses; train and the cell agree:", all(abs(a - b) < 1e-3 * b for a, b in pairs))
+folder.cleanup()
+
+# %% [markdown]
+# ## A larger picture needs more noise
+#
+# Take one photograph in three sizes, and give each the same share of noise. **Predict**: which of the three can still
+# be recognised?
+
+# %%
+RATIOS, generator = (1, 4, 16), torch.Generator().manual_seed(0)
+
+
+def shifted(share: float, k: float) -> float:
+    """The share of noise that hides as much of a picture whose sides are k times as long."""
+    return k * share / (1 + (k - 1) * share)
+
+
+def noised(ratio: int, share: float) -> Image.Image:
+    """A toy of 32 times the ratio pixels with this share of noise, averaged down to 32 pixels."""
+    pixels = np.asarray(toybox.photograph(toybox.random_toy("dog", 4), scene="grass", seed=4, size=32 * ratio))
+    clean = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None] / 127.5 - 1
+    noisy = (1 - share) * clean + share * torch.randn(clean.shape, generator=generator)
+    return VaeImageProcessor().postprocess(F.avg_pool2d(noisy, ratio) / (1 - share))[0]
+
+
+# %%
+plots.show(
+    plots.image_rows(
+        [[noised(ratio, 0.6) for ratio in RATIOS], [noised(ratio, shifted(0.6, ratio)) for ratio in RATIOS]],
+        labels=["the same share,\n0.60", "a shifted share:\n" + ", ".join(f"{shifted(0.6, ratio):.2f}" for ratio in RATIOS)],
+        titles=[f"{32 * ratio} px" for ratio in RATIOS],
+        inches=1.6,
+        title="From afar: the same share of noise hides less of a larger picture",
+    ),
+    alt="Above, a dog that is hidden at 32 pixels and clear at 512; below, three dogs that are hidden equally well",
+)
+
+# %% [markdown]
+# **What you should see**: each picture is averaged down to 32 pixels (and brought back to full contrast), as an eye
+# sees it from afar. Noise of neighbouring pixels averages out, what they have in common does not; so at 512 pixels a
+# share of 0.6 hides hardly anything that matters. With sides $k$ times as long the average has $k$ times less noise,
+# and
+#
+# $$ s' = \frac{k\, s}{1 + (k - 1)\, s} $$
+#
+# hides as much as $s$ did: this is the *shift* (Esser et al., 2024, equation 23). Stable Diffusion 3 has one shift, 3,
+# in its scheduler. FLUX.1 has one for each number of tokens (`use_dynamic_shifting`): $k = e^\mu$, with $\mu$ on a
+# straight line through 0.5 at 256 tokens and 1.15 at 4096. The times of training are shifted, and so are the steps of
+# drawing.
+
+# %%
+share = torch.linspace(0.02, 1, 25)
+flux = Flow(FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True))
+sd3 = Flow(FlowMatchEulerDiscreteScheduler(shift=3.0))
+series = {"as drawn": share, "Stable Diffusion 3, any size": shifted(share, sd3.scheduler.config.shift)}
+for side in (512, 1024):
+    tokens = (side // 16) ** 2  # eight pixels a latent, two latents a token
+    series[f"FLUX.1, {side} px: {tokens} tokens"] = flux.scheduler.time_shift(flux.shift(tokens), 1.0, share)
+plots.show(
+    plots.curves(
+        {name: (share.numpy(), values.numpy()) for name, values in series.items()},
+        xlabel="share of noise as drawn",
+        ylabel="share of noise that is used",
+        title="The shift of the times: the larger the picture, the more noise",
+    ),
+    alt="A diagonal and three curves above it: FLUX.1 at 512 and at 1024 pixels, and Stable Diffusion 3",
+)
+
+# %%
+# NBVAL_CHECK_OUTPUT
+every = torch.arange(1, 1001) / 1000
+print("the scheduler's own list is this formula:", torch.allclose(sd3.scheduler.sigmas, shifted(every, 3.0).flip(0)))
+mu = flux.shift(4096)
+print("FLUX.1's is, with e to the mu:", torch.allclose(flux.scheduler.time_shift(mu, 1.0, every), shifted(every, math.e**mu)))
+
+# %% [markdown]
+# ## The five photographs on a flow base
+#
+# The project has no trained flow base among its files: one of the miniature's size takes hours to train on a processor.
+# **In this notebook, as it is committed, the next cell was not run on one**, so there is no picture here to compare
+# with notebook 00's. Where the environment variable `FLOW_BASE` names a folder, it runs the workflow on it: the same
+# photographs, the same call.
+
+# %%
+FLOW_BASE = os.environ.get("FLOW_BASE", "")
+if FLOW_BASE:
+    session = workflow.trained(DreamBoothConfig(base=FLOW_BASE, tokenizer_max_length=FEW))
+    prompts = [concept.instance_prompt] * 4 + [concept.class_prompt] * 4
+    pictures = workflow.draw(session.components, prompts, session.config.sampling)
+    plots.show(
+        plots.show_images(pictures, titles=["sks dog"] * 4 + ["a dog"] * 4, title="Five photographs, on a flow base"),
+        alt="Four pictures asked for by the identifier, and four of the class",
+    )
+else:
+    print("FLOW_BASE names no folder: `python -m dbnb.miniature.flow --output_dir runs/flow --ship runs/sd3` makes one.")
+
+# %% [markdown]
+# On a GPU the bases are `sd35` and `flux` (both gated: their licence has to be accepted first). These are the settings
+# in which their presets differ from that of Stable Diffusion 1.5:
+
+# %%
+names = dict.fromkeys(name for base_name in ("sd35", "flux") for name in PRESETS[base_name])
+presets = {base_name: PRESETS[base_name] for base_name in ("sd15", "sd35", "flux")}
+Table(
+    {"setting": name} | {base_name: str(preset.get(name, "")).replace(",", ", ") for base_name, preset in presets.items()}
+    for name in names
+    if len({str(preset.get(name, "")) for preset in presets.values()}) > 1
+)
+
+# %% [markdown]
+# **What you should see**: `weighting_scheme` is the one setting that belongs to the path: logit-normal times for Stable
+# Diffusion 3.5, even ones (then shifted) for FLUX.1. `lora_layers` names FLUX.1's layers one by one, because feed-forward layers are
+# adapted there too, as is usual for it. The rest is size: pictures, memory, steps and guidance. `snr_gamma` and
+# `noise_offset` are diffusion's, and a flow base refuses them by name. (Neither preset has been run on its published
+# checkpoint by this project; small random checkpoints of both families have.)
+
+# %% [markdown]
+# ## Exercises
+#
+# ### Exercise A: what is seen, and what is asked (6 minutes)
+#
+# Write the training pair of flow matching for a batch in which every picture has its own share of noise.
+
+# %%
+from dbnb.exercises import check_11a
+
+
+def flow_pair(x, noise, s):
+    """What the network sees and what it should answer, from (B, C, h, w), (B, C, h, w) and B shares of noise."""
+    ...
+
+
+check_11a(flow_pair)
+
+# %% [markdown]
+# <details><summary>Hint 1</summary>
+#
+# A straight line from the picture at 0 to the noise at 1. Its direction is the difference of its ends.
+# </details>
+#
+# <details><summary>Hint 2</summary>
+#
+# `s` has the shape (B,); `s.view(-1, 1, 1, 1)` gives each picture its own share. The direction needs no share.
+# </details>
+#
+# <details><summary>Solution</summary>
+#
+# ```python
+# def flow_pair(x, noise, s):
+#     share = s.view(-1, 1, 1, 1)
+#     return (1 - share) * x + share * noise, noise - x
+# ```
+# </details>
+#
+# ### Exercise B: Euler's method (8 minutes)
+#
+# Write the loop that draws. `velocity(x, share)` is a network's answer at a point and its share of noise; `shares` are
+# the times of the way, from 1 down to 0, and they need not be even.
+
+# %%
+from dbnb.exercises import check_11b
+
+
+def euler(velocity, noise, shares: list[float]):
+    """The point at the last share, from `noise` at the first, by one straight step from each share to the next."""
+    ...
+
+
+check_11b(euler)
+
+# %% [markdown]
+# <details><summary>Hint 1</summary>
+#
+# `itertools.pairwise(shares)` gives each share with the one that follows it.
+# </details>
+#
+# <details><summary>Hint 2</summary>
+#
+# The direction points to the noise and the share falls: `following - share` is negative, and the two signs make up for
+# each other.
+# </details>
+#
+# <details><summary>Solution</summary>
+#
+# ```python
+# def euler(velocity, noise, shares):
+#     x = noise
+#     for share, following in pairwise(shares):
+#         x = x + (following - share) * velocity(x, share)
+#     return x
+# ```
+# </details>
+
+# %% [markdown]
+# ## On your own
+#
+# 1. Train the network of the line with logit-normal times instead of even ones. Does it come nearer in four steps? (5
+#    minutes)
+# 2. What becomes of the first row of the table of costs where the share of noise goes to 0? What does that say about
+#    asking for $v$ or for the direction there? (3 minutes)
+# 3. Draw the red dog with four steps: once at even $t$, once at even shares. (4 minutes)
+#
+# <details><summary>Answers</summary>
+#
+# 1. Replace the line that draws `time` in `trained` by the next one, train three seeds again, and call `row`. Compare
+#    the means with the ranges before you believe a difference.
+#
+# ```python
+# time = torch.randn(256, generator=generator).sigmoid()
+# ```
+#
+# 2. All three grow without limit. Where there is hardly any noise, the picture is nearly what is seen, and a small
+#    error of the picture is a large error of the noise. A loss that counts it like that spends much on the last grain.
+#
+# 3. The same loop with another `way`:
+#
+# ```python
+# four = {
+#     "even t": torch.linspace(999, 0, 5).long().tolist(),
+#     "even shares": [int((shares - share).abs().argmin()) for share in torch.linspace(shares[999], shares[0], 5)],
+# }
+# dogs = []
+# for way in four.values():
+#     point = arc[0]
+#     for t, to in pairwise(way):
+#         picture, noise = believed(point, t)
+#         point = p[to] * picture + q[to] * noise
+#     dogs += decode(point)
+# plots.show(plots.show_images(dogs, titles=list(four)), alt="two dogs, each drawn in four steps")
+# ```
+# </details>
+#
+# ## Quiz
+#
+# Five questions about *why*. Choose an answer, then open it: it says whether it is right, and why.
+#
+# **1. Why can a network that was trained on the arc draw on the straight line?**
+#
+# <details><summary>A. Because the straight line touches the arc at both ends, where the drawing happens.</summary>
+#
+# No: they meet at the ends, but the network is asked at every share between them.
+# </details>
+#
+# <details><summary>B. Because a point of one way is a multiple of a point of the other.</summary>
+#
+# Right: at the same share of noise a scale is all that differs, and the answers can be translated.
+# </details>
+#
+# <details><summary>C. Because both of them have been trained with the same thousand timesteps.</summary>
+#
+# No: a flow's time is a share and needs no table; what matters is what a point contains.
+# </details>
+#
+# **2. Why are the ways of drawing curved although each training line is straight?**
+#
+# <details><summary>A. Because the network is too small to follow a straight line exactly enough.</summary>
+#
+# No: a perfect network's ways would be curved as well, since its answer is a mean.
+# </details>
+#
+# <details><summary>B. Because Euler's method makes an error at each step and bends the way.</summary>
+#
+# No: with many small steps that error vanishes, and the ways stay curved.
+# </details>
+#
+# <details><summary>C. Because the answer is the mean of many lines, and that mean changes.</summary>
+#
+# Right: many lines cross at one noisy point, and fewer of them are possible as the noise clears.
+# </details>
+#
+# **3. Why did exchanging the steps bring the networks of $v$ and of the direction together?**
+#
+# <details><summary>A. The two ask nearly the same, and differed mostly in where their steps lay.</summary>
+#
+# Right: the costs of their errors are within a factor of 2 of each other, share by share.
+# </details>
+#
+# <details><summary>B. The exchanged steps are fewer, so that neither network could show its strength.</summary>
+#
+# No: the numbers of steps are the same in all rows; only their places are different.
+# </details>
+#
+# <details><summary>C. The three seeds were exchanged along with the steps and so the errors averaged out.</summary>
+#
+# No: the same networks were used with the same seeds; nothing was trained again.
+# </details>
+#
+# **4. Why do large pictures get their times shifted towards noise?**
+#
+# <details><summary>A. Their latents have more channels, and each of the channels needs noise of its own.</summary>
+#
+# No: the number of channels is the autoencoder's and does not change with the size.
+# </details>
+#
+# <details><summary>B. The same share of noise hides less, because neighbours' noise averages out.</summary>
+#
+# Right: what many pixels have in common shows through, and too few times would be spent on hiding it.
+# </details>
+#
+# <details><summary>C. The network is slower on them, and steps with much noise take less time.</summary>
+#
+# No: a step takes the same time at every share of noise.
+# </details>
+#
+# **5. Why does a joint attention have adapters on `add_k_proj` as well as on `to_k`?**
+#
+# <details><summary>A. Words and picture have projections of their own, and both may have to learn.</summary>
+#
+# Right: the rare word is a text token, and its keys and values come from `add_k_proj` and `add_v_proj`.
+# </details>
+#
+# <details><summary>B. The pipeline refuses a file in which not every projection has got an adapter.</summary>
+#
+# No: an adapter for some layers loads as well as one for all of them.
+# </details>
+#
+# <details><summary>C. `add_k_proj` is added to `to_k`, and so the two have to be changed in step.</summary>
+#
+# No: the name is historical; the two are applied to different tokens and never added.
+# </details>
+#
+# ## In short
+#
+# - Diffusion takes an arc from picture to noise, flow matching a line. At the same share of noise both show the same
+#   picture, and each answer can be turned into every other: DDIM is Euler's method on the line.
+# - What differs is how errors count, which times are drawn, and where the steps lie; on the points, the places of the
+#   steps made most of the difference.
+# - The ways of drawing are curved on both paths, because an answer is a mean.
+# - In a joint attention words and picture are tokens of one attention, with adapters on both sides.
+# - Larger pictures need more noise: the times are shifted.
+# - DreamBooth is the same: two halves, one sum.
+#
+# You have seen all of it. The way back to the beginning, with your own photographs: [00 Start here](00_start_here.ipynb).
