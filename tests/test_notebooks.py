@@ -32,7 +32,7 @@ def _tags(cell) -> list[str]:
 
 def test_the_notebooks_are_numbered_as_the_steps():
     numbers = [path.name.split("_")[0] for path in SCRIPTS]
-    assert numbers == ["00", "00b", *(f"{number:02d}" for number in range(1, 11))]
+    assert numbers == ["00", "00b", *(f"{number:02d}" for number in range(1, 12))]
 
 
 @by_notebook

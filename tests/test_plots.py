@@ -97,13 +97,13 @@ def test_any_words_in_a_figure_are_text_and_end_nothing(words):
         assert not [text for text in figure.findobj(Text) if words in text.get_text() and text.get_parse_math()]
 
 
-@pytest.mark.parametrize("number", ["00", "00b", *(f"{n:02d}" for n in range(1, 11))])
+@pytest.mark.parametrize("number", ["00", "00b", *(f"{n:02d}" for n in range(1, 12))])
 def test_the_map_of_the_course_fills_one_box_or_frames_all(number, monkeypatch):
     figure = plots.course_map(number)
     filled = [patch for patch in figure.axes[0].patches if patch.get_facecolor()[:3] == to_rgb(plots.HERE)]
     renderer = FigureCanvasAgg(figure).get_renderer()
     texts = {text.get_text(): text.get_window_extent(renderer) for text in figure.axes[0].texts if text.get_text()}
-    assert len(filled) == (number != "00") and len(texts) == 12
+    assert len(filled) == (number != "00") and len(texts) == 13
     for box in texts.values():
         assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1
     shown = []
@@ -113,8 +113,8 @@ def test_the_map_of_the_course_fills_one_box_or_frames_all(number, monkeypatch):
 
 
 def test_the_map_knows_the_notebooks_that_there_are():
-    with pytest.raises(ValueError, match="no notebook '11'"):
-        plots.course_map("11")
+    with pytest.raises(ValueError, match="no notebook '12'"):
+        plots.course_map("12")
 
 
 def test_a_unet_is_drawn_from_its_config():
