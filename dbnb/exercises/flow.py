@@ -53,8 +53,9 @@ def check_11a(flow_pair: Callable) -> str:
             "your target is the picture: here it is the direction of the line.": x,
             "your target starts at the noisy picture: the line's direction is the same at all times.": noise - right,
             "your target is shortened by s: the direction does not depend on the time.": share * target,
-            "your target is v of a diffusion model: on a straight line picture and noise count "
-            "alike.": (1 - share) * noise - share * x,
+            "your target is v of a diffusion model: on a straight line picture and noise count alike.": (1 - share)
+            * noise
+            - share * x,
         },
         "the target is the noise minus the picture, at every time.",
     )

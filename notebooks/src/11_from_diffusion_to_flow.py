@@ -50,37 +50,30 @@ importlib.import_module("dbnb")  # before torch, whose threads it keeps from spi
 
 # %%
 import math
-import os
-import tempfile
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
-from dbnb import miniature, plots, toybox, workflow
-from dbnb.adapters import add_adapters, lora_targets, trainable_parameters
-from dbnb.concept import Concept
+from dbnb import plots, workflow
 from dbnb.config import DreamBoothConfig, Objective
-
-# %%
-from dbnb.dataset import NOISE, TIMESTEP, DreamBoothDataset, cache_latents, seeded
-from dbnb.miniature.flow import FEW, Model, ship, transformer
-from dbnb.models import embed_prompts, encode_prompts, load_components
+from dbnb.models import encode_prompts, load_components
 from dbnb.paths import Flow
-from dbnb.presets import PRESETS
-from dbnb.prior import class_images
 from dbnb.tables import Table
-from dbnb.training import batch_at, clean_latents, train, training_step
 
 workflow.quiet_libraries()
 plots.you_are_here("11")
 
 # %%
+from dbnb.concept import Concept
+from dbnb.dataset import DreamBoothDataset, cache_latents
+from dbnb.prior import class_images
+from dbnb.training import batch_at, clean_latents
+
 base = load_components("miniature")
 concept = Concept.from_folder(None, "sks", "dog")
 drawn = class_images(base, concept.class_prompt, 8, DreamBoothConfig().sampling).paths
@@ -113,7 +106,10 @@ p, q = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
 s = torch.linspace(0, 1, 21)
 plots.show(
     plots.curves(
-        {"diffusion, every 50th t": (p[::50].numpy(), q[::50].numpy()), "flow, every 0.05 of s": (1 - s.numpy(), s.numpy())},
+        {
+            "diffusion, every 50th t": (p[::50].numpy(), q[::50].numpy()),
+            "flow, every 0.05 of s": (1 - s.numpy(), s.numpy()),
+        },
         xlabel="factor of the picture",
         ylabel="factor of the noise",
         title="From the picture (right) to noise (top): a quarter of a circle, and a straight line",
@@ -156,7 +152,9 @@ plots.show(
 # %%
 shares = q / (p + q)
 matched = torch.tensor([int((shares - share).abs().argmin()) for share in (0.2, 0.35, 0.5, 0.65, 0.8, 0.9)])
+scale = (p + q)[matched].view(-1, 1, 1, 1)
 on_arc, on_line = diffusion.noisy(x, n, matched), straight.noisy(x, n, 1000 * shares[matched])
+assert torch.allclose(on_arc, scale * on_line, atol=1e-5), "the arc's latents are not a multiple of the line's"
 plots.show(
     plots.image_rows(
         [decode(on_arc), decode(on_line)],
@@ -167,14 +165,9 @@ plots.show(
     alt="Two rows of six pictures that differ only in contrast, the lower ones paler",
 )
 
-# %%
-# NBVAL_CHECK_OUTPUT
-scale = (p + q)[matched].view(-1, 1, 1, 1)
-print("the arc's latents are the line's, times one number:", torch.allclose(on_arc, scale * on_line, atol=1e-5))
-
 # %% [markdown]
 # **What you should see**: the same picture twice. A point of the arc and the point of the line at the same share lie on
-# one ray from the origin, so one is a multiple of the other. There is nothing that a network could see on one way and
+# one ray from the origin, so one is a multiple of the other; the cell asserts it, number by number. There is nothing that a network could see on one way and
 # not on the other.
 #
 # ## What is the network asked for?
@@ -218,8 +211,12 @@ for kind, path, time in (("noise", None, t), ("v", diffusion, t), ("direction", 
     factors = (1 - shares[t], shares[t]) if kind == "direction" else (p[t], q[t])
     answer = question(kind, x, n, *factors)
     back = belief(kind, factors[0] * x + factors[1] * n, answer, *factors)
-    print(f"{kind}: picture and noise come back: {all(map(torch.allclose, back, (x, n), (0, 0), (1e-4, 1e-4)))}", end="")
-    print("" if path is None else f"; as dbnb.paths asks it: {torch.allclose(answer, path.target(x, n, time), atol=1e-5)}")
+    print(
+        f"{kind}: picture and noise come back: {all(map(torch.allclose, back, (x, n), (0, 0), (1e-4, 1e-4)))}", end=""
+    )
+    print(
+        "" if path is None else f"; as dbnb.paths asks it: {torch.allclose(answer, path.target(x, n, time), atol=1e-5)}"
+    )
 
 # %% [markdown]
 # ## One network on both ways
@@ -256,6 +253,7 @@ for t, to in pairwise(way):
     line.append(line[-1] + (shares[to] - shares[t]) * (noise - picture))  # Euler
 
 # %%
+assert torch.allclose(arc[-1], (p + q)[0] * line[-1], atol=1e-2), "two ways, two pictures"
 at = [0, 3, 5, 7, 9, 10, 11, 12]
 plots.show(
     plots.image_rows(
@@ -267,13 +265,8 @@ plots.show(
     alt="Two rows of eight pictures, from noise to the same red dog on a beach",
 )
 
-# %%
-# NBVAL_CHECK_OUTPUT
-ends = [np.asarray(decode(points[-1] / scale)[0], dtype=int) for points, scale in ((arc, (p + q)[0]), (line, 1.0))]
-print("the same picture, up to rounding:", np.abs(ends[0] - ends[1]).mean() < 1.0)
-
 # %% [markdown]
-# **What you should see**: the same dog. DDIM's step mixes the believed picture and the believed noise in the next
+# **What you should see**: the same dog, and the cell would have stopped if its numbers were not the same. DDIM's step mixes the believed picture and the believed noise in the next
 # time's factors, and Euler's step on the line does just that in the line's factors. So DDIM *is* Euler's method on the
 # straight line. The path is a choice of coordinates, and it is no reason by itself for better pictures. What can make
 # a difference is what the choice brings along: how much each error counts, which times are trained on, and where the
@@ -296,16 +289,12 @@ def cost(kind: str, share: float) -> float:
 
 table = Table()
 for share in (0.1, 0.3, 0.5, 0.7, 0.9):
-    t = int((shares - share).abs().argmin())
-    weights = {
-        "min-SNR, gamma 5": diffusion.weights(torch.tensor([t]), Objective(snr_gamma=5.0)),
-        "cosmap": straight.weights(torch.tensor([1000 * share]), Objective(weighting_scheme="cosmap")),
-    }
-    table.append(
-        {"share of noise": f"{share:.1f}"}
-        | {f"asked for {kind}": f"{cost(kind, share):.2f}" for kind in ("noise", "v", "direction")}
-        | {f"weight: {name}": f"{weight.item():.2f}" for name, weight in weights.items()}
-    )
+    t = (shares - share).abs().argmin()[None]
+    min_snr = diffusion.weights(t, Objective(snr_gamma=5.0)).item()
+    cosmap = straight.weights(torch.tensor([1000 * share]), Objective(weighting_scheme="cosmap")).item()
+    costs = {f"asked for {kind}": f"{cost(kind, share):.2f}" for kind in ("noise", "v", "direction")}
+    weights = {"weight: min-SNR, gamma 5": f"{min_snr:.2f}", "weight: cosmap": f"{cosmap:.2f}"}
+    table.append({"share of noise": f"{share:.1f}"} | costs | weights)
 table
 
 # %% [markdown]
@@ -333,7 +322,10 @@ for name, path, objective in (
     curves[name] = (edges[:-1] + 0.025, np.histogram(values, edges, density=True)[0])
 plots.show(
     plots.curves(
-        curves, xlabel="share of noise", ylabel="density of 6000 draws", title="How often each share of noise is trained on"
+        curves,
+        xlabel="share of noise",
+        ylabel="density of 6000 draws",
+        title="How often each share of noise is trained on",
     ),
     alt="Three densities over the share of noise: diffusion's, an even one, and one with its hump in the middle",
 )
@@ -389,9 +381,8 @@ class Denoiser(torch.nn.Module):
 def trained(kind: str, seed: int, steps: int = 1500) -> Denoiser:
     """A network that was asked one kind of question."""
     generator = torch.Generator().manual_seed(seed)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        network = Denoiser()
+    torch.manual_seed(seed)
+    network = Denoiser()
     optimizer = torch.optim.Adam(network.parameters(), lr=3e-3, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(steps):
@@ -405,10 +396,8 @@ def trained(kind: str, seed: int, steps: int = 1500) -> Denoiser:
     return network
 
 
-# %%
 KINDS, SEEDS = ("noise", "v", "direction"), (0, 1, 2)
 networks = {(kind, seed): trained(kind, seed) for kind in KINDS for seed in SEEDS}
-print(len(networks), "networks of", f"{sum(w.numel() for w in networks['v', 0].parameters()):,}", "parameters")
 
 # %% [markdown]
 # Drawing is the same loop for all: believe, and mix for the next time. (On the line that is Euler's method, as above.)
@@ -435,29 +424,29 @@ def even(kind: str, steps: int) -> list[float]:
 
 
 # %%
-def on_the_line(kind: str, states: list[torch.Tensor], way: list[float]) -> list[torch.Tensor]:
-    """The same points in the line's coordinates: divided by the sum of the factors."""
-    sums = [sum(factors(kind, torch.tensor(time))) if time else 1.0 for time in way]
-    return [state / total for state, total in zip(states, sums, strict=True)]
+def length(states: list[torch.Tensor]) -> float:
+    """How long the ways are, as a multiple of the straight ones: the median."""
+    steps = torch.stack([(b - a).norm(dim=1) for a, b in pairwise(states)])
+    return (steps.sum(0) / (states[-1] - states[0]).norm(dim=1)).median().item()
 
 
-ways = {kind: sample(kind, 0, even(kind, 60), 60) for kind in KINDS}
-panels = {f"{kind}, as it goes": ways[kind] for kind in KINDS} | {
-    f"{kind}, on the line": on_the_line(kind, ways[kind], even(kind, 60)) for kind in ("noise", "v")
-}
+panels = {}
+for kind in KINDS:
+    way = even(kind, 60)
+    panels[kind] = sample(kind, 0, way, 400)
+    if kind != "direction":  # in the line's coordinates: divided by the sum of the factors
+        sums = [sum(factors(kind, torch.tensor(time))) if time else 1.0 for time in way]
+        panels[f"{kind}, on the line"] = [state / total for state, total in zip(panels[kind], sums, strict=True)]
 plots.show(
     plots.trails(
-        {name: [state.numpy() for state in states] for name, states in panels.items()},
-        title="From noise (gray) to points (orange): ways of 60 small steps",
+        {
+            f"{name}: x {length(states):.2f}": [state[:60].numpy() for state in states]
+            for name, states in panels.items()
+        },
+        title="From noise (gray) to points (orange), in 60 small steps: how long the ways are beside straight ones",
     ),
     alt="Five panels of curved ways from a cloud of noise to a ring and a cross, for each question and path",
 )
-
-# %%
-for name, states in panels.items():
-    steps = torch.stack([(b - a).norm(dim=1) for a, b in pairwise(states)])
-    longer = steps.sum(0) / (states[-1] - states[0]).norm(dim=1)
-    print(f"{name:22} {longer.median():.2f} times as long as the straight way (median)")
 
 # %% [markdown]
 # **What you should see**: none of the ways is straight. The lines of training cross each other: through one noisy point
@@ -569,6 +558,9 @@ plots.show(
 # first block; filled are those that `lora_targets` gives an adapter.
 
 # %%
+from dbnb.adapters import lora_targets
+from dbnb.miniature.flow import transformer
+
 network = transformer()
 targets = lora_targets(network, "attention")
 plots.show(
@@ -583,8 +575,7 @@ plots.show(
 
 # %%
 # NBVAL_CHECK_OUTPUT
-attention = network.transformer_blocks[0].attn
-generator = torch.Generator().manual_seed(0)
+attention, generator = network.transformer_blocks[0].attn, torch.Generator().manual_seed(0)
 picture, text = (torch.randn(1, tokens, network.inner_dim, generator=generator) for tokens in (64, 26))
 
 
@@ -594,15 +585,18 @@ def heads(values: torch.Tensor) -> torch.Tensor:
 
 
 with torch.no_grad():
-    query = torch.cat([attention.norm_q(heads(attention.to_q(picture))), attention.norm_added_q(heads(attention.add_q_proj(text)))], 2)
-    key = torch.cat([attention.norm_k(heads(attention.to_k(picture))), attention.norm_added_k(heads(attention.add_k_proj(text)))], 2)
+    queries = (
+        attention.norm_q(heads(attention.to_q(picture))),
+        attention.norm_added_q(heads(attention.add_q_proj(text))),
+    )
+    keys = attention.norm_k(heads(attention.to_k(picture))), attention.norm_added_k(heads(attention.add_k_proj(text)))
+    query, key = torch.cat(queries, 2), torch.cat(keys, 2)
     value = torch.cat([heads(attention.to_v(picture)), heads(attention.add_v_proj(text))], 2)
     weights = (query @ key.mT / query.shape[-1] ** 0.5).softmax(-1)
     mixed = (weights @ value).transpose(1, 2).flatten(2)
     mine = attention.to_out[0](mixed[:, :64]), attention.to_add_out(mixed[:, 64:])
     theirs = attention(hidden_states=picture, encoder_hidden_states=text)
 print("the block's own answer:", all(torch.allclose(a, b, atol=1e-5) for a, b in zip(mine, theirs, strict=True)))
-print("one attention over", " x ".join(map(str, weights.shape[2:])), "tokens, of which 64 are the picture's")
 
 # %% [markdown]
 # Which layers get adapters, then? `attention` means the projections of both sides. A rank of 16 has this many
@@ -615,7 +609,12 @@ for name, layer in network.named_modules():
     if target is not None:
         of_layer.setdefault(target, []).append(16 * (layer.in_features + layer.out_features))
 Table(
-    {"layer": name, "side": "text" if "add" in name else "picture", "blocks": str(len(sizes)), "parameters": f"{sum(sizes):,}"}
+    {
+        "layer": name,
+        "side": "text" if "add" in name else "picture",
+        "blocks": str(len(sizes)),
+        "parameters": f"{sum(sizes):,}",
+    }
     for name, sizes in of_layer.items()
 )
 
@@ -633,6 +632,14 @@ Table(
 # so these zeros get small random numbers here.)
 
 # %%
+import tempfile
+from pathlib import Path
+
+from diffusers import AutoencoderKL
+
+from dbnb import miniature
+from dbnb.miniature.flow import FEW, Model, ship
+
 folder = tempfile.TemporaryDirectory()
 with torch.random.fork_rng(), torch.no_grad():
     torch.manual_seed(0)
@@ -641,6 +648,10 @@ with torch.random.fork_rng(), torch.no_grad():
         if not parameter.any():
             parameter.normal_(std=0.02)
 ship(untrained, AutoencoderKL.from_pretrained(miniature.path() / "vae"), Path(folder.name) / "base", recipe={})
+
+# %%
+from dbnb.adapters import add_adapters, trainable_parameters
+
 config = DreamBoothConfig(
     base=f"{folder.name}/base",
     output_dir=f"{folder.name}/run",
@@ -652,8 +663,6 @@ config = DreamBoothConfig(
     checkpointing_steps=0,
     validation_steps=0,
 )
-
-# %%
 components = load_components(config.base)
 add_adapters(components, config.adapters)
 print("times are drawn:", config.weighting_scheme, "| path:", type(components.path).__name__)
@@ -665,9 +674,14 @@ components
 # `training_step` does it, so that the two can be compared.
 #
 # The time first. Logit-normal is the sigmoid of a normal number; it chooses one of the thousand shares in the base's
-# own list, which begins at 1. Then a point of the line, and its direction.
+# own list, which begins at 1. Then a point of the line, and its direction. The network is told the time as $1000\,s$, the
+# hidden states of the prompts, which become its text tokens, and one pooled vector for each prompt. Last comes the loss
+# in two halves, exactly as in notebook 06.
 
 # %%
+from dbnb.dataset import NOISE, TIMESTEP, seeded
+from dbnb.models import embed_prompts
+
 batch = batch_at(dataset, number=0, batch_size=config.train_batch_size)
 samples = [(half, number) for half in range(batch["halves"]) for number in batch["n"]]
 x = clean_latents(components, batch, seed=config.seed)
@@ -676,13 +690,6 @@ normal = torch.stack([torch.randn((), generator=seeded(config.seed, TIMESTEP, *s
 s = components.noise_scheduler.sigmas[(1000 * normal.sigmoid()).long()].view(-1, 1, 1, 1)
 seen, target = (1 - s) * x + s * n, n - x
 hidden, pooled = embed_prompts(components, batch["prompts"], max_length=config.tokenizer_max_length)
-print("shares of noise:", ", ".join(f"{share:.3f}" for share in s.flatten().tolist()))
-
-# %% [markdown]
-# The network is told the time as $1000\,s$, the hidden states of the prompts, which become its text tokens, and one
-# pooled vector for each prompt. Then the loss in two halves, exactly as in notebook 06.
-
-# %%
 answer = components.transformer(
     hidden_states=seen, timestep=1000 * s.flatten(), encoder_hidden_states=hidden, pooled_projections=pooled
 ).sample
@@ -692,6 +699,8 @@ print(f"instance {instance.mean():.4f} + {config.prior_loss_weight:g} x prior {p
 
 # %%
 # NBVAL_CHECK_OUTPUT
+from dbnb.training import train, training_step
+
 options = dict(
     seed=config.seed,
     prior_loss_weight=config.prior_loss_weight,
@@ -745,6 +754,8 @@ folder.cleanup()
 # be recognised?
 
 # %%
+from dbnb import toybox
+
 RATIOS, generator = (1, 4, 16), torch.Generator().manual_seed(0)
 
 
@@ -765,7 +776,10 @@ def noised(ratio: int, share: float) -> Image.Image:
 plots.show(
     plots.image_rows(
         [[noised(ratio, 0.6) for ratio in RATIOS], [noised(ratio, shifted(0.6, ratio)) for ratio in RATIOS]],
-        labels=["the same share,\n0.60", "a shifted share:\n" + ", ".join(f"{shifted(0.6, ratio):.2f}" for ratio in RATIOS)],
+        labels=[
+            "the same share,\n0.60",
+            "a shifted share:\n" + ", ".join(f"{shifted(0.6, ratio):.2f}" for ratio in RATIOS),
+        ],
         titles=[f"{32 * ratio} px" for ratio in RATIOS],
         inches=1.6,
         title="From afar: the same share of noise hides less of a larger picture",
@@ -784,16 +798,18 @@ plots.show(
 # hides as much as $s$ did: this is the *shift* (Esser et al., 2024, equation 23). Stable Diffusion 3 has one shift, 3,
 # in its scheduler. FLUX.1 has one for each number of tokens (`use_dynamic_shifting`): $k = e^\mu$, with $\mu$ on a
 # straight line through 0.5 at 256 tokens and 1.15 at 4096. The times of training are shifted, and so are the steps of
-# drawing.
+# drawing. The cell asserts that both do what the formula says.
 
 # %%
 share = torch.linspace(0.02, 1, 25)
 flux = Flow(FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True))
 sd3 = Flow(FlowMatchEulerDiscreteScheduler(shift=3.0))
 series = {"as drawn": share, "Stable Diffusion 3, any size": shifted(share, sd3.scheduler.config.shift)}
+assert torch.allclose(sd3.scheduler.sigmas[:-1], shifted(torch.arange(1000, 0, -1) / 1000, 3.0))  # its own list
 for side in (512, 1024):
     tokens = (side // 16) ** 2  # eight pixels a latent, two latents a token
     series[f"FLUX.1, {side} px: {tokens} tokens"] = flux.scheduler.time_shift(flux.shift(tokens), 1.0, share)
+    assert torch.allclose(series[f"FLUX.1, {side} px: {tokens} tokens"], shifted(share, math.e ** flux.shift(tokens)))
 plots.show(
     plots.curves(
         {name: (share.numpy(), values.numpy()) for name, values in series.items()},
@@ -804,12 +820,6 @@ plots.show(
     alt="A diagonal and three curves above it: FLUX.1 at 512 and at 1024 pixels, and Stable Diffusion 3",
 )
 
-# %%
-# NBVAL_CHECK_OUTPUT
-every = torch.arange(1, 1001) / 1000
-print("the scheduler's own list is this formula:", torch.allclose(sd3.scheduler.sigmas, shifted(every, 3.0).flip(0)))
-mu = flux.shift(4096)
-print("FLUX.1's is, with e to the mu:", torch.allclose(flux.scheduler.time_shift(mu, 1.0, every), shifted(every, math.e**mu)))
 
 # %% [markdown]
 # ## The five photographs on a flow base
@@ -820,27 +830,36 @@ print("FLUX.1's is, with e to the mu:", torch.allclose(flux.scheduler.time_shift
 # photographs, the same call.
 
 # %%
+import os
+
+from dbnb.validation import draw
+
 FLOW_BASE = os.environ.get("FLOW_BASE", "")
 if FLOW_BASE:
     session = workflow.trained(DreamBoothConfig(base=FLOW_BASE, tokenizer_max_length=FEW))
     prompts = [concept.instance_prompt] * 4 + [concept.class_prompt] * 4
-    pictures = workflow.draw(session.components, prompts, session.config.sampling)
+    pictures = draw(session.components, prompts, session.config.sampling)
     plots.show(
         plots.show_images(pictures, titles=["sks dog"] * 4 + ["a dog"] * 4, title="Five photographs, on a flow base"),
         alt="Four pictures asked for by the identifier, and four of the class",
     )
 else:
-    print("FLOW_BASE names no folder: `python -m dbnb.miniature.flow --output_dir runs/flow --ship runs/sd3` makes one.")
+    print(
+        "FLOW_BASE names no folder: `python -m dbnb.miniature.flow --output_dir runs/flow --ship runs/sd3` makes one."
+    )
 
 # %% [markdown]
 # On a GPU the bases are `sd35` and `flux` (both gated: their licence has to be accepted first). These are the settings
 # in which their presets differ from that of Stable Diffusion 1.5:
 
 # %%
+from dbnb.presets import PRESETS
+
 names = dict.fromkeys(name for base_name in ("sd35", "flux") for name in PRESETS[base_name])
 presets = {base_name: PRESETS[base_name] for base_name in ("sd15", "sd35", "flux")}
 Table(
-    {"setting": name} | {base_name: str(preset.get(name, "")).replace(",", ", ") for base_name, preset in presets.items()}
+    {"setting": name}
+    | {base_name: str(preset.get(name, "")).replace(",", ", ") for base_name, preset in presets.items()}
     for name in names
     if len({str(preset.get(name, "")) for preset in presets.values()}) > 1
 )
