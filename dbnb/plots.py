@@ -428,7 +428,7 @@ def trails(
 
     A gray mark is where a way begins, an orange one where it ends.
     """
-    figure = Figure(figsize=(len(panels) * inches, inches + 0.7), dpi=_DPI, layout="constrained")
+    figure = Figure(figsize=(len(panels) * inches, inches + 0.5), dpi=_DPI, layout="constrained")
     for i, (name, states) in enumerate(panels.items()):
         axis = figure.add_subplot(1, len(panels), i + 1, aspect="equal")
         ways = np.stack(states)
@@ -714,8 +714,8 @@ def joint_block(block: Any, targets: Collection[str], *, title: str = "") -> Fig
     """
     names = {name for name, _ in block.named_modules()}
     figure, axis = _sheet(9.2, 3.5)
-    rows, meeting, size = (2.35, 0.95), 4.75, (1.5, 0.27)
-    columns = (1.75, 3.4, 6.1, 8.2)
+    rows, meeting, size = (2.35, 0.95), 4.98, (1.5, 0.27)
+    columns = (1.75, 3.55, 6.4, 8.3)
     for y, what in zip(rows, ("picture\ntokens", "text\ntokens"), strict=True):
         axis.text(0.4, y, what, ha="center", va="center", fontsize=LABEL)
         stops = [(0.7, 0.0)]
@@ -728,10 +728,10 @@ def joint_block(block: Any, targets: Collection[str], *, title: str = "") -> Fig
             if layers:
                 stops.append((x - size[0] / 2, x + size[0] / 2))
             if x == columns[1]:
-                stops.append((meeting - 0.3, meeting + 0.3))
+                stops.append((meeting - 0.4, meeting + 0.4))
         for (*_, end), (start, *_) in zip(stops, stops[1:], strict=False):
             _arrow(axis, (end or 0.7, y), (start, y))
-    _box(axis, (meeting, sum(rows) / 2), (0.6, 2.5), "one\natten-\ntion\nover\nboth")
+    _box(axis, (meeting, sum(rows) / 2), (0.8, 2.5), "one\nattention\nover both")
     for x, text in zip((columns[0], columns[3]), ("scaled by\nthe time", "each token\nby itself"), strict=True):
         axis.text(x, sum(rows) / 2, text, ha="center", va="center", fontsize=SMALL, color="0.3")
     axis.text(4.6, 0.15, "filled: gets an adapter", ha="center", va="center", fontsize=LABEL, color=HERE)
