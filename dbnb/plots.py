@@ -422,7 +422,7 @@ def clouds(
 
 @_all_text_is_text
 def trails(
-    panels: Mapping[str, Sequence[np.ndarray]], *, title: str = "", limit: float = 2.6, inches: float = 1.9
+    panels: Mapping[str, Sequence[np.ndarray]], *, title: str = "", limit: float = 2.6, inches: float = 2.4
 ) -> Figure:
     """Panels side by side, each with the ways of N points of the plane: name -> its states, each (N, 2), in order.
 
@@ -432,9 +432,9 @@ def trails(
     for i, (name, states) in enumerate(panels.items()):
         axis = figure.add_subplot(1, len(panels), i + 1, aspect="equal")
         ways = np.stack(states)
-        axis.plot(ways[..., 0], ways[..., 1], "-", lw=0.6, alpha=0.6, color=PALETTE[0])
-        axis.plot(*ways[0].T, "o", ms=2, color="0.5")
-        axis.plot(*ways[-1].T, "o", ms=2.5, color=PALETTE[1])
+        axis.plot(ways[..., 0], ways[..., 1], "-", lw=1.0, alpha=0.7, color=PALETTE[0])
+        axis.plot(*ways[0].T, "o", ms=2.5, color="0.5")
+        axis.plot(*ways[-1].T, "o", ms=3, color=PALETTE[1])
         axis.set(xlim=(-limit, limit), ylim=(-limit, limit), xticks=[], yticks=[])
         axis.set_title(name, fontsize=LABEL)
     if title:
