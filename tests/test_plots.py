@@ -16,10 +16,10 @@ from matplotlib.colors import to_rgb
 from matplotlib.text import Text
 from PIL import Image
 
-from dbnb import plots, widgets
+from dbnb import miniature, plots, widgets
 from dbnb.adapters import lora_targets
 from dbnb.config import DreamBoothConfig
-from dbnb.miniature.flow import transformer
+from dbnb.miniature.flow import Model
 from dbnb.models import load_components
 
 
@@ -129,7 +129,7 @@ def test_ways_begin_and_end_where_their_points_do():
 
 
 def test_a_joint_block_shows_the_layers_that_it_has_and_fills_those_with_adapters():
-    network = transformer()
+    network = Model(miniature.path()).transformer
     for block, missing in ((network.transformer_blocks[0], set()), (network.transformer_blocks[-1], {"to_add_out"})):
         axis = plots.joint_block(block, lora_targets(network), title="A block").axes[0]
         filled = [patch for patch in axis.patches if patch.get_facecolor()[:3] == to_rgb(plots.HERE)]

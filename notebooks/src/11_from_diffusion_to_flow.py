@@ -78,7 +78,11 @@ base = load_components("miniature")
 concept = Concept.from_folder(None, "sks", "dog")
 drawn = class_images(base, concept.class_prompt, 8, DreamBoothConfig().sampling).paths
 dataset = DreamBoothDataset(
-    concept.paths, concept.instance_prompt, class_paths=drawn, class_prompt=concept.class_prompt, size=64
+    concept.paths,
+    concept.instance_prompt,
+    class_paths=drawn,
+    class_prompt=concept.class_prompt,
+    size=DreamBoothConfig().resolution,
 )
 cache_latents(dataset, base.vae)
 x = clean_latents(base, batch_at(dataset, number=0, batch_size=1), seed=0)[:1]
@@ -118,8 +122,8 @@ plots.show(
 )
 
 # %% [markdown]
-# **What you should see**: an arc, and a line with even marks. On the arc the marks are close together at the picture's
-# end and wider apart at that of the noise, because the table is made so. (The arc ends just before the top: at $t =
+# **What you should see**: an arc, and a line with even marks. On the arc the marks are wide apart at the picture's end
+# and close together at that of the noise, because the table is made so. (The arc ends just before the top: at $t =
 # 999$ a little of the picture is left.) Here is the same picture with the same noise, at the same times, as both
 # classes of `dbnb.paths` make it. `timesteps` are $t$ for one and $1000\,s$ for the other.
 
@@ -166,9 +170,9 @@ plots.show(
 )
 
 # %% [markdown]
-# **What you should see**: the same picture twice. A point of the arc and the point of the line at the same share lie on
-# one ray from the origin, so one is a multiple of the other; the cell asserts it, number by number. There is nothing that a network could see on one way and
-# not on the other.
+# **What you should see**: the same picture twice. A point of the arc and the point of the line at the same share lie
+# on one ray from the origin, so one is a multiple of the other; the cell asserts it, number by number. There is
+# nothing that a network could see on one way and not on the other.
 #
 # ## What is the network asked for?
 #
@@ -211,12 +215,10 @@ for kind, path, time in (("noise", None, t), ("v", diffusion, t), ("direction", 
     factors = (1 - shares[t], shares[t]) if kind == "direction" else (p[t], q[t])
     answer = question(kind, x, n, *factors)
     back = belief(kind, factors[0] * x + factors[1] * n, answer, *factors)
-    print(
-        f"{kind}: picture and noise come back: {all(map(torch.allclose, back, (x, n), (0, 0), (1e-4, 1e-4)))}", end=""
-    )
-    print(
-        "" if path is None else f"; as dbnb.paths asks it: {torch.allclose(answer, path.target(x, n, time), atol=1e-5)}"
-    )
+    whole = all(torch.allclose(a, b, atol=1e-4) for a, b in zip(back, (x, n), strict=True))
+    print(f"{kind}: picture and noise come back: {whole}")
+    if path is not None:
+        print("  and dbnb.paths asks the same:", torch.allclose(answer, path.target(x, n, time), atol=1e-5))
 
 # %% [markdown]
 # ## One network on both ways
@@ -230,7 +232,7 @@ for kind, path, time in (("noise", None, t), ("v", diffusion, t), ("direction", 
 #
 # which is **[Euler's method](../docs/glossary.md#eulers-method)**. **Predict**: the next cell draws from one noise with
 # DDIM's steps (notebook 00b) on the arc, and with Euler's on the line, at the same shares. Will the two pictures be
-# alike, similar, or different?
+# the same, similar, or different?
 
 # %%
 hidden = encode_prompts(base, ["a photo of a red dog on the beach", ""])
@@ -244,7 +246,7 @@ def believed(on_the_arc: torch.Tensor, t: int) -> tuple[torch.Tensor, torch.Tens
 
 
 way = torch.linspace(999, 0, 13).long().tolist()
-arc = [torch.randn(1, 6, 16, 16, generator=torch.Generator().manual_seed(8))]
+arc = [torch.randn(x.shape, generator=torch.Generator().manual_seed(8))]
 line = [arc[0] / (p + q)[999]]
 for t, to in pairwise(way):
     picture, noise = believed(arc[-1], t)
@@ -266,11 +268,11 @@ plots.show(
 )
 
 # %% [markdown]
-# **What you should see**: the same dog, and the cell would have stopped if its numbers were not the same. DDIM's step mixes the believed picture and the believed noise in the next
-# time's factors, and Euler's step on the line does just that in the line's factors. So DDIM *is* Euler's method on the
-# straight line. The path is a choice of coordinates, and it is no reason by itself for better pictures. What can make
-# a difference is what the choice brings along: how much each error counts, which times are trained on, and where the
-# steps of drawing lie.
+# **What you should see**: the same dog, and the cell would have stopped if its numbers were not the same. DDIM's step
+# mixes the believed picture and the believed noise in the next time's factors, and Euler's step on the line does just
+# that in the line's factors. So DDIM *is* Euler's method on the straight line. The path is a choice of coordinates,
+# and it is no reason by itself for better pictures. What can make a difference is what the choice brings along: how
+# much each error counts, which times are trained on, and where the steps of drawing lie.
 #
 # ## What an error costs, and when
 #
@@ -332,8 +334,8 @@ plots.show(
 
 # %% [markdown]
 # **What you should see**: three different emphases. Even times of the diffusion table lie mostly in the upper half of
-# the shares, and end at 0.94, where the table ends; the line's even times are even by definition, and logit-normal leaves both ends out. What a training
-# really weighs is the product of such a curve with a column of the table above.
+# the shares, and end at 0.94, where the table ends; the line's even times are even by definition, and logit-normal
+# leaves both ends out. What a training really weighs is the product of such a curve with a column of the table above.
 #
 # ## Straight lines, curved ways
 #
@@ -444,10 +446,11 @@ plots.show(
 )
 
 # %% [markdown]
-# **What you should see**: on the line none of the ways is straight. They lead inwards at first and turn where the points
-# lie. The lines of training cross each other: through one noisy point go lines to many pictures. The network answers
-# with their mean (notebook 00b), which lies near the centre at first and turns as the noise clears. The ways of $v$,
-# seen on the line (third panel), are close to those of the direction (fourth), as they should be: it is the same world.
+# **What you should see**: on the line none of the ways is straight. They lead inwards at first and turn where the
+# points lie. The lines of training cross each other: through one noisy point go lines to many pictures. The network
+# answers with their mean (notebook 00b), which lies near the centre at first and turns as the noise clears. The ways
+# of $v$, seen on the line (third panel), are close to those of the direction (fourth), as they should be: it is the
+# same world.
 #
 # As they go, on the arc, the ways of the first two networks are *shorter* than those of the third: there the variances
 # add up to 1, and the cloud keeps its size, while on the line it shrinks and grows again. So "straight" belongs to the
@@ -561,14 +564,15 @@ plots.show(
 # everything, and so the words change from block to block. Each side has projections of its own; those of the words are
 # called `add_q_proj`, `add_k_proj`, `add_v_proj` and `to_add_out`.
 #
-# `transformer` makes a small network of this family, untrained. The figure is drawn from the names of the layers in its
+# `Model` makes a small network of this family, untrained, to fit the miniature's latents and words. The figure is drawn from the names of the layers in its
 # first block; filled are those that `lora_targets` gives an adapter.
 
 # %%
+from dbnb import miniature
 from dbnb.adapters import lora_targets
-from dbnb.miniature.flow import transformer
+from dbnb.miniature.flow import FEW, Model, ship
 
-network = transformer()
+network = Model(miniature.path()).transformer
 targets = lora_targets(network, "attention")
 plots.show(
     plots.joint_block(network.transformer_blocks[0], targets, title="One block: two sides, one attention"),
@@ -641,9 +645,6 @@ from pathlib import Path
 
 from diffusers import AutoencoderKL
 
-from dbnb import miniature
-from dbnb.miniature.flow import FEW, Model, ship
-
 folder = tempfile.TemporaryDirectory()
 with torch.random.fork_rng(), torch.no_grad():
     torch.manual_seed(0)
@@ -678,9 +679,9 @@ components
 # `training_step` does it, so that the two can be compared.
 #
 # The time first. Logit-normal is the sigmoid of a normal number; it chooses one of the thousand shares in the base's
-# own list, which begins at 1. Then a point of the line, and its direction. The network is told the time as $1000\,s$, the
-# hidden states of the prompts, which become its text tokens, and one pooled vector for each prompt. Last comes the loss
-# in two halves, exactly as in notebook 06.
+# own list, which begins at 1. Then a point of the line, and its direction. The network is told the time as $1000\,s$,
+# the hidden states of the prompts, which become its text tokens, and one pooled vector for each prompt. Last comes
+# the loss in two halves, exactly as in notebook 06.
 
 # %%
 from dbnb.dataset import NOISE, TIMESTEP, seeded
@@ -1092,4 +1093,5 @@ check_11b(euler)
 # - Larger pictures need more noise: the times are shifted.
 # - DreamBooth is the same: two halves, one sum.
 #
-# You have seen all of it. The way back to the beginning, with your own photographs: [00 Start here](00_start_here.ipynb).
+# You have seen all of it. The way back to the beginning, with your own photographs: [00 Start
+# here](00_start_here.ipynb).
