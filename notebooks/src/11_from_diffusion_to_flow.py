@@ -537,22 +537,22 @@ plots.show(
 )
 
 # %% [markdown]
-# **What you should see**: compare $v$ and the direction first, each with its own steps (the second and the third row).
-# The network of the line is nearer at every number of steps: flow matching needs fewer steps *as each path counts its
-# own time*. Now look at the exchanged rows. From two steps on, with steps at even shares, the network that was asked for
-# $v$ is as near as that of the line, and with the table's steps the network of the line is as far away as $v$ was. So
-# what helped was where the steps lie, and not the line. (A single step leaves nothing to exchange. It leads to the mean,
-# and how wide that blur is depends on the small network.)
+# **What you should see**: compare $v$ and the direction first, each with its own steps (the second and the third
+# row). The network of the line is nearer at every number of steps: flow matching needs fewer steps *as each path
+# counts its own time*. Now look at the exchanged rows. From two steps on, with steps at even shares, the network that
+# was asked for $v$ is as near as that of the line, and with the table's steps the network of the line is as far away
+# as $v$ was. So what helped was where the steps lie, and not the line. (A single step leaves nothing to exchange. It
+# leads to the mean, and how wide that blur is depends on the small network.)
 #
 # The network that was asked for the noise is the nearest of all from two steps on, with steps at even shares: here flow
 # matching does not win. The table of costs says why that may be. Asked for the noise, the network is hardly punished
 # for errors where there is much noise, so it can spend its few parameters on the rest, and its ring is the sharpest in
 # the figure above.
 #
-# Two cautions. After one step that network does not give the mean but a wide cloud: its belief divides by the factor of
-# the picture, which is 0.07 at $t = 999$, and that multiplies every error by 14. By this distance the cloud is nearer
-# to the points than their mean is, but it is no better drawing. And these are points in a plane, drawn by tiny
-# networks: how pictures compare is not measured here.
+# Two cautions. After one step that network does not give the mean but a wide cloud: its belief divides by the factor
+# of the picture, which is 0.07 at $t = 999$, and that multiplies every error by nearly 15. By this distance the cloud
+# is nearer to the points than their mean is, but it is no better drawing. And these are points in a plane, drawn by
+# tiny networks: how pictures compare is not measured here.
 
 # %% [markdown]
 # ## Where text and picture meet
@@ -564,8 +564,8 @@ plots.show(
 # everything, and so the words change from block to block. Each side has projections of its own; those of the words are
 # called `add_q_proj`, `add_k_proj`, `add_v_proj` and `to_add_out`.
 #
-# `Model` makes a small network of this family, untrained, to fit the miniature's latents and words. The figure is drawn from the names of the layers in its
-# first block; filled are those that `lora_targets` gives an adapter.
+# `Model` makes a small network of this family, untrained, to fit the miniature's latents and words. The figure is
+# drawn from the names of the layers in its first block; filled are those that `lora_targets` gives an adapter.
 
 # %%
 from dbnb import miniature
@@ -628,8 +628,9 @@ Table(
 
 # %% [markdown]
 # **What you should see**: as many adapters on the side of the words as on that of the picture, except for the last
-# block: nothing reads the words after it, so it has no `to_add_out`. On a UNet the adapters could only change how the
-# picture *listens* to the rare word. Here they can also change what becomes of the word on its way.
+# block: nothing reads the words after it, so it has no `to_add_out`. In a UNet the words stay what the text encoder
+# made of them, and adapters can change only how the picture *listens* to the rare word. Here they can also change
+# what becomes of the word on its way.
 #
 # ## One training step, by hand
 #
@@ -871,11 +872,11 @@ Table(
 )
 
 # %% [markdown]
-# **What you should see**: `weighting_scheme` is the one setting that belongs to the path: logit-normal times for Stable
-# Diffusion 3.5, even ones (then shifted) for FLUX.1. `lora_layers` names FLUX.1's layers one by one, because feed-forward layers are
-# adapted there too, as is usual for it. The rest is size: pictures, memory, steps and guidance. `snr_gamma` and
-# `noise_offset` are diffusion's, and a flow base refuses them by name. (Neither preset has been run on its published
-# checkpoint by this project; small random checkpoints of both families have.)
+# **What you should see**: `weighting_scheme` is the one setting that belongs to the path: logit-normal times for
+# Stable Diffusion 3.5, even ones (then shifted) for FLUX.1. `lora_layers` names FLUX.1's layers one by one, because
+# feed-forward layers are adapted there too, as is usual for it. The rest is size: pictures, memory, steps and
+# guidance. `snr_gamma` and `noise_offset` are diffusion's, and a flow base refuses them by name. (Neither preset has
+# been run on its published checkpoint by this project; small random checkpoints of both families have.)
 
 # %% [markdown]
 # ## Exercises
