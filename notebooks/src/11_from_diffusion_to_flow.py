@@ -832,8 +832,8 @@ plots.show(
 # ## The five photographs on a flow base
 #
 # The project has no trained flow base among its files: one of the miniature's size takes hours to train on a processor.
-# **In this notebook, as it is committed, the next cell was not run on one**, so there is no picture here to compare
-# with notebook 00's. Where the environment variable `FLOW_BASE` names a folder, it runs the workflow on it: the same
+# **In this notebook, as it is committed, the next cell was not run on one**, so there is no picture here to set
+# beside those of notebook 00. Where the environment variable `FLOW_BASE` names a folder, it runs the workflow on it: the same
 # photographs, the same call.
 
 # %%
