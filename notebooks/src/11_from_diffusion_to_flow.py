@@ -745,13 +745,12 @@ for step in range(config.max_train_steps):
     log.append({"step": step + 1, "instance_loss": record.instance_loss.item(), "prior_loss": record.prior_loss.item()})
 
 # %%
-# NBVAL_CHECK_OUTPUT
 another = load_components(config.base)
 add_adapters(another, config.adapters)
 theirs = train(config, another, dataset)
 mine, other = (dict(trainable_parameters(parts.denoiser)) for parts in (components, another))
-print(len(theirs), "steps,", len(mine), "adapter matrices;", end=" ")
-print("train and the cell agree:", all(torch.allclose(mine[name], other[name], atol=1e-5) for name in mine))
+assert all(torch.allclose(mine[name], other[name], atol=1e-5) for name in mine), "train and the cell disagree"
+print(f"{len(theirs)} steps, {len(mine)} adapter matrices: train and the cell agree")
 folder.cleanup()
 
 # %% [markdown]
@@ -831,10 +830,10 @@ plots.show(
 # %% [markdown]
 # ## The five photographs on a flow base
 #
-# The project has no trained flow base among its files: one of the miniature's size takes hours to train on a processor.
-# **In this notebook, as it is committed, the next cell was not run on one**, so there is no picture here to set
-# beside those of notebook 00. Where the environment variable `FLOW_BASE` names a folder, it runs the workflow on it: the same
-# photographs, the same call.
+# The project has no trained flow base among its files: one of the miniature's size takes hours to train on a
+# processor. **In this notebook, as it is committed, the next cell was not run on one**, so there is no picture here
+# to set beside those of notebook 00. Where the environment variable `FLOW_BASE` names a folder, it runs the workflow
+# on it: the same photographs, the same call.
 
 # %%
 import os
