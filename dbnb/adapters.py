@@ -33,8 +33,9 @@ def lora_targets(denoiser: ModelMixin, lora_layers: str = "attention") -> list[s
 
     "attention": the projections of the attention layers, which is what LoRA usually adapts. "all": every Linear and
     Conv2d inside the blocks as well (feed-forward layers and modulations; of a UNet the resnets' convolutions and time
-    projections, down- and upsamplers). Otherwise names, separated by commas, such as "to_q,to_v,conv1". Raises
-    ValueError for a name that no layer has.
+    projections, down- and upsamplers). Otherwise names, separated by commas, of layers such as "to_q,to_v,conv1", or of
+    blocks such as "up_blocks.1,up_blocks.2", all of whose layers are meant. Raises ValueError for a name that neither a
+    layer nor a block has.
     """
     network = NETWORKS[type(denoiser).__name__]
     if lora_layers == "attention":
@@ -48,14 +49,19 @@ def lora_targets(denoiser: ModelMixin, lora_layers: str = "attention") -> list[s
         outside = {layer for layer in layers if layer not in inside}
         unsure = {name for name in names if any(f".{layer}".endswith(f".{name}") for layer in outside)}
         return [name for name in names if name not in unsure] + [n for n, name in inside.items() if name in unsure]
-    asked = [name.strip() for name in lora_layers.split(",")]
-    for name in asked:
-        if not any(layer == name or layer.endswith(f".{name}") for layer in layers):
+    targets = []
+    for name in (name.strip() for name in lora_layers.split(",")):
+        if any(layer == name or layer.endswith(f".{name}") for layer in layers):
+            targets.append(name)
+        elif of_block := [layer for layer in inside if layer.startswith(f"{name}.")]:
+            targets += of_block
+        else:
+            block = ".".join(next(iter(inside)).split(".")[:2])
             raise ValueError(
-                f"lora_layers={lora_layers!r}: no layer of this base is called {name!r}; give 'attention', 'all', or "
-                f"names from {', '.join(names)}."
+                f"lora_layers={lora_layers!r}: no layer or block of this base is called {name!r}; give 'attention', "
+                f"'all', a block such as {block!r}, or names from {', '.join(names)}."
             )
-    return asked
+    return targets
 
 
 def add_adapters(components: Components, settings: AdapterSettings | None = None, **changed: Any) -> None:
@@ -171,20 +177,26 @@ def adapted_modules(components: Components) -> dict[str, torch.nn.Module]:
 
 
 @contextmanager
-def strength(components: Components, factor: float) -> Iterator[None]:
-    """Within the block the trained adapters count `factor` times: 0 is the base, 1 what was trained."""
+def strength(components: Components, factor: float, *, only: str = "") -> Iterator[None]:
+    """Within the block the trained adapters count `factor` times: 0 is the base, 1 what was trained.
+
+    With `only`, the beginning of a layer's name such as "mid_block.", the adapters of all other layers count nothing.
+    Raises ValueError where no adapted layer's name begins so.
+    """
     scaled = [
-        (layer, layer.scaling["default"])
+        (name, layer, layer.scaling["default"])
         for module in adapted_modules(components).values()
-        for layer in module.modules()
+        for name, layer in module.named_modules()
         if isinstance(layer, lora.LoraLayer) and "default" in layer.scaling
     ]
+    if only and not any(name.startswith(only) for name, _, _ in scaled):
+        raise ValueError(f"only={only!r} is the beginning of no adapted layer's name.")
     try:
-        for layer, scale in scaled:
-            layer.scaling["default"] = factor * scale
+        for name, layer, scale in scaled:
+            layer.scaling["default"] = factor * scale if name.startswith(only) else 0.0
         yield
     finally:
-        for layer, scale in scaled:
+        for _, layer, scale in scaled:
             layer.scaling["default"] = scale
 
 

@@ -153,7 +153,8 @@ class DreamBoothConfig:
     tokenizer_max_length: int | None = _option(None, "tokens a prompt is padded to", at_least=1)
 
     lora_layers: str | None = _option(
-        None, "which layers of the UNet or transformer get adapters: attention, all, or names such as to_q,to_v"
+        None,
+        "which layers of the UNet or transformer get adapters: attention, all, or names of layers or blocks",
     )
     rank: int | None = _option(None, "rank of the UNet's adapters", at_least=1)
     lora_alpha: float | None = _option(None, "scale of the UNet's adapters (default: the rank)", above=0)

@@ -351,6 +351,30 @@ def scatter(points: Mapping[str, tuple[float, float]], *, xlabel: str, ylabel: s
 
 
 @_all_text_is_text
+def plane(
+    points: Mapping[str, tuple[float, float]],
+    paths: Mapping[str, Sequence[tuple[float, float]]],
+    *,
+    xlabel: str,
+    ylabel: str,
+    title: str = "",
+) -> Figure:
+    """Named points in a plane, and what moves among them: each path from its first place, a ring, to its last."""
+    figure, axis = _plot(xlabel, ylabel, title, size=(7.2, 4.4))
+    for name, (x, y) in points.items():
+        axis.plot(x, y, "o", ms=5, color="0.45")
+        axis.annotate(name, (x, y), xytext=(5, 4), textcoords="offset points", fontsize=SMALL, color="0.3")
+    for i, (name, places) in enumerate(paths.items()):
+        style = dict(color=PALETTE[i % len(PALETTE)], label=name)
+        axis.plot(*zip(*places, strict=True), marker=MARKERS[i % len(MARKERS)], ms=6, lw=1.5, **style)
+        axis.plot(*places[0], "o", ms=11, mfc="none", color=style["color"])
+    axis.margins(0.12)
+    axis.grid(alpha=0.3)
+    figure.legend(loc="outside right center", frameon=False, fontsize=LABEL)
+    return figure
+
+
+@_all_text_is_text
 def intervals(
     panels: Mapping[str, Mapping[str, tuple[float, float]]], *, faint: Collection[str] = (), title: str = ""
 ) -> Figure:
@@ -417,6 +441,29 @@ def clouds(
         figure.suptitle(
             "\n".join(textwrap.wrap(title, int(columns * inches / (_CHARACTER * TITLE / LABEL)))), fontsize=TITLE
         )
+    return figure
+
+
+@_all_text_is_text
+def trails(
+    panels: Mapping[str, Sequence[np.ndarray]], *, title: str = "", limit: float = 2.6, inches: float = 2.4
+) -> Figure:
+    """Panels side by side, each with the ways of N points of the plane: name -> its states, each (N, 2), in order.
+
+    A gray mark is where a way begins, an orange one where it ends.
+    """
+    figure = Figure(figsize=(len(panels) * inches, inches + 0.5), dpi=_DPI, layout="constrained")
+    for i, (name, states) in enumerate(panels.items()):
+        axis = figure.add_subplot(1, len(panels), i + 1, aspect="equal")
+        ways = np.stack(states)
+        axis.plot(ways[..., 0], ways[..., 1], "-", lw=1.0, alpha=0.7, color=PALETTE[0])
+        axis.plot(*ways[0].T, "o", ms=2.5, color="0.5")
+        axis.plot(*ways[-1].T, "o", ms=3, color=PALETTE[1])
+        axis.set(xlim=(-limit, limit), ylim=(-limit, limit), xticks=[], yticks=[])
+        axis.set_title(name, fontsize=LABEL)
+    if title:
+        wrapped = textwrap.wrap(title, int(len(panels) * inches / (_CHARACTER * TITLE / LABEL)))
+        figure.suptitle("\n".join(wrapped), fontsize=TITLE)
     return figure
 
 
@@ -519,6 +566,7 @@ _COURSE = {
     "00b": ("how a base\ndraws", (2, 2)),
     "09": ("when it\ngoes wrong", (3, 2)),
     "10": ("on a\nreal base", (4, 2)),
+    "11": ("flow\nmatching", (2, 0)),
 }
 _ARROWS = (
     ("01", "05"),
@@ -671,6 +719,48 @@ def _ways_in(axis: Any, places: Sequence[tuple[float, float]], kinds: Sequence[s
     for i, (mark, text) in enumerate(key):
         axis.plot(0.3 + 2.9 * i, 0.3, **mark)
         axis.text(0.45 + 2.9 * i, 0.3, text, va="center", fontsize=SMALL)
+
+
+# A joint attention's block, column by column: the layers of the picture's side, then those of the text's.
+_JOINT = (
+    (("norm1.linear",), ("norm1_context.linear",)),
+    (("attn.to_q", "attn.to_k", "attn.to_v"), ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")),
+    (("attn.to_out.0",), ("attn.to_add_out",)),
+    (("ff.net.0.proj", "ff.net.2"), ("ff_context.net.0.proj", "ff_context.net.2")),
+)
+
+
+def joint_block(block: Any, targets: Collection[str], *, title: str = "") -> Figure:
+    """A transformer's block with joint attention: the linear layers of both sides, and where the sides meet.
+
+    `block` is a diffusers JointTransformerBlock; what is drawn are the layers that it has, filled where their name ends
+    in one of `targets`, as peft reads them.
+    """
+    names = {name for name, _ in block.named_modules()}
+    figure, axis = _sheet(9.2, 3.5)
+    rows, meeting, size = (2.35, 0.95), 4.98, (1.5, 0.27)
+    columns = (1.75, 3.55, 6.4, 8.3)
+    for y, what in zip(rows, ("picture\ntokens", "text\ntokens"), strict=True):
+        axis.text(0.4, y, what, ha="center", va="center", fontsize=LABEL)
+        stops = [(0.7, 0.0)]
+        for x, stacks in zip(columns, _JOINT, strict=True):
+            layers = [name for name in stacks[rows.index(y)] if name in names]
+            for i, name in enumerate(layers):
+                adapted = any(name == target or name.endswith(f".{target}") for target in targets)
+                place = (x, y + 0.34 * ((len(layers) - 1) / 2 - i))
+                _box(axis, place, size, name.removeprefix("attn."), here=adapted)
+            if layers:
+                stops.append((x - size[0] / 2, x + size[0] / 2))
+            if x == columns[1]:
+                stops.append((meeting - 0.4, meeting + 0.4))
+        for (*_, end), (start, *_) in zip(stops, stops[1:], strict=False):
+            _arrow(axis, (end or 0.7, y), (start, y))
+    _box(axis, (meeting, sum(rows) / 2), (0.8, 2.5), "one\nattention\nover both")
+    for x, text in zip((columns[0], columns[3]), ("scaled by\nthe time", "each token\nby itself"), strict=True):
+        axis.text(x, sum(rows) / 2, text, ha="center", va="center", fontsize=SMALL, color="0.3")
+    axis.text(4.6, 0.15, "filled: gets an adapter", ha="center", va="center", fontsize=LABEL, color=HERE)
+    axis.text(4.6, 3.28, title, ha="center", va="center", fontsize=TITLE)
+    return figure
 
 
 _PAGE = """<!doctype html>

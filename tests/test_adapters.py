@@ -12,6 +12,7 @@ from dbnb.adapters import (
     adapter_table,
     add_adapters,
     lora_targets,
+    strength,
     train_mode,
     trainable_parameters,
 )
@@ -154,9 +155,58 @@ def test_lora_layers_say_where_adapters_sit(components):
     assert ends == {"to_q", "conv1"}
 
 
+def test_a_block_stands_for_all_of_its_layers_and_no_gradient_is_computed_before_it(components):
+    unet, last = components.unet, "up_blocks.2"
+    wanted = {name for name in lora_targets(unet, f"to_q,{last}") if name != "to_q"}
+    assert wanted == {
+        name
+        for name, layer in unet.named_modules()
+        if isinstance(layer, torch.nn.Linear | torch.nn.Conv2d) and name.startswith(f"{last}.")
+    }
+    add_adapters(components, rank=2, lora_layers=last)
+    assert {name for name, layer in unet.named_modules() if hasattr(layer, "lora_A")} == wanted
+    needs_gradient = {}
+    hooks = [
+        unet.get_submodule(name).register_forward_hook(
+            lambda module, args, output, name=name: needs_gradient.update({name: output.requires_grad})
+        )
+        for name in ("up_blocks.1.resnets.1", f"{last}.resnets.1")
+    ]
+    sample, hidden = torch.randn(1, unet.config.in_channels, 16, 16), torch.randn(1, 24, 128)
+    unet(sample, 500, encoder_hidden_states=hidden)
+    assert [hook.remove() for hook in hooks] and needs_gradient == {
+        "up_blocks.1.resnets.1": False,
+        f"{last}.resnets.1": True,
+    }
+
+
+@pytest.mark.parametrize("only, counts", [("", 1), ("up_blocks.2.", 1), ("down_blocks.0.", 0)])
+def test_strength_counts_the_layers_it_is_told_and_puts_all_back(components, only, counts):
+    add_adapters(components, lora_layers="all", rank=2)
+    layers = {name: m for name, m in components.unet.named_modules() if isinstance(m, lora.LoraLayer)}
+    nudged = next(name for name in layers if name.startswith("up_blocks.2."))
+    torch.nn.init.ones_(layers[nudged].lora_B["default"].weight)
+    trained = {name: layer.scaling["default"] for name, layer in layers.items()}
+    sample, hidden = torch.randn(1, components.unet.config.in_channels, 16, 16), torch.randn(1, 24, 128)
+
+    def answer() -> torch.Tensor:
+        with torch.no_grad():
+            return components.unet(sample, 500, encoder_hidden_states=hidden).sample
+
+    whole = answer()
+    with strength(components, 0.0):
+        plain = answer()
+    with strength(components, 1.0, only=only):
+        assert torch.allclose(answer(), whole if counts else plain, atol=1e-5)
+    assert not torch.allclose(whole, plain, atol=1e-3)
+    assert {name: layer.scaling["default"] for name, layer in layers.items()} == trained
+    with pytest.raises(ValueError, match="no adapted layer"), strength(components, 1.0, only="up_block.2"):
+        pass
+
+
 @pytest.mark.parametrize("wrong", ["to_z", "to_q,conv9", "to_q,", "Attention"])
 def test_a_layer_that_no_base_has_is_refused_by_name(components, wrong):
-    with pytest.raises(ValueError, match="lora_layers=.*no layer of this base.*conv1"):
+    with pytest.raises(ValueError, match="lora_layers=.*no layer or block of this base.*conv1"):
         lora_targets(components.unet, wrong)
 
 

@@ -446,6 +446,38 @@ MISTAKES = {
         (" - adapters", "", "with adapters of 2.7 GiB"),
         ("int(free / (2 * activations))", "free / (2 * activations)", "cannot be trained"),
     ],
+    "check_11a": [
+        ("(1 - share) * x + share * noise", "share * x + (1 - share) * noise", "picture and noise have changed places"),
+        ("(1 - share) * x + share * noise", "(1 - share).sqrt() * x + share.sqrt() * noise", "diffusion's roots"),
+        ("(1 - share) * x", "x", "picture of full strength"),
+        ("share * noise, ", "noise, ", "the noise is not scaled"),
+        ("s.view(-1, 1, 1, 1)", "s", "along the width"),
+        ("s.view(-1, 1, 1, 1)", "s[0]", "the first one's share"),
+        ("noise - x", "x - noise", "from the noise to the picture"),
+        ("noise - x", "noise", "your target is the noise"),
+        ("noise - x", "x", "your target is the picture"),
+        ("noise - x", "noise - ((1 - share) * x + share * noise)", "starts at the noisy picture"),
+        ("noise - x", "(1 - share) * noise - share * x", "v of a diffusion model"),
+        ("noise - x", "share * (noise - x)", "shortened by s"),
+        (
+            "(1 - share) * x + share * noise, noise - x",
+            "noise - x, (1 - share) * x + share * noise",
+            "two have changed",
+        ),
+        (", noise - x", "", "return two tensors"),
+    ],
+    "check_11b": [
+        ("(following - share)", "(share - following)", "the wrong way"),
+        ("(following - share)", "-share", "all the way to a picture"),
+        ("velocity(x, share)", "velocity(x, following)", "where a step ends"),
+        ("velocity(x, share)", "velocity(noise, share)", "at the noise each time"),
+        ("pairwise(shares)", "pairwise(shares[:-1])", "the last step is missing"),
+        ("pairwise(shares)", "pairwise(shares[1:])", "the first step is missing"),
+        ("(following - share)", "-1 / (len(shares) - 1)", "all of one length"),
+        ("velocity(x, share)", "velocity(noise, 1.0)", "first one's direction"),
+        ("        x = x + ", "        y = x + ", "the noise that you began with"),
+        (" * velocity(x, share)", " * (velocity(x, share) + velocity(x, share)) / 2", "6 times for 3 steps"),
+    ],
 }
 
 

@@ -14,9 +14,11 @@ import jupytext
 import nbformat
 import pytest
 import torch
+from families import write
 
 from dbnb.adapters import add_adapters
 from dbnb.config import DreamBoothConfig
+from dbnb.dataset import DreamBoothDataset, cache_latents
 from dbnb.models import load_components
 from dbnb.training import train
 
@@ -32,7 +34,7 @@ def _tags(cell) -> list[str]:
 
 def test_the_notebooks_are_numbered_as_the_steps():
     numbers = [path.name.split("_")[0] for path in SCRIPTS]
-    assert numbers == ["00", "00b", *(f"{number:02d}" for number in range(1, 11))]
+    assert numbers == ["00", "00b", *(f"{number:02d}" for number in range(1, 12))]
 
 
 @by_notebook
@@ -100,9 +102,13 @@ def test_the_first_cell_is_the_same_everywhere_and_works(tmp_path):
     assert "pip" in inside.stdout and str(FOLDER.parent) in inside.stdout
 
 
+def _loop(notebook: str) -> str:
+    """The source of the cell that holds a notebook's training loop."""
+    [script] = [script for script in SCRIPTS if script.name.startswith(notebook)]
+    return next(cell.source for cell in jupytext.read(script).cells if "the-loop" in _tags(cell))
+
+
 def test_the_loop_of_notebook_06_is_train(dataset, concept, tmp_path):
-    cells = jupytext.read(FOLDER / "src" / "06_training.py").cells
-    cell = next(cell for cell in cells if "the-loop" in _tags(cell))
     config = DreamBoothConfig(
         max_train_steps=4,
         train_text_encoder=True,
@@ -119,8 +125,40 @@ def test_the_loop_of_notebook_06_is_train(dataset, concept, tmp_path):
     names = dict(config=config, components=models[0], dataset=dataset, concept=concept)
     setup = "import torch\nfrom dbnb.adapters import trainable_parameters\n"
     setup += "from dbnb.training import batch_at, held_out_loss, training_step\nfrom dbnb.validation import draw\n"
-    exec(setup + cell.source, names)
+    exec(setup + _loop("06"), names)
     train(config, models[1], dataset)
     for part in ("unet", "text_encoder"):
         states = [getattr(components, part).state_dict() for components in models]
         assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+def test_the_loop_of_notebook_11_is_train(concept, class_paths, tmp_path):
+    dataset = DreamBoothDataset(
+        concept.paths, concept.instance_prompt, class_paths=class_paths, class_prompt=concept.class_prompt, size=32
+    )
+    config = DreamBoothConfig(
+        base=str(write("sd35", tmp_path / "base")),
+        max_train_steps=4,
+        train_batch_size=2,
+        lr_scheduler="constant",
+        tokenizer_max_length=16,
+        output_dir=str(tmp_path / "run"),
+        checkpointing_steps=0,
+        validation_steps=0,
+    )
+    assert config.weighting_scheme == "logit_normal"  # which the loop has to hand on
+    models = []
+    for _ in range(2):
+        components = load_components(config.base)
+        cache_latents(dataset, components.vae)
+        add_adapters(components, config.adapters)
+        models.append(components)
+    start = {name: value.clone() for name, value in models[0].denoiser.state_dict().items()}
+    names = dict(config=config, components=models[0], dataset=dataset)
+    setup = "import torch\nfrom dbnb.adapters import trainable_parameters\n"
+    setup += "from dbnb.training import batch_at, training_step\n"
+    exec(setup + _loop("11"), names)
+    train(config, models[1], dataset)
+    mine, theirs = (components.denoiser.state_dict() for components in models)
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    assert any(not torch.equal(mine[name], start[name]) for name in mine)

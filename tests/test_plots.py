@@ -16,8 +16,10 @@ from matplotlib.colors import to_rgb
 from matplotlib.text import Text
 from PIL import Image
 
-from dbnb import plots, widgets
+from dbnb import miniature, plots, widgets
+from dbnb.adapters import lora_targets
 from dbnb.config import DreamBoothConfig
+from dbnb.miniature.flow import Model
 from dbnb.models import load_components
 
 
@@ -42,6 +44,7 @@ def _pixels(figure) -> np.ndarray:
         plots.bars({"one": {"a": 0.5, "b": 0.7}, "two": {"a": 0.1}}, ylabel="share", marks={"most": 1.0}),
         plots.histogram([0.1, 0.2, 0.2], xlabel="share", marks={"mean": 0.17, "end": 0.2}),
         plots.scatter({"a": (0.1, 0.2)}, xlabel="x", ylabel="y"),
+        plots.plane({"a": (0.1, 0.2)}, {"b": [(0.3, 0.1), (0.5, 0.4)]}, xlabel="x", ylabel="y"),
         plots.matrices({"W": np.eye(4)}, title="t", labels="abcd"),
         plots.matrices({"A": np.eye(5), "B": np.eye(5)}, groups={"two": 2, "three": 3}, unit="cosine"),
     ],
@@ -89,6 +92,7 @@ def test_any_words_in_a_figure_are_text_and_end_nothing(words):
         plots.bars({words: {words: 0.5, "b": 0.7}}, ylabel=words, marks={words: 1.0}),
         plots.histogram([0.1, 0.2], xlabel=words, marks={words: 0.17}),
         plots.scatter({words: (0.1, 0.2)}, xlabel=words, ylabel=words),
+        plots.plane({words: (0.1, 0.2)}, {words: [(0.3, 0.1)]}, xlabel=words, ylabel=words, title=words),
         plots.matrices({words: np.eye(2)}, title=words, labels=[words] * 2, unit=words),
         plots.matrices({words: np.eye(2)}, groups={words: 2}),
     ]
@@ -97,13 +101,13 @@ def test_any_words_in_a_figure_are_text_and_end_nothing(words):
         assert not [text for text in figure.findobj(Text) if words in text.get_text() and text.get_parse_math()]
 
 
-@pytest.mark.parametrize("number", ["00", "00b", *(f"{n:02d}" for n in range(1, 11))])
+@pytest.mark.parametrize("number", ["00", "00b", *(f"{n:02d}" for n in range(1, 12))])
 def test_the_map_of_the_course_fills_one_box_or_frames_all(number, monkeypatch):
     figure = plots.course_map(number)
     filled = [patch for patch in figure.axes[0].patches if patch.get_facecolor()[:3] == to_rgb(plots.HERE)]
     renderer = FigureCanvasAgg(figure).get_renderer()
     texts = {text.get_text(): text.get_window_extent(renderer) for text in figure.axes[0].texts if text.get_text()}
-    assert len(filled) == (number != "00") and len(texts) == 12
+    assert len(filled) == (number != "00") and len(texts) == 13
     for box in texts.values():
         assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1
     shown = []
@@ -113,8 +117,27 @@ def test_the_map_of_the_course_fills_one_box_or_frames_all(number, monkeypatch):
 
 
 def test_the_map_knows_the_notebooks_that_there_are():
-    with pytest.raises(ValueError, match="no notebook '11'"):
-        plots.course_map("11")
+    with pytest.raises(ValueError, match="no notebook '12'"):
+        plots.course_map("12")
+
+
+def test_ways_begin_and_end_where_their_points_do():
+    states = [np.full((3, 2), value) for value in (2.0, 1.5, 0.5)]
+    [axis, other] = plots.trails({"one": states, "two": states[:2]}, title="Ways").axes
+    *ways, starts, ends = axis.lines
+    assert [way.get_xdata().tolist() for way in ways] == [[2.0, 1.5, 0.5]] * 3
+    assert set(starts.get_xdata()) == {2.0} and set(ends.get_xdata()) == {0.5}
+    assert (axis.get_title(), other.get_title()) == ("one", "two")
+
+
+def test_a_joint_block_shows_the_layers_that_it_has_and_fills_those_with_adapters():
+    network = Model(miniature.path()).transformer
+    for block, missing in ((network.transformer_blocks[0], set()), (network.transformer_blocks[-1], {"to_add_out"})):
+        axis = plots.joint_block(block, lora_targets(network), title="A block").axes[0]
+        filled = [patch for patch in axis.patches if patch.get_facecolor()[:3] == to_rgb(plots.HERE)]
+        words = {text.get_text() for text in axis.texts}
+        adapted = {"to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"} - missing
+        assert len(filled) == len(adapted) and adapted <= words and not missing & words
 
 
 def test_a_unet_is_drawn_from_its_config():

@@ -17,6 +17,7 @@ from dbnb.exercises.concept import check_01a, check_01b
 from dbnb.exercises.dataset import check_05a, check_05b
 from dbnb.exercises.export import check_07a, check_07b
 from dbnb.exercises.failures import ALL_IS_WELL, FAULTS, Run, broken_run, broken_runs, check_09a, check_09b
+from dbnb.exercises.flow import check_11a, check_11b
 from dbnb.exercises.metrics import check_08a, check_08b
 from dbnb.exercises.models import check_03a, check_03b
 from dbnb.exercises.planner import check_10a, check_10b
@@ -53,4 +54,6 @@ __all__ = [
     "check_09b",
     "check_10a",
     "check_10b",
+    "check_11a",
+    "check_11b",
 ]

@@ -336,6 +336,7 @@ print("learned the toy, kept the places, kept the class")
 # | [08 Measuring](08_measuring.ipynb) | metrics | which setting does what |
 # | [09 When it goes wrong](09_when_it_goes_wrong.ipynb) | failures | a broken run's fault, found by its symptom |
 # | [10 On a real base](10_on_a_real_base.ipynb) | your own subject | what fits on which GPU |
+# | [11 From diffusion to flow matching](11_from_diffusion_to_flow.ipynb) | the path | one network that draws the same dog on two paths |
 
 # %% [markdown]
 # ## Exercises

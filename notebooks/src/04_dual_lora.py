@@ -446,6 +446,56 @@ plots.show(
 # layer has changed. Cross-attention has to change, since the word `sks` reaches the picture only there; the others
 # change how the picture is painted.
 #
+# ## What each block paints
+#
+# The block whose weights moved furthest need not be the one that you see most of. So draw with the adapters of one block
+# alone: `adapters.strength` switches off those of all others. **Predict**: does one block bring the colours, and another one
+# the spots?
+
+# %%
+from dbnb.adapters import strength
+
+
+def block_of(layer: str) -> str:
+    """The beginning of a layer's name, which it shares with all layers of its block."""
+    parts = layer.split(".")
+    return f"{parts[0]}." if parts[0] == "mid_block" else f"{parts[0]}.{parts[1]}."
+
+
+in_order = sorted({block_of(name.removeprefix("unet: ")) for name in adapted_layers})  # down, mid, up
+prompts, by_block = [concept.instance_prompt] * 6, {}
+with strength(session.components, 0.0):
+    by_block["no adapter"] = draw(session.components, prompts, config.sampling)
+for block in in_order:
+    with strength(session.components, 1.0, only=block):
+        by_block[f"{block.strip('.')} alone"] = draw(session.components, prompts, config.sampling)
+by_block["all blocks"] = draw(session.components, prompts, config.sampling)
+
+# %%
+fidelity = {name: metrics.subject_fidelity(encoders.identity_features(p), real) for name, p in by_block.items()}
+gained = {
+    name: (f - fidelity["no adapter"]) / (fidelity["all blocks"] - fidelity["no adapter"])
+    for name, f in fidelity.items()
+}
+first, second = sorted(in_order, key=lambda block: -gained[f"{block.strip('.')} alone"])[:2]
+first, second = (f"{block.strip('.')} alone" for block in (first, second))
+plots.show(
+    plots.image_rows(
+        list(by_block.values()),
+        labels=[f"{name}:\nfidelity {fidelity[name]:.2f}" for name in by_block],
+        title=f"Of what all blocks gain, {first} has {gained[first]:.0%}, {second} {gained[second]:.0%}",
+    ),
+    alt="Nine rows of dogs: with most blocks alone they stay as they were, with the last one they have the toy's colours and spots",
+)
+
+# %% [markdown]
+# **What you should see**: most blocks alone change hardly anything, and one of them brings nearly the whole toy: the last. It
+# is the one that paints the details, from all that the others hand on to it. The block before it changes colours and places,
+# but not towards the toy: its adapters were trained *together* with the others', and are of little use without them. Would
+# it be enough to *train* the last block alone? What the others have learned, it would then have to learn as well. Try it:
+# `lora_layers` takes the names of blocks too, such as `up_blocks.2` or `up_blocks.1,up_blocks.2`. A step is shorter then, since
+# no gradient has to go back beyond these blocks.
+#
 # ## What attention alone cannot paint
 #
 # Attention decides what goes where: it copies mixtures of features from one place of the picture to another. The

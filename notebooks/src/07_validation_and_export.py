@@ -391,8 +391,6 @@ plots.show(
     ),
     alt="Three dogs at seven strengths: any dog at 0, the toy around 1, and overdone beyond",
 )
-
-# %%
 widgets.browse({f"{s:g}": by_strength[s][0] for s in strengths}, "strength")
 
 # %% [markdown]
@@ -477,12 +475,64 @@ plots.show(
 # How far have its adapters moved the states of the prompt?
 
 # %%
+from dbnb.adapters import strength
+from dbnb.checkpoints import checkpoints, load_weights
+from dbnb.models import encode_prompts
+from dbnb.toybox import COLORS
+
 states = {}
 for on in (0, 1):
     both_parts.set_adapters("toy", {"unet": 1, "text_encoder": on})
     states[on], _ = both_parts.encode_prompt(concept.instance_prompt, both_parts.device, 1, False)
-moved = (states[1] - states[0]).norm() / states[0].norm()
-print(f"the hidden states of '{concept.instance_prompt}' have moved by {moved:.1%} of their length")
+share = (states[1] - states[0]).norm() / states[0].norm()
+print(f"the hidden states of '{concept.instance_prompt}' have moved by {share:.1%} of their length")
+
+
+@torch.no_grad()
+def last_words(prompts: list[str]) -> torch.Tensor:
+    """(N, D): the hidden state of each prompt's last word."""
+    ends = [len(dual.components.tokenizer(prompt).input_ids) - 2 for prompt in prompts]
+    return encode_prompts(dual.components, prompts)[range(len(prompts)), ends]
+
+
+# %% [markdown]
+# Where do they move it? Each point below is the state of a prompt's last word, `dog`: behind a colour or a pattern as the
+# frozen text encoder has it, and for the two prompts of the training at each checkpoint that was kept. They are drawn in the
+# plane in which these states differ most. **Predict**: does `sks dog` move towards the toy's colours?
+
+# %%
+words, pair = [*COLORS, "spotted", "striped"], [concept.instance_prompt, concept.class_prompt]
+with strength(dual.components, 0.0):
+    fixed, path = last_words([f"a photo of a {word} {concept.class_word}" for word in words]), [last_words(pair)]
+for checkpoint in checkpoints(Path(dual.config.output_dir)):
+    load_weights(checkpoint, dual.components)  # the last of them is the end of the training
+    path.append(last_words(pair))
+every = torch.cat([fixed, *path])
+plane = torch.linalg.svd(every - every.mean(0), full_matrices=False).Vh[:2].T
+places = [((states - every.mean(0)) @ plane).tolist() for states in (fixed, *torch.stack(path, dim=1))]
+plots.show(
+    plots.plane(
+        dict(zip(words, places[0], strict=True)),
+        {"sks dog": places[1], "dog": places[2]},
+        xlabel="direction of the largest differences",
+        ylabel="of the second largest",
+        title="'sks dog' moves away from all words; 'dog' stays among them",
+    ),
+    alt="Ten words in two groups, among them dog, which hardly moves; far from all of them sks dog, which moves further away",
+)
+
+# %%
+# NBVAL_CHECK_OUTPUT
+moved = (path[-1] - path[0]).norm(dim=1)
+apart = [torch.cdist(states[:1], fixed).min() for states in (path[0], path[-1])]
+assert moved[0] > 2 * moved[1] and apart[1] > apart[0], (moved, apart)
+print("'sks dog' has moved far more than 'dog', and is further from every word than it was")
+
+# %% [markdown]
+# **What you should see**: even before training, where the rings are, `dog` behind `sks` is far from `dog` behind any colour
+# or pattern. This is what "the text encoder tells the identifier apart" means. Training moves it further away, and not towards
+# `blue`, `green` or `spotted`: the toy becomes a new word, not a combination of known ones. With a frozen text encoder nothing
+# would move. The UNet would learn what to paint for the place of the ring.
 
 # %% [markdown]
 # **Predict**: the same four rows for `a photo of a dog`, which is not to mean the toy:
@@ -532,8 +582,6 @@ run.save(output / "config.json")
 card = export.model_card(concept, run, numbers, has_text_encoder=False)
 card.save(output / "README.md")
 plots.show(losses, alt="Two clouds of losses, of photographs and of class images; their running means wander")
-
-# %%
 print(card.text[: card.text.index("## Settings")].strip())
 
 # %% [markdown]

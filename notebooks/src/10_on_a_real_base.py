@@ -915,4 +915,5 @@ check_10b(largest_train_batch_size)
 # - One line changes the base; its preset brings the rest, and the steps stay the same.
 # - Twenty steps on your card tell the time of all; class images and validation count too.
 #
-# You have seen all of it. The way back to the beginning, with your own photographs: [00 Start here](00_start_here.ipynb).
+# Next: [11 From diffusion to flow matching](11_from_diffusion_to_flow.ipynb), what is different in Stable Diffusion 3 and
+# FLUX.1. With your own photographs, the way leads back to the beginning: [00 Start here](00_start_here.ipynb).
