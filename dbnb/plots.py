@@ -361,9 +361,12 @@ def plane(
 ) -> Figure:
     """Named points in a plane, and what moves among them: each path from its first place, a ring, to its last."""
     figure, axis = _plot(xlabel, ylabel, title, size=(7.2, 4.4))
-    for name, (x, y) in points.items():
+    for i, (name, (x, y)) in enumerate(sorted(points.items(), key=lambda point: point[1][1])):
+        side = (
+            dict(ha="left", xytext=(6, 0)) if i % 2 else dict(ha="right", xytext=(-6, 0))
+        )  # neighbours do not collide
         axis.plot(x, y, "o", ms=5, color="0.45")
-        axis.annotate(name, (x, y), xytext=(5, 4), textcoords="offset points", fontsize=SMALL, color="0.3")
+        axis.annotate(name, (x, y), textcoords="offset points", va="center", fontsize=SMALL, color="0.3", **side)
     for i, (name, places) in enumerate(paths.items()):
         style = dict(color=PALETTE[i % len(PALETTE)], label=name)
         axis.plot(*zip(*places, strict=True), marker=MARKERS[i % len(MARKERS)], ms=6, lw=1.5, **style)
