@@ -17,6 +17,9 @@ from typing import Any, get_args, get_origin, get_type_hints
 from dbnb.files import whole
 from dbnb.presets import PRESETS, suggested
 
+# transformers' name for a schedule that diffusers does not have.
+STABLE_DECAY = "warmup_stable_decay"
+
 
 @dataclass(frozen=True)
 class Range:
@@ -172,7 +175,7 @@ class DreamBoothConfig:
     max_train_steps: int | None = _option(None, "optimizer steps", at_least=1)
     learning_rate: float | None = _option(None, "for the UNet's adapters", above=0, at_most=1)
     text_encoder_learning_rate: float | None = _option(None, "for the text encoder's adapters", above=0, at_most=1)
-    lr_scheduler: str | None = _option(None, "one of diffusers' schedules: constant, constant_with_warmup, cosine …")
+    lr_scheduler: str | None = _option(None, "a schedule of diffusers (constant, cosine …), or warmup_stable_decay")
     lr_warmup_steps: int = _option(0, "steps until the learning rate is reached", at_least=0)
     adam_beta1: float = _option(0.9, "AdamW", at_least=0, below=1)
     adam_beta2: float = _option(0.999, "AdamW", at_least=0, below=1)
@@ -403,6 +406,7 @@ def check_libraries(config: DreamBoothConfig) -> None:
     from diffusers.optimization import SchedulerType
 
     schedules = [kind.value for kind in SchedulerType if kind is not SchedulerType.PIECEWISE_CONSTANT]
+    schedules.append(STABLE_DECAY)
     if config.lr_scheduler == SchedulerType.PIECEWISE_CONSTANT.value:
         raise ValueError(
             f"lr_scheduler={config.lr_scheduler!r} needs rules for its steps, for which there is no option: choose one "

@@ -22,10 +22,11 @@ from diffusers.optimization import get_scheduler
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.optim.lr_scheduler import LRScheduler
 from tqdm.auto import tqdm
+from transformers import get_wsd_schedule
 
 from dbnb.adapters import adapted_modules, train_mode, trainable_parameters
 from dbnb.checkpoints import check_resume, prune_checkpoints, resume, run_identity, save_checkpoint
-from dbnb.config import DreamBoothConfig, Objective, check_libraries, objective_of
+from dbnb.config import STABLE_DECAY, DreamBoothConfig, Objective, check_libraries, objective_of
 from dbnb.dataset import (
     NOISE,
     OFFSET,
@@ -398,6 +399,30 @@ def idle_parts(
     return [*idle, "vae"] if components.vae is not None and dataset.latents else idle
 
 
+def learning_rates(config: DreamBoothConfig, optimizer: torch.optim.Optimizer, last_epoch: int = -1) -> LRScheduler:
+    """The schedule of a run: one of diffusers', or transformers' "warmup_stable_decay".
+
+    The latter holds the learning rate until the last three tenths of the steps, in which it falls to 0 along a line
+    (Hu et al., 2024).
+    """
+    if config.lr_scheduler == STABLE_DECAY:
+        return get_wsd_schedule(
+            optimizer,
+            num_warmup_steps=config.lr_warmup_steps,
+            num_decay_steps=math.ceil(0.3 * config.max_train_steps),
+            num_training_steps=config.max_train_steps,
+            decay_type="linear",
+            last_epoch=last_epoch,
+        )
+    return get_scheduler(
+        config.lr_scheduler,
+        optimizer,
+        num_warmup_steps=config.lr_warmup_steps,
+        num_training_steps=config.max_train_steps,
+        last_epoch=last_epoch,
+    )
+
+
 def _begin(config: DreamBoothConfig, components: Components, dataset: DreamBoothDataset | Mixture) -> _Run:
     """All that comes before the first step: optimizer, checkpoint, schedule, what can be computed once, the log."""
     accelerator = _accelerator(config)
@@ -415,13 +440,7 @@ def _begin(config: DreamBoothConfig, components: Components, dataset: DreamBooth
     state = resume(config, components, optimizer, identity)
     if accelerator.scaler is not None and "scaler" in state:
         accelerator.scaler.load_state_dict(state["scaler"])
-    schedule = get_scheduler(
-        config.lr_scheduler,
-        optimizer,
-        num_warmup_steps=config.lr_warmup_steps,
-        num_training_steps=config.max_train_steps,
-        last_epoch=state.get("schedule", 0) - 1,
-    )
+    schedule = learning_rates(config, optimizer, state.get("schedule", 0) - 1)
     if (
         state["step"] < config.max_train_steps
         and components.vae is not None

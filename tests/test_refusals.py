@@ -208,7 +208,8 @@ def test_a_number_of_another_type_is_refused(value):
 
 
 def test_every_schedule_and_tracker_on_offer_is_taken():
-    for name in "linear cosine cosine_with_restarts polynomial constant constant_with_warmup".split():
+    names = "linear cosine cosine_with_restarts polynomial constant constant_with_warmup warmup_stable_decay"
+    for name in names.split():
         check_libraries(DreamBoothConfig(lr_scheduler=name))
     for name in ("none", "all", "tensorboard"):
         check_libraries(DreamBoothConfig(report_to=name))

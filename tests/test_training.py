@@ -27,7 +27,16 @@ from dbnb.dataset import DreamBoothDataset
 from dbnb.models import encode_prompts, load_components
 from dbnb.outputs import set_aside
 from dbnb.processes import overruled
-from dbnb.training import batch_at, check_start, clean_latents, held_out_loss, optimizer_class, train, training_step
+from dbnb.training import (
+    batch_at,
+    check_start,
+    clean_latents,
+    held_out_loss,
+    learning_rates,
+    optimizer_class,
+    train,
+    training_step,
+)
 
 
 def _trained(config, dataset, **adapters):
@@ -196,6 +205,25 @@ def test_a_resumed_run_equals_the_uninterrupted_one(config, dataset, tmp_path, t
         assert last.keys() == again.keys() and all(torch.equal(last[key], again[key]) for key in last)
         lines = (tmp_path / "whole" / "log.jsonl").read_text().splitlines()
         assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4]
+
+
+def test_warmup_stable_decay_holds_the_rate_and_lets_it_fall_in_the_last_three_tenths(config):
+    config = dataclasses.replace(
+        config, lr_scheduler="warmup_stable_decay", max_train_steps=20, lr_warmup_steps=2, learning_rate=1.0
+    )
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    parameter.grad = torch.zeros(1)
+    optimizer = torch.optim.SGD([{"params": parameter, "initial_lr": 1.0}], lr=1.0)
+    schedule, rates = learning_rates(config, optimizer), []
+    for _ in range(20):
+        rates.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    assert rates == pytest.approx([0, 0.5] + [1] * 13 + [1 - i / 6 for i in range(1, 6)])
+    assert schedule.get_last_lr() == [0]
+    # A resumed run goes on where its checkpoint was.
+    again = learning_rates(config, torch.optim.SGD([{"params": parameter, "initial_lr": 1.0}], lr=1.0), 16)
+    assert again.get_last_lr()[0] == pytest.approx(rates[17])
 
 
 def test_latest_starts_over_where_there_is_none_and_keeps_the_limit(config, dataset, capsys):

@@ -255,7 +255,7 @@ def measure(base: Path, count: int, unseen: int, data: Path) -> dict:
     encoders = metrics.load_encoders(base)
     result["identity"] = identity_accuracy(encoders, images, labels)
     result["identity_any_colors"] = identity_accuracy(encoders, any_colors, any_labels)
-    result["ladder"], result["among_look_alikes"] = look_alike_tests(encoders, components, max(4, count // 5))
+    result["ladder"], result["among_look_alikes"] = look_alike_tests(encoders, components, max(4, count // 5), side)
     return result
 
 
@@ -269,12 +269,14 @@ def renders_of(names: Sequence[dict[str, str]], seed: int, size: int = SIZE) -> 
     return rendered(shots, size)
 
 
-def look_alike_tests(encoders: metrics.Encoders, components, count: int) -> tuple[dict[str, float], float]:
+def look_alike_tests(
+    encoders: metrics.Encoders, components, count: int, side: int = SIZE
+) -> tuple[dict[str, float], float]:
     """What the identity encoder makes of known damage, and whether it finds a toy among 50 look-alikes.
 
-    For `count` toys that training never saw, each shown by five photographs: the mean similarity of another photograph,
-    rung by rung the less alike; and the share of toys whose sixth photograph is more alike than those of 50 others of
-    its kind, each of which differs from it by one of `alike.DIFFERENCES`.
+    For `count` toys that training never saw, each shown by five photographs of `side` pixels: the mean similarity of
+    another photograph, rung by rung the less alike; and the share of toys whose sixth photograph is more alike than
+    those of 50 others of its kind, each of which differs from it by one of `alike.DIFFERENCES`.
     """
     rng, scenes, number = np.random.default_rng(0), list(toybox.SCENES), 10**6
     rungs: dict[str, list[float]] = {}
@@ -302,14 +304,15 @@ def look_alike_tests(encoders: metrics.Encoders, components, count: int) -> tupl
                     *shots[:7],
                     *((t, *shots[5][1:]) for t in changed.values()),
                     *((t, *place) for t, place in zip(others, places, strict=True)),
-                ]
+                ],
+                side,
             )
         ]
         known, photograph = encoders.identity_features(pictures[:5]), pictures[5]
         seen = {
             "photograph": photograph,
-            "through the autoencoder": metrics.through_vae(components, [photograph], photograph.width)[0],
-            "blurred": photograph.filter(ImageFilter.GaussianBlur(1.5)),
+            "through the autoencoder": metrics.through_vae(components, [photograph], side)[0],
+            "blurred": photograph.filter(ImageFilter.GaussianBlur(1.5 * side / SIZE)),
             **dict(zip(changed, pictures[7:11], strict=True)),
         }
         for name, similarity in zip(
@@ -326,7 +329,8 @@ def copying(base: Path, pictures: np.ndarray, unseen: np.ndarray, data: Path) ->
 
     `pictures` and `unseen` are (N, H, W, 3) uint8. None where the training photographs are not kept in `data`.
     """
-    count = json.loads((base / "training.json").read_text())["photographs"]
+    recipe = json.loads((base / "training.json").read_text())
+    count = recipe.get("grown", recipe)["photographs"]
     parts = [
         photographs("train", min(CHUNK, count - start), data, start=start, size=pictures.shape[1])[0]
         for start in range(0, count, CHUNK)

@@ -5,9 +5,6 @@
 The peer is `examples/dreambooth/train_dreambooth_lora.py` of diffusers; it needs torchvision. Both run in this
 environment, alternating; the table has medians and ratios. Equal work comes first: on the peer's own latents, noise,
 timesteps and embeddings our step must give the peer's loss to 1e-5.
-
-One line of the peer is changed in a copy: it takes any UNet of six output channels for one that predicts a variance,
-and the miniature's latents have six.
 """
 
 from __future__ import annotations
@@ -58,7 +55,7 @@ def peer_arguments(folder: Path, class_folder: Path, steps: int, *further: str) 
         "--class_prompt",
         _CONCEPT.class_prompt,
         "--resolution",
-        "64",
+        str(_PRESET["resolution"]),
         "--center_crop",
         "--seed",
         "0",
@@ -102,16 +99,6 @@ def step_seconds(notes: dict) -> float:
     return statistics.median(b - a for a, b in zip(ends, ends[1:], strict=False))
 
 
-def runnable(peer: Path, folder: Path) -> str:
-    """A copy of the peer that trains the miniature. Raises ValueError where it is not the script that we know."""
-    text, old, new = peer.read_text(), "model_pred.shape[1] == 6", "model_pred.shape[1] == 2 * model_input.shape[1]"
-    if text.count(old) != 1:
-        raise ValueError(f"{peer} does not say {old!r} once: is it diffusers' train_dreambooth_lora.py?")
-    copy = folder / peer.name
-    copy.write_text(text.replace(old, new))
-    return str(copy)
-
-
 def our_loss(first: dict[str, torch.Tensor]) -> float:
     """Our step's loss on what the peer's first step worked on, where adapters change nothing yet."""
     components = load_components("miniature")
@@ -151,7 +138,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as root:
         work = Path(root)
-        peer = runnable(args.peer, work)
+        peer = str(args.peer)
         os.environ["DBNB_CACHE"] = str(work / "cache")
         drawn = class_images(load_components("miniature"), _CONCEPT.class_prompt, 100, DreamBoothConfig().sampling)
         class_folder = work / "class"  # for the peer, which takes every file of a folder for a picture

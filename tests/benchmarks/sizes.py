@@ -20,7 +20,7 @@ from dbnb.models import load_components
 from dbnb.tables import Table
 from dbnb.training import batch_at, precompute_embeds, training_step
 
-_USUAL = {"rank": 16, "batch": 4, "pixels": 64}
+_USUAL = {"rank": 16, "batch": 4, "pixels": 128}
 _SIZES = {"rank": (4, 16, 64), "batch": (1, 4, 16), "pixels": (64, 128, 256)}
 
 
