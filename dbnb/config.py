@@ -214,12 +214,14 @@ class DreamBoothConfig:
     allow_tf32: bool = _option(False, "faster, less exact float32 products on a CUDA device")
     seed: int = _option(0, "every draw is a function of this and the step", at_least=0, at_most=2**64 - 1)
 
-    checkpointing_steps: int = _option(200, "steps between checkpoints; 0 for none", at_least=0)
+    checkpointing_steps: int | None = _option(None, "steps between checkpoints; 0 for none", at_least=0)
     checkpoints_total_limit: int | None = _option(
         2, "checkpoints that stay: older ones go when a newer one is complete; -1 keeps all", at_least=1, off=-1
     )
     resume_from_checkpoint: str | None = _option(None, "a checkpoint's path, or 'latest'")
-    validation_steps: int = _option(200, "steps between validation images during training; 0 for none", at_least=0)
+    validation_steps: int | None = _option(
+        None, "steps between validation images during training; 0 for none", at_least=0
+    )
     num_validation_images: int | None = _option(
         None, "images a prompt set before and after; 0 switches images and metrics off", at_least=0
     )

@@ -11,6 +11,8 @@ from typing import Any
 # starts from: adapters at 1e-4, the text encoder frozen, half precision on a GPU, one pair of pictures a step.
 _LARGE = dict(
     max_train_steps=800,
+    checkpointing_steps=200,
+    validation_steps=200,
     learning_rate=1e-4,
     text_encoder_learning_rate=1e-5,
     lr_scheduler="constant",
@@ -29,10 +31,12 @@ PRESETS: dict[str, dict[str, Any]] = {
     "miniature": dict(
         base="miniature",
         resolution=128,
-        max_train_steps=300,
+        max_train_steps=200,
+        checkpointing_steps=100,
+        validation_steps=100,
         learning_rate=3e-3,
         text_encoder_learning_rate=3e-4,
-        lr_scheduler="cosine",
+        lr_scheduler="warmup_stable_decay",
         train_text_encoder=False,
         num_inference_steps=10,
         guidance_scale=2.5,

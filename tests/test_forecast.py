@@ -22,7 +22,7 @@ def test_the_numbers_are_those_of_the_settings():
     assert forecast.pictures == {"class": 100, "before": 18, "during": 16, "after": 22, "check": 4}
     assert str(forecast).startswith("This run trains 400 steps of 4 instance and as many class images, and draws 100 ")
     measured = Forecast.of_run(DreamBoothConfig(max_train_steps=300, num_validation_images=4, select="best"))
-    assert measured.pictures["during"] == 3 * 4 * 2
+    assert measured.pictures["during"] == 3 * 4 * 3  # at steps 100, 200 and 300
     bare = Forecast.of_run(DreamBoothConfig(num_validation_images=0, with_prior_preservation=False), subjects=2)
     assert bare.pictures == {"check": 4} and "instance images" in str(bare)
 

@@ -94,7 +94,7 @@ TABLE = [
     ("--seed -1", "seed=-1 must be at least 0", "loading"),
     (f"--seed {2**64}", f"seed={2**64} must be at least 0 and at most {2**64 - 1}", "loading"),
     ("--num_inference_steps 1", "num_inference_steps=1 must be at least 2", "loading"),
-    ("--lr_warmup_steps 300", "lr_warmup_steps=300 must be below max_train_steps=300", "loading"),
+    ("--lr_warmup_steps 200", "lr_warmup_steps=200 must be below max_train_steps=200", "loading"),
     ("--rank x", "--rank", "loading"),
     ("--instance_data_dir=", "instance_data_dir='' is empty", "loading"),
     ("--output_dir bad\udce9name", "output_dir='bad\\udce9name' is not valid UTF-8", "loading"),

@@ -29,7 +29,14 @@ def main(count: int = 200) -> None:
     with tempfile.TemporaryDirectory() as folder:
         real = judge.features(photographs("test", count, Path(folder))[0])
     config = pipeline.scheduler.config
-    for steps, spacing in ((20, "leading"), (10, "leading"), (20, "trailing"), (10, "trailing"), (6, "trailing")):
+    for steps, spacing in (
+        (20, "leading"),
+        (10, "leading"),
+        (20, "trailing"),
+        (10, "trailing"),
+        (8, "trailing"),
+        (6, "trailing"),
+    ):
         pipeline.scheduler = type(pipeline.scheduler).from_config(config, timestep_spacing=spacing)
         started = time.perf_counter()
         pictures = drawings(pipeline, [full_caption(n) for n in names], num_inference_steps=steps)
