@@ -54,7 +54,7 @@ class Sampling:
     to (None: the pipeline's own number; families of short prompts have no choice).
     """
 
-    num_inference_steps: int = 10
+    num_inference_steps: int = 6
     guidance_scale: float = 2.5
     resolution: int = 128
     batch_size: int = 25

@@ -339,7 +339,7 @@ ROWS = {"default": {}, "attention only": {"lora_layers": "attention"}, "identifi
 ROWS |= {"identifier 'red'": {"identifier": "red"}, "text encoder trained": {"train_text_encoder": True}}
 ROWS["no prior preservation"] = {"with_prior_preservation": False}
 ROWS |= {f"rank {rank}": {"rank": rank} for rank in (2, 8, 32)}
-ROWS |= {f"{n} steps": {"max_train_steps": n} for n in (100, 200, 600) if n != config.max_train_steps}
+ROWS |= {f"{n} steps": {"max_train_steps": n} for n in (100, 300, 600)}
 REPEATED, SEEDS = ("default", "attention only", "identifier unheard", "text encoder trained"), (0, 1, 2)
 RUNS = [(name, seed) for name in ROWS for seed in (SEEDS if name in REPEATED else SEEDS[:1])]
 print(f"default: adapters on {config.lora_layers} layers, rank {config.rank}, {config.max_train_steps} steps,", end=" ")

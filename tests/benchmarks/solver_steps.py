@@ -6,16 +6,14 @@ The same captions of toys that training never saw, from the same noise; the judg
 from __future__ import annotations
 
 import os
-import tempfile
 import time
-from pathlib import Path
 
 import numpy as np
 
 from dbnb import miniature
 from dbnb.drawing import build_pipeline
-from dbnb.miniature.data import draw, held_out, labels_of, photographs
-from dbnb.miniature.evaluate import Judge, accuracy, drawings, frechet, full_caption
+from dbnb.miniature.data import draw, held_out, labels_of
+from dbnb.miniature.evaluate import Judge, accuracy, drawings, frechet, full_caption, renders_of, side_of
 from dbnb.models import load_components
 from dbnb.tables import Table
 
@@ -26,8 +24,7 @@ def main(count: int = 200) -> None:
     names = [draw("test", index)[1] for index in range(8 * count)]
     names = [n for n in names if not held_out(n["kind"], n["body"], n["scene"])][:count]
     true = np.stack([labels_of(n) for n in names])
-    with tempfile.TemporaryDirectory() as folder:
-        real = judge.features(photographs("test", count, Path(folder))[0])
+    real = judge.features(renders_of(names, 1, side_of(pipeline)))
     config = pipeline.scheduler.config
     for steps, spacing in (
         (20, "leading"),
