@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import tempfile
 
 os.environ["DBNB_CACHE"] = tempfile.mkdtemp(prefix="dbnb-tests-")
@@ -15,10 +17,11 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
-from dbnb import toybox  # noqa: E402
+from dbnb import miniature, toybox  # noqa: E402
 from dbnb.concept import Concept  # noqa: E402
 from dbnb.config import DreamBoothConfig  # noqa: E402
 from dbnb.dataset import DreamBoothDataset  # noqa: E402
+from dbnb.miniature import design  # noqa: E402
 from dbnb.models import Components, load_components  # noqa: E402
 
 # The same examples in every run, so that nothing but a change makes a test fail; `pytest --hypothesis-profile search`
@@ -47,6 +50,20 @@ def class_paths(tmp_path_factory):
     for i in range(6):
         toybox.photograph(toybox.random_toy("dog", i), scene="grass", seed=i).save(folder / f"{i}.png")
     return sorted(folder.iterdir())
+
+
+@pytest.fixture(scope="session")
+def small_base(tmp_path_factory):
+    """The folder of a miniature for 64 pixels as it was before it was grown: autoencoder and UNet are untrained."""
+    folder = tmp_path_factory.mktemp("small") / "base"
+    shutil.copytree(miniature.path(), folder)
+    torch.manual_seed(0)
+    design.vae().save_pretrained(folder / "vae")
+    design.unet().save_pretrained(folder / "unet")
+    recipe = json.loads((folder / "training.json").read_text())
+    del recipe["grown"]
+    (folder / "training.json").write_text(json.dumps(recipe))
+    return folder
 
 
 @pytest.fixture

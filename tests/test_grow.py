@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 
 import pytest
 import torch
@@ -14,20 +13,9 @@ from dbnb.miniature import design, evaluate, grow
 from dbnb.miniature.data import photographs
 
 
-@pytest.fixture(scope="module")
-def small(tmp_path_factory):
-    """The miniature with an autoencoder and a UNet for 64 pixels, untrained."""
-    folder = tmp_path_factory.mktemp("small") / "base"
-    shutil.copytree(miniature.path(), folder)
-    torch.manual_seed(0)
-    design.vae().save_pretrained(folder / "vae")
-    design.unet().save_pretrained(folder / "unet")
-    return folder
-
-
 @pytest.fixture
-def base(small):
-    return StableDiffusionPipeline.from_pretrained(small)
+def base(small_base):
+    return StableDiffusionPipeline.from_pretrained(small_base)
 
 
 def test_a_widened_unet_predicts_what_it_did_and_nothing_new(base):
@@ -57,10 +45,10 @@ def test_a_grown_autoencoder_has_twice_the_side_and_most_of_the_small_one(base):
     assert torch.allclose(*inner, atol=1e-4)
 
 
-def test_the_command_grows_a_base_resumes_and_ships(small, tmp_path):
+def test_the_command_grows_a_base_resumes_and_ships(small_base, tmp_path):
     options = [
         "--start_from",
-        str(small),
+        str(small_base),
         "--output_dir",
         str(tmp_path / "run"),
         "--photographs",

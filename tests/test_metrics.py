@@ -33,7 +33,7 @@ def test_perceptual_diversity_is_zero_for_one_pose_and_larger_for_several(encode
     toy = toybox.random_toy("dog", 900)
     same = _shots(toy, ["room"], 1) * 3
     several = [_shots(toy, ["room"], seed)[0] for seed in range(3)]
-    noise = np.random.default_rng(0).integers(-2, 3, (3, 64, 64, 3))
+    noise = np.random.default_rng(0).integers(-2, 3, (3, *np.asarray(same[0]).shape))
     nearly = [Image.fromarray(np.clip(np.asarray(same[0], dtype=int) + n, 0, 255).astype(np.uint8)) for n in noise]
     none, little, much = (metrics.perceptual_diversity(encoders.stages(images)) for images in (same, nearly, several))
     assert none < 1e-5 < little < much / 5

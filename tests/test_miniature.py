@@ -12,6 +12,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
+from safetensors.torch import load_file
 
 from dbnb import miniature
 from dbnb.miniature import card, evaluate, pilots, train
@@ -109,12 +110,11 @@ def test_training_goes_on_from_a_shipped_base(tmp_path):
     assert 0 < (before - after).abs().max() < 1e-2
 
 
-def test_identity_encoder_and_words_of_a_shipped_base_are_mended_alone(tmp_path):
+def test_identity_encoder_and_words_of_a_shipped_base_are_mended_alone(tmp_path, small_base):
     options = ["--photographs", "96", "--look_alikes", "4", "--batch_sizes", *"2888244", "--steps", *"2222222"]
-    base = miniature.path()
-    further = [*options, "--output_dir", str(tmp_path / "run"), "--start_from", str(base), "--note", "Mended."]
+    further = [*options, "--output_dir", str(tmp_path / "run"), "--note", "Mended.", "--start_from", str(small_base)]
     train.main([*further, "--stages", "words", "--ship", str(tmp_path / "mended")])
-    old, new = (StableDiffusionPipeline.from_pretrained(folder) for folder in (base, tmp_path / "mended"))
+    old, new = (StableDiffusionPipeline.from_pretrained(folder) for folder in (small_base, tmp_path / "mended"))
     assert not torch.equal(*(p.text_encoder.get_input_embeddings().weight for p in (old, new)))
     assert all(torch.equal(a, b) for a, b in zip(old.unet.parameters(), new.unet.parameters(), strict=True))
     recipe = json.loads((tmp_path / "mended" / "training.json").read_text())
@@ -122,6 +122,18 @@ def test_identity_encoder_and_words_of_a_shipped_base_are_mended_alone(tmp_path)
     with pytest.raises(SystemExit):  # a part that others depend on
         train.main([*further, "--stages", "vae", "--ship", str(tmp_path / "other")])
     assert not (tmp_path / "other").exists()
+
+
+def test_of_a_grown_base_the_identity_encoder_alone_is_mended(tmp_path, capsys):
+    options = ["--look_alikes", "4", "--batch_sizes", *"2888244", "--steps", *"2222222", "--output_dir"]
+    options += [str(tmp_path / "run"), "--start_from", str(miniature.path()), "--ship", str(tmp_path / "mended")]
+    with pytest.raises(SystemExit):
+        train.main([*options, "--stages", "words"])
+    assert "has been grown to twice the side" in capsys.readouterr().err
+    train.main([*options, "--stages", "identity"])
+    for part, same in (("identity", False), ("judge", True)):
+        weights = [load_file(base / part / "model.safetensors") for base in (miniature.path(), tmp_path / "mended")]
+        assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0]) is same
 
 
 def test_identifiers_have_vectors_of_their_own():

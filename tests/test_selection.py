@@ -8,6 +8,7 @@ import os
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from families import write
@@ -224,8 +225,10 @@ def test_the_grid_draws_every_checkpoint_at_every_strength_and_leaves_all_as_it_
     now = {n: p for n, p in components.unet.named_parameters() if p.requires_grad}
     assert all(torch.equal(now[name], weights[name]) for name in weights)
     # At strength 0 it is the base whatever the checkpoint, at 1 what that checkpoint draws.
-    bare = draw(load_components(config.base), [prompt], config.sampling, seeds=[3])[0].tobytes()
-    assert pictures[4, 0.0].tobytes() == pictures[8, 0.0].tobytes() == bare != pictures[8, 1.0].tobytes()
+    bare = draw(load_components(config.base), [prompt], config.sampling, seeds=[3])[0]
+    assert pictures[4, 0.0].tobytes() == pictures[8, 0.0].tobytes()
+    bare, off, on = (np.asarray(p).astype(int) for p in (bare, pictures[8, 0.0], pictures[8, 1.0]))
+    assert abs(off - bare).max() <= 1 < abs(on - bare).max()  # adapters add zeros, in another order
     load_weights(folder / "checkpoint-4", components)
     assert draw(components, [prompt], config.sampling, seeds=[3])[0].tobytes() == pictures[4, 1.0].tobytes()
     figure = plots.grid(pictures, title=prompt)

@@ -52,12 +52,17 @@ MENDABLE = {"identity": "identity", "words": "text_encoder"}
 PHOTOGRAPHS = 48000
 
 
+def recipe_of(base: Path) -> dict:
+    """How a base was trained."""
+    return json.loads((base / "training.json").read_text())
+
+
 def adopt(base: Path, folder: Path, made_from: Callable[[str], dict[str, int]]) -> None:
     """Checkpoints of the stages from a shipped base, for those that `folder` lacks: weights and steps, no optimizer.
 
     The stage "words" is not among them: it starts from the text encoder as the UNet's training left it.
     """
-    recipe = json.loads((base / "training.json").read_text())
+    recipe = recipe_of(base)
     folder.mkdir(parents=True, exist_ok=True)
     vae = AutoencoderKL.from_pretrained(base / "vae")
     models = {
@@ -201,6 +206,11 @@ def main(argv: list[str] | None = None) -> None:
     mends = args.start_from is not None and set(args.stages) <= set(MENDABLE)
     if args.ship is not None and set(args.stages) != set(STAGES) and not mends:
         parser.error(f"--ship with some --stages alone mends {', '.join(MENDABLE)} of a base given by --start_from.")
+    if args.start_from is not None and set(args.stages) != {"identity"} and "grown" in recipe_of(args.start_from):
+        parser.error(
+            f"--start_from {args.start_from} has been grown to twice the side: only its identity encoder can be mended "
+            "here, its words by `python -m dbnb.miniature.grow --stages words` with the folder in which it was grown."
+        )
     steps = dict(zip(STAGES, args.steps, strict=True))
     batch = dict(zip(STAGES, args.batch_sizes, strict=True))
     torch.manual_seed(args.seed)  # the parts' first weights
@@ -255,7 +265,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.ship is not None:
         recipe = {"photographs": args.photographs, "seed": args.seed, "note": args.note, "stages": {}}
         if mends:
-            recipe = json.loads((args.start_from / "training.json").read_text())
+            recipe = recipe_of(args.start_from)
             recipe["note"] = f"{recipe['note']} {args.note}".strip()
         recipe["look_alikes"] = args.look_alikes
         recipe["stages"] |= {name: stage_record(name, batch[name], folder) for name in args.stages}

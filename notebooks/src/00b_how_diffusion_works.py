@@ -341,7 +341,7 @@ def decoded(latents: torch.Tensor) -> list:
 prompt, guidance, steps = "a photo of a red dog on the beach", 2.5, 20
 scheduler = DDIMScheduler.from_config(base.noise_scheduler.config)
 scheduler.set_timesteps(steps)
-latent = torch.randn(1, 6, 16, 16, generator=torch.Generator().manual_seed(8))
+latent = torch.randn(1, base.unet.config.in_channels, 16, 16, generator=torch.Generator().manual_seed(8))
 hidden = encode_prompts(base, [prompt, ""])
 way, x, film = [*scheduler.timesteps.tolist(), 0], latent, []
 for t, to in zip(way, way[1:], strict=False):
