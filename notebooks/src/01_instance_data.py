@@ -189,9 +189,9 @@ plots.show(
         [photographs, squares],
         labels=["photograph", "what training sees"],
         inches=1.4,
-        title="Coarse, but the whole dog is in every square",
+        title="Half as wide, and the whole dog is in every square",
     ),
-    alt="Upper row the photographs, lower row the same at the training resolution: coarse, but the dog is whole in each",
+    alt="Upper row the photographs, lower row the same at the training resolution: the dog is whole in each",
 )
 
 # %% [markdown]

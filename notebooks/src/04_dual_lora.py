@@ -416,8 +416,8 @@ plots.show(
 )
 
 # %% [markdown]
-# **What you should see**: one direction in each layer already gives the toy's colours, and by the fidelity in the
-# labels the first few bring nearly all that sixteen do. Why train with a rank of 16, then? Before training, nobody
+# **What you should see**: one direction in each layer already brings the toy, and by the fidelity in the labels most of
+# what sixteen bring. Why train with a rank of 16, then? Before training, nobody
 # knows which directions are needed. A higher rank offers more of them to start from, and training finds the good ones
 # in the same number of steps. So cutting down afterwards is not the same as training with a low rank: notebook 08
 # trains with ranks from 2 to 32 and measures what each is worth.
@@ -533,8 +533,8 @@ print("with adapters on all layers the pictures are nearer to the photographs")
 
 # %% [markdown]
 # **What you should see**: compare the colour of the body and the pattern on it with the first row, picture by picture.
-# With adapters on attention only, the body is bluer than the toy's teal and the spots run together; with adapters on
-# all layers the teal stays teal and the spots are closer to spots. The price is a larger file and a slower step:
+# With adapters on attention only, the body turns from teal to blue, the yellow turns orange in places and the spots run
+# together; with adapters on all layers the colours are nearer to the photographs' and the spots are spots. The price is a larger file and a slower step:
 
 # %%
 for name, one in sessions.items():
