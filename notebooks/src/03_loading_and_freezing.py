@@ -400,7 +400,7 @@ from dbnb.config import Sampling
 found = attention_maps(components, "a photo of a red cat on the beach", Sampling(), seed=1)
 plots.show(
     plots.image_rows(
-        [*attention_rows([found], slice(0, 2)), *attention_rows([found], slice(8, 10))],
+        [*attention_rows([found], slice(0, 2)), *attention_rows([found], slice(-2, None))],
         labels=["first two steps", "last two steps"],
         titles=["drawn", *found.words],
         title="Each word looks at a part of the picture",

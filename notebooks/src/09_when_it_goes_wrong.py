@@ -324,16 +324,16 @@ compare(
 #
 # **You see** colours that burn, then shapes that dissolve, whatever the prompt.
 #
-# **Made** by rates of 1e-2, and of 2e-2 with the text encoder trained
+# **Made** by rates of 1.5e-2, and of 2e-2 with the text encoder trained
 # at the same rate.
 
 # %%
-for rate, further_settings in ((1e-2, {}), (2e-2, dict(train_text_encoder=True, text_encoder_learning_rate=2e-2))):
+for rate, further_settings in ((1.5e-2, {}), (2e-2, dict(train_text_encoder=True, text_encoder_learning_rate=2e-2))):
     hot = SHORT | dict(max_train_steps=40, learning_rate=rate) | further_settings
     models[f"rate {rate:g}"] = workflow.trained(dataclasses.replace(config, **hot)).components
 compare(
     "good",
-    "rate 0.01",
+    "rate 0.015",
     "rate 0.02",
     prompt=BEACH,
     title="from burnt to dissolved",
@@ -346,9 +346,9 @@ compare(
 # training has not seen. A burnt model is worse at them than the base.
 
 # %%
-losses = {name: held_out_loss(models[name], further, batches=6) for name in ("base", "good", "rate 0.01", "rate 0.02")}
+losses = {name: held_out_loss(models[name], further, batches=6) for name in ("base", "good", "rate 0.015", "rate 0.02")}
 kept = max(losses[name]["prior_loss"] for name in ("base", "good"))
-assert min(losses[name]["prior_loss"] for name in ("rate 0.01", "rate 0.02")) > 1.2 * kept, losses
+assert min(losses[name]["prior_loss"] for name in ("rate 0.015", "rate 0.02")) > 1.2 * kept, losses
 plots.show(
     plots.bars(
         {name: {"other dogs": loss["prior_loss"]} for name, loss in losses.items()},
@@ -438,7 +438,7 @@ plots.show(
 # %% [markdown]
 # ## 8 learned by heart
 #
-# **You see** a photograph, whatever the prompt says. This is [overfitting](../docs/glossary.md#overfitting).
+# **You see** one photograph again and again, and at last whatever the prompt says. This is [overfitting](../docs/glossary.md#overfitting).
 #
 # **Made** by training on a single photograph, taken in the desert, without class images, at a high
 # rate. Five photographs that are trained on for too long end there as well, only later.
@@ -459,9 +459,8 @@ for done in steps(learner, (batch_at(alone, n, 4) for n in range(60)), rate=5e-3
 compare(
     "good",
     "one photograph",
-    prompt=BEACH,
-    title="it stands where it was photographed",
-    alt="Above the toy on a beach; below the same picture again and again, the toy in the desert",
+    title="one picture, again and again",
+    alt="Above the toy in several places; below the same picture again and again, the toy in the desert",
 )
 
 # %%
