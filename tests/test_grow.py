@@ -61,6 +61,8 @@ def test_the_command_grows_a_base_resumes_and_ships(small_base, tmp_path):
     pipeline.set_progress_bar_config(disable=True)
     image = pipeline("a photo of a red dog", num_inference_steps=2).images[0]
     assert image.size == (128, 128)
+    configs = [json.loads(path.read_text()) for path in (tmp_path / "large").glob("*/config.json")]
+    assert len(configs) > 5 and not any("_name_or_path" in config for config in configs)
     recipe = json.loads((tmp_path / "large" / "training.json").read_text())
     assert [stage["step"] for stage in recipe["grown"]["stages"].values()] == [2, 2, 2]
     grow.main([*options, "--steps", *"232", "--stages", "unet"])

@@ -180,7 +180,14 @@ def mend(base: Path, stages: Sequence[str], folder: Path, target: Path, recipe: 
 
 
 def finish(temporary: Path, target: Path, recipe: dict) -> None:
-    """Note the recipe in a base's folder, and put that in the place of `target`."""
+    """Note the recipe in a base's folder, and put that in the place of `target`.
+
+    Where a part was read from, which diffusers notes in its config, is left out: it is a folder of this machine.
+    """
+    for path in temporary.glob("*/config.json"):
+        config = json.loads(path.read_text())
+        if config.pop("_name_or_path", None) is not None:
+            path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     (temporary / "training.json").write_text(json.dumps(recipe, indent=1) + "\n")
     shutil.rmtree(target, ignore_errors=True)
     temporary.replace(target)
