@@ -19,6 +19,7 @@ from dbnb.miniature import card, evaluate, pilots, train
 from dbnb.miniature.fit import Stage, fit, generator
 from dbnb.toybox import COLORS, KINDS
 from dbnb.toybox.captions import IDENTIFIERS
+from dbnb.validation import SENTENCES
 
 
 def test_plain_diffusers_draws_with_it_without_our_package(tmp_path):
@@ -210,6 +211,7 @@ def test_the_evaluation_runs_on_few_pictures_and_the_card_tells_it(tmp_path):
     evaluate.main(["--count", "6", "--unseen", "48", "--output", str(evaluation)])
     result = json.loads(evaluation.read_text())
     assert result["judge"]["kind"] > 0.9 and set(result) >= {"autoencoder", "drawn", "composition", "frechet"}
+    assert result["drawn_by_plain_diffusers"]["kind"] > 0.5 and list(result["sentences"]) == list(SENTENCES)
     assert list(result["ladder"])[0] == "photograph" and 0.0 <= result["among_look_alikes"] <= 1.0
     base = tmp_path / "base"
     shutil.copytree(miniature.path(), base)
@@ -222,6 +224,7 @@ def test_the_evaluation_runs_on_few_pictures_and_the_card_tells_it(tmp_path):
     (base / "grid.png").unlink()
     card.main(command)
     text = (base / "README.md").read_text()
+    assert "in plain diffusers at its defaults" in text and "over 12 sentences" in text
     assert f"PSNR {result['autoencoder']['psnr']:.1f} dB" in text and "| a toy of this test | 0.25 |" in text
     with Image.open(base / "grid.png") as grid:
         assert grid.width > 500

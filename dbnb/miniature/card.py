@@ -72,6 +72,19 @@ def _percent(numbers: dict[str, float]) -> str:
     return ", ".join(f"{name} {100 * value:.1f} %" for name, value in numbers.items())
 
 
+def _sentences(found: dict[str, dict[str, float]]) -> str:
+    parts = []
+    for name in ("kind", "scene"):
+        values = {sentence: numbers[name] for sentence, numbers in found.items() if name in numbers}
+        worst = min(values, key=values.get)
+        mean = sum(values.values()) / len(values)
+        parts.append(
+            f"{name} {100 * mean:.1f} % over {len(values)} sentences, at least {100 * values[worst]:.1f} %"
+            + (f" ({worst.format('dog')!r})" if values[worst] < mean else "")
+        )
+    return "; ".join(parts)
+
+
 def figures(result: dict) -> str:
     """The evaluation as a table."""
     any_colors = result["autoencoder"]["any_colors"]
@@ -87,7 +100,13 @@ def figures(result: dict) -> str:
         "judge on its reconstructions": _percent(result["autoencoder"]["judged"]),
         "judge on unseen renders": _percent(result["judge"]),
         "drawn as asked": _percent(result["drawn"]),
+        "the same captions in plain diffusers at its defaults (guidance 7.5, 25 steps of DPM-Solver++ without noise)": (
+            _percent(result["drawn_by_plain_diffusers"])
+        ),
         "drawn as asked, held-out combinations": _percent(result["composition"]),
+        "drawn as asked in other sentences ('a picture of a dog', 'dog', 'in the desert, a dog', …)": _sentences(
+            result["sentences"]
+        ),
         "entropy for 'a photo of a dog' (share of uniform)": _percent(result["diversity"]),
         "the same, of rendered dogs": _percent(result["diversity_of_renders"]),
         "Frechet distance of drawings and renders with the same labels | of two such sets of renders": (
@@ -177,7 +196,7 @@ def grown(recipe: dict) -> str:
         "photographs and a third as many in colours without a name: an autoencoder of factor 8, whose first latent "
         "channels stay those of the small one, and the UNet with the channels that are new:"
     )
-    return f"{text}\n\n{stages(recipe['grown'])}"
+    return "\n\n".join(filter(None, (text, stages(recipe["grown"]), recipe["grown"].get("note"))))
 
 
 def write_card(base: Path, evaluation: Path) -> None:

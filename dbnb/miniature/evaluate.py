@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from diffusers import DPMSolverMultistepScheduler
 from PIL import Image, ImageFilter
 from transformers import AutoModelForImageClassification
 
@@ -43,6 +44,7 @@ from dbnb.miniature.data import (
 from dbnb.models import load_components
 from dbnb.toybox.captions import whole_content
 from dbnb.toybox.sample import SAMPLE_TOY
+from dbnb.validation import SENTENCES
 
 
 class Judge:
@@ -212,8 +214,37 @@ def drawings(pipeline, prompts: list[str], seed: int = 5, **changed) -> np.ndarr
     return np.stack([np.asarray(image) for image in images])
 
 
+def drawn_by_plain_diffusers(pipeline, prompts: list[str]) -> np.ndarray:
+    """One picture a prompt with diffusers' own defaults, (N, H, W, 3) uint8: others will load the base like that.
+
+    They are 25 steps of DPM-Solver++ without noise at a guidance of 7.5.
+    """
+    solver = pipeline.scheduler
+    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(solver.config, algorithm_type="dpmsolver++")
+    try:
+        return drawings(pipeline, prompts, num_inference_steps=25, guidance_scale=7.5)
+    finally:
+        pipeline.scheduler = solver
+
+
+def sentences_understood(pipeline, judge: Judge, count: int) -> dict[str, dict[str, float]]:
+    """How often each of `validation.SENTENCES` draws the kind and the place that it names, of `count` pictures.
+
+    A class word stands where the subject's name will; a sentence that names no place is judged by the kind alone.
+    """
+    found = {}
+    kinds = [toybox.KINDS[number % len(toybox.KINDS)] for number in range(count)]
+    for number, sentence in enumerate(SENTENCES):
+        read = judge(drawings(pipeline, [sentence.format(kind) for kind in kinds], seed=20 + number))
+        found[sentence] = {"kind": float((read[:, 0] == [toybox.KINDS.index(kind) for kind in kinds]).mean())}
+        for place, phrase in enumerate(toybox.SCENES.values()):
+            if phrase in sentence:
+                found[sentence]["scene"] = float((read[:, 5] == place).mean())
+    return found
+
+
 def measure(base: Path, count: int, unseen: int, data: Path) -> dict:
-    """Autoencoder, judge, drawings, composition, diversity, copying, distances to renders, identity encoder, speed.
+    """Autoencoder, judge, drawings, sentences, diversity, copying, distances to renders, identity encoder, speed.
 
     `count` pictures are drawn for each measure; autoencoder and encoders are tested on `unseen` photographs of toys in
     named colours and as many in any. `data` keeps photographs; copying is measured where those of the training are
@@ -235,6 +266,11 @@ def measure(base: Path, count: int, unseen: int, data: Path) -> dict:
     pictures = drawings(pipeline, [full_caption(n) for n in seen])
     result["seconds_per_100"] = (time.perf_counter() - started) / len(seen) * 100
     result["drawn"] = accuracy(judge(pictures), np.stack([labels_of(n) for n in seen]))
+    result["drawn_by_plain_diffusers"] = accuracy(
+        judge(drawn_by_plain_diffusers(pipeline, [full_caption(n) for n in seen])),
+        np.stack([labels_of(n) for n in seen]),
+    )
+    result["sentences"] = sentences_understood(pipeline, judge, max(1, count // 10))
     result["composition"] = accuracy(
         judge(drawings(pipeline, [full_caption(n) for n in new], seed=6)), np.stack([labels_of(n) for n in new])
     )

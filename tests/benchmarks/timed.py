@@ -68,6 +68,6 @@ except SystemExit as end:
         raise
 finally:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10  # KiB on Linux
-    record = {"steps": steps, "seconds": time.perf_counter() - started, "peak_mib": peak}
+    record = {"started": started, "steps": steps, "seconds": time.perf_counter() - started, "peak_mib": peak}
     Path(notes).write_text(json.dumps(record))
     save_file(first, Path(notes).with_suffix(".safetensors"))
