@@ -287,8 +287,10 @@ def test_noise_may_hold_that_of_each_step_too(live):
     generator = torch.Generator().manual_seed(7)
     noise = [torch.randn(shape, generator=generator).tolist() for _ in range(1 + 3)]
     options = {"prompt": "a photo of a cat", "steps": 3}
-    assert (_drawn(live, **options, noise=noise) == _drawn(live, **options, seed=7)).all()
-    assert (_drawn(live, **options, noise=noise[:1]) != _drawn(live, **options, seed=7)).any()
+    of_seed = _drawn(live, **options, seed=7).astype(int)
+    # The page computes this noise with its own logarithm and cosine, whose last digit may differ.
+    assert np.abs(_drawn(live, **options, noise=noise) - of_seed).max() <= 1
+    assert np.abs(_drawn(live, **options, noise=noise[:1]) - of_seed).max() > 1
 
 
 def test_the_pages_tokenizer_is_the_bases(live):
