@@ -224,7 +224,7 @@ def test_the_evaluation_runs_on_few_pictures_and_the_card_tells_it(tmp_path):
     (base / "grid.png").unlink()
     card.main(command)
     text = (base / "README.md").read_text()
-    assert "in plain diffusers at its defaults" in text and "over 12 sentences" in text
+    assert "in plain diffusers at its defaults" in text and " 12 sentences" in text
     assert f"PSNR {result['autoencoder']['psnr']:.1f} dB" in text and "| a toy of this test | 0.25 |" in text
     with Image.open(base / "grid.png") as grid:
         assert grid.width > 500

@@ -76,12 +76,14 @@ def _sentences(found: dict[str, dict[str, float]]) -> str:
     parts = []
     for name in ("kind", "scene"):
         values = {sentence: numbers[name] for sentence, numbers in found.items() if name in numbers}
-        worst = min(values, key=values.get)
-        mean = sum(values.values()) / len(values)
-        parts.append(
-            f"{name} {100 * mean:.1f} % over {len(values)} sentences, at least {100 * values[worst]:.1f} %"
-            + (f" ({worst.format('dog')!r})" if values[worst] < mean else "")
-        )
+        mean, worst = sum(values.values()) / len(values), min(values, key=values.get)
+        if values[worst] == max(values.values()):
+            parts.append(f"{name} {100 * mean:.1f} % in each of {len(values)} sentences")
+        else:
+            parts.append(
+                f"{name} {100 * mean:.1f} % over {len(values)} sentences, at least {100 * values[worst]:.1f} % "
+                f"({worst.format('dog')!r})"
+            )
     return "; ".join(parts)
 
 
