@@ -11,7 +11,6 @@ Karras et al., 2018). Resumable as `dbnb.miniature.train` is.
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 from pathlib import Path
 
@@ -34,7 +33,7 @@ from dbnb.miniature.stages import (
     train_unet,
     train_words,
 )
-from dbnb.miniature.train import PHOTOGRAPHS, finish, restore, save_mendable, stage_record
+from dbnb.miniature.train import PHOTOGRAPHS, finish, recipe_of, restore, save_mendable, stage_record
 
 SIZE = 2 * design.RESOLUTION
 STAGES = ("vae", "unet", "words")
@@ -126,7 +125,7 @@ def ship(base: Path, vae: AutoencoderKL, model: Denoiser, folder: Path, target: 
         save_mendable("words", folder, temporary)
     else:
         model.text_encoder.save_pretrained(temporary / "text_encoder")
-    finish(temporary, target, json.loads((base / "training.json").read_text()) | {"grown": recipe})
+    finish(temporary, target, recipe_of(base) | {"grown": recipe})
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -20,18 +20,17 @@ from results import record
 
 from dbnb import metrics, miniature, toybox
 from dbnb.adapters import add_adapters
-from dbnb.checkpoints import load_weights
+from dbnb.checkpoints import checkpoints, load_weights
 from dbnb.concept import Concept
 from dbnb.config import DreamBoothConfig
 from dbnb.drawing import build_pipeline
 from dbnb.export import load_adapter
 from dbnb.models import Components, load_components
-from dbnb.pictures import load_image
 from dbnb.selection import shares
 from dbnb.tables import Table
 from dbnb.toybox.sample import write_toy
 from dbnb.validation import validation_images
-from dbnb.workflow import quiet_libraries
+from dbnb.workflow import quiet_libraries, references
 
 TOYS = tuple((kind, 900 + number) for number, kind in enumerate(toybox.KINDS))
 SEARCHED = (("dog", 501),)
@@ -51,9 +50,8 @@ def ours(config: DreamBoothConfig, work: Path) -> dict[float, float]:
     add_adapters(components, config.adapters)
 
     def states():
-        for path in sorted(folder.glob("checkpoint-*"), key=_step):
-            load_weights(path, components)
-            yield _step(path), components
+        for path in checkpoints(folder):
+            yield load_weights(path, components), components
 
     return curve(config, notes, states())
 
@@ -100,8 +98,7 @@ def curve(config: DreamBoothConfig, notes: dict, states) -> dict[float, float]:
     encoders, base = metrics.load_encoders(miniature.path()), load_components("miniature")
     concept = Concept.from_folder(config.instance_data_dir, config.identifier, config.class_word)
     photographs = concept.images()
-    further = [load_image(path, 256) for path in sorted(Path(config.reference_data_dir).iterdir())]
-    top = metrics.ceiling(encoders, base, photographs, further, config.resolution)
+    top = metrics.ceiling(encoders, base, photographs, references(config), config.resolution)
 
     def found(components: Components) -> dict[str, float]:
         images = validation_images(components, concept, config.sampling, count=_PICTURES, sets=("subject", "scenes"))

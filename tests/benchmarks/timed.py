@@ -1,6 +1,7 @@
 """Run a script or a module, and note when each optimizer step ended: `python timed.py NOTES.json TARGET ARGUMENTS …`.
 
-The notes also hold the seconds of the whole process, its peak memory, and what the first training step worked on.
+The notes also hold when the process started, how many seconds it took, its peak memory, and what the first training
+step worked on.
 """
 
 from __future__ import annotations
