@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import shutil
 import tempfile
 
-os.environ["DBNB_CACHE"] = tempfile.mkdtemp(prefix="dbnb-tests-")
 os.environ["HF_HUB_OFFLINE"] = "1"
-if "PYTEST_XDIST_WORKER" in os.environ:  # several workers share the cores, and so do the programs that tests start
+if "PYTEST_XDIST_WORKER" not in os.environ:  # workers inherit it: what one notebook trained, another need not
+    os.environ["DBNB_CACHE"] = tempfile.mkdtemp(prefix="dbnb-tests-")
+    atexit.register(shutil.rmtree, os.environ["DBNB_CACHE"], ignore_errors=True)
+else:  # several workers share the cores, and so do the programs that tests start
     threads = os.cpu_count() // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
     os.environ["OMP_NUM_THREADS"] = str(max(1, threads))
 
