@@ -527,7 +527,7 @@ from dbnb.validation import draw
 
 judge, drawn = Judge(components.base), {}
 for masked_loss in (False, True):
-    settings = DreamBoothConfig(instance_data_dir=str(beach), masked_loss=masked_loss, max_train_steps=150)
+    settings = DreamBoothConfig(instance_data_dir=str(beach), masked_loss=masked_loss, max_train_steps=80)
     session = workflow.trained(settings)
     drawn[masked_loss] = draw(session.components, [on_beach.instance_prompt] * 24, settings.sampling)
 on_the_beach = {

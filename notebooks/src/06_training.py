@@ -76,7 +76,7 @@ plots.you_are_here("06")
 # %% [markdown]
 # First come steps 1 to 5, as in the notebooks before this one. The training has fewer steps than the default, so that
 # you do not have to wait, and one [learning rate](../docs/glossary.md#learning-rate) from beginning to end, so that
-# the loop stays short (by default the rate decreases along a cosine). The text encoder gets adapters too. The
+# the loop stays short (by default it falls to zero in the last steps). The text encoder gets adapters too. The
 # miniature does not need them, and its default leaves the text encoder frozen; here they are trained so that the loop
 # shows both parts, each with its own learning rate. Eight extra class images are drawn. They are not trained on, but
 # kept for a test.
@@ -557,7 +557,7 @@ comparison
 
 # %% [markdown]
 # **What you should see**: both have learned the toy; compare likeness and the two held-out losses in the table. The
-# sizes are far apart even though the miniature's adapters, at rank 16 on all layers, are large for their base. On
+# sizes are far apart even though the miniature's adapters, on all layers of two blocks, are large for their base. On
 # Stable Diffusion 1.5 all weights of the UNet are 860 million numbers, and adapters of rank 16 on attention are 3
 # million (notebook 10). An adapter can also be turned up and down, switched off and combined with others; fine-tuned
 # weights cannot. That is what LoRA replaces, and why this course uses it.

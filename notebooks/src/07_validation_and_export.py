@@ -293,7 +293,7 @@ Table([*sizes, {"part": "all parts", **sums}])
 
 # %% [markdown]
 # **What you should see**: nothing for the VAE and nothing for the text encoder, which have no adapters, and a file well below
-# the base's size. On a miniature, rank 16 on all layers is a lot, and the adapters are stored in `float32`. On Stable
+# the base's size. The miniature's adapters are large for their base, and they are stored in `float32`. On Stable
 # Diffusion 1.5, rank 16 on attention is a file of some twelve megabytes beside a base of gigabytes.
 #
 # Inside are matrices with telling names (here the first and the last two), and a header with what the matrices alone do

@@ -338,11 +338,12 @@ print("the base's similarity lies below the error bar")
 ROWS = {"default": {}, "attention only": {"lora_layers": "attention"}, "identifier unheard": {"vector_of": "a"}}
 ROWS |= {"identifier 'red'": {"identifier": "red"}, "text encoder trained": {"train_text_encoder": True}}
 ROWS["no prior preservation"] = {"with_prior_preservation": False}
-ROWS |= {f"rank {rank}": {"rank": rank} for rank in (2, 8, 32)}
+ROWS["all layers"] = {"lora_layers": "all"}
+ROWS |= {f"rank {rank}": {"rank": rank} for rank in (2, 8, 64)}
 ROWS |= {f"{n} steps": {"max_train_steps": n} for n in (100, 300, 600)}
 REPEATED, SEEDS = ("default", "attention only", "identifier unheard", "text encoder trained"), (0, 1, 2)
 RUNS = [(name, seed) for name in ROWS for seed in (SEEDS if name in REPEATED else SEEDS[:1])]
-print(f"default: adapters on {config.lora_layers} layers, rank {config.rank}, {config.max_train_steps} steps,", end=" ")
+print(f"default: adapters on {config.lora_layers}, rank {config.rank}, {config.max_train_steps} steps,", end=" ")
 print(f"identifier {config.identifier!r}, text encoder {'trained' if config.train_text_encoder else 'frozen'}")
 print("and in its place:", "; ".join(name for name in ROWS if name != "default"))
 print(len(RUNS), "trainings")
@@ -529,6 +530,7 @@ for label, differences in apart.items():
 # %% [markdown]
 # **What you should see**: *attention only* has the same steps and the same rank as the default, and less fidelity: the
 # difference is what adapters on convolutions and feed-forward layers are worth on this base (notebook 04 shows the pictures).
+# *All layers* has adapters in the other blocks as well, and a longer step.
 # *Identifier unheard*: the same prompt stands for the toy in one half of each batch and for all dogs in the other, so the model
 # answers with a mixture, and neither `sks dog` nor `dog` can be right. *Text encoder trained* has a second set of adapters, and
 # they change next to nothing here, where the identifier is heard anyway. And *no prior preservation* draws the toy, but hardly
@@ -605,7 +607,7 @@ if {"no prior preservation", "attention only", "identifier unheard"} <= rows.key
     print("prior preservation keeps the class varied and unlike the toy")
     for name in ("attention only", "identifier unheard"):
         assert mean_of[name][columns[0]] < default[columns[0]], name
-    print("adapters on all layers draw the toy better than adapters on attention only")
+    print("adapters on all layers of two blocks draw the toy better than adapters on attention only")
     print("an identifier without a vector of its own costs fidelity")
 
 # %% [markdown]

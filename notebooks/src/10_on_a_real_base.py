@@ -306,8 +306,8 @@ print({base: f"{rates['miniature'] / rate:.0f} times lower" for base, rate in ra
 
 # %% [markdown]
 # So learning rates are lower: a large model needs smaller steps. Guidance is stronger. Adapters sit on attention only, as most
-# training scripts do it: that is enough for a large base, and the file stays small (the miniature needs them on all layers,
-# notebook 04). The text encoder stays frozen on all bases; training it needs more memory and a careful rate.
+# training scripts do it: that is enough for a large base, and the file stays small (the miniature needs them on its convolutions
+# too, notebook 04). The text encoder stays frozen on all bases; training it needs more memory and a careful rate.
 #
 # ## From photographs to an adapter
 #
