@@ -308,7 +308,7 @@ compare(
     "good",
     "alpha 4 x rank, lost",
     "alpha 1, lost",
-    title="one adapter, loaded at 1, 1/4 and 16 times its strength",
+    title=f"one adapter, loaded at 1, 1/4 and {config.rank} times its strength",
     alt="Three rows: the toy; dogs that have little of it; patches of colour",
 )
 
