@@ -112,7 +112,7 @@ def test_a_folder_without_preset_gets_its_familys(tmp_path):
     sd3 = {"_class_name": "SD3Transformer2DModel", "sample_size": 64}
     assert suggestion(transformer=sd3, vae=vae, text_encoder_2={}) == PRESETS["sd35"] | {"resolution": 512}
     small = suggestion(transformer=sd3 | {"sample_size": 16}, vae=vae, text_encoder_2={})
-    assert small == PRESETS["miniature"] | {"weighting_scheme": "logit_normal"}
+    assert small == PRESETS["miniature"] | {"weighting_scheme": "logit_normal", "lora_layers": "all"}
     flux = {"_class_name": "FluxTransformer2DModel", "guidance_embeds": True}
     assert suggestion(transformer=flux, vae=vae, text_encoder_2={}) == PRESETS["flux"]
     schnell = flux | {"guidance_embeds": False}
