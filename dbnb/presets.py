@@ -105,10 +105,10 @@ _FLOWS = {"SD3Transformer2DModel": "sd35", "FluxTransformer2DModel": "flux"}
 def suggested(base: str) -> dict[str, Any]:
     """The settings that a base suggests: its preset, or for a pipeline's folder what its own configs tell.
 
-    Without a VAE it is an IF, with a second text encoder an SDXL, and one that draws at most 128 pixels a miniature, with
-    adapters on all layers where it has other blocks than the miniature's; a transformer is told by its class, and a FLUX.1 without a guidance input draws in four steps (its [schnell]). A hub
-    id without a preset is taken for a Stable Diffusion, and one file for what the names of its tensors tell. Raises
-    ValueError where a config or that file cannot be read.
+    Without a VAE it is an IF, with a second text encoder an SDXL, and one that draws at most 128 pixels a miniature
+    (with adapters on all layers where it has other blocks); a transformer is told by its class, and a FLUX.1 without a
+    guidance input draws in four steps (its [schnell]). A hub id without a preset is taken for a Stable Diffusion, and
+    one file for what the names of its tensors tell. Raises ValueError where a config or that file cannot be read.
     """
     base = next((name for name, preset in PRESETS.items() if preset["base"] == base), base)
     folder = Path(os.path.expanduser(base))
