@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 
@@ -48,33 +47,6 @@ def test_an_untrained_transformer_changes_nothing_and_says_nothing():
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert "text_encoder.text_projection.weight" in trained
     assert not any(name.startswith("text_encoder.text_model.encoder.layers.0.") for name in trained)
-
-
-def test_the_teacher_says_on_the_line_what_the_unet_says_on_its_own_way():
-    components, teacher = load_components("miniature"), flow.Teacher(miniature.path())
-    generator = torch.Generator().manual_seed(0)
-    picture, noise, direction = torch.randn(3, 2, 12, design.LATENT_SIZE, design.LATENT_SIZE, generator=generator)
-    tokens = tokenize(design.tokenizer(), CAPTIONS[:2])
-    timesteps = torch.tensor([120, 870])
-    with torch.no_grad():
-        hidden = components.text_encoder(tokens).last_hidden_state
-        seen = components.noise_scheduler.add_noise(picture, noise, timesteps)
-        v = components.unet(seen, timesteps, hidden).sample
-    alpha = components.noise_scheduler.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
-    believed = alpha.sqrt() * seen - (1 - alpha).sqrt() * v  # the picture that the UNet takes it for
-    share = teacher.shares[timesteps].view(-1, 1, 1, 1)
-    noisy = (1 - share) * picture + share * noise
-    assert torch.allclose(noisy - share * teacher(noisy, share, tokens, direction), believed, atol=1e-4)
-    outside = torch.tensor([0.001, 0.999]).view(-1, 1, 1, 1)
-    assert torch.equal(teacher(noisy, outside, tokens, direction), direction)
-
-
-def test_a_base_that_predicts_noise_does_not_teach(tmp_path):
-    shutil.copytree(miniature.path(), tmp_path / "base")
-    config = tmp_path / "base" / "scheduler" / "scheduler_config.json"
-    config.write_text(config.read_text().replace("v_prediction", "epsilon"))
-    with pytest.raises(ValueError, match="predicts 'epsilon': take one that predicts v"):
-        flow.Teacher(tmp_path / "base")
 
 
 @pytest.fixture(scope="module")

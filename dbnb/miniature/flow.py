@@ -1,12 +1,9 @@
 """A transformer on the miniature's latents: `python -m dbnb.miniature.flow --output_dir runs/flow --ship runs/sd3`.
 
-A small Stable Diffusion 3, which plain diffusers loads as `StableDiffusion3Pipeline`. Autoencoder and first text
-encoder are those of a trained miniature; the transformer is new, and so is what only its pooled text needs: a layer on
-that encoder, and a tiny second one, since the pipeline has two. It wants a T5 as well, and gets one that says nothing.
-
-The transformer is trained from nothing on the straight line of flow matching (Lipman et al., 2023; Esser et al., 2024),
-and told by the miniature's UNet what to answer there (distillation: Hinton et al., 2015). Resumable as
-`dbnb.miniature.train` is.
+A small Stable Diffusion 3, trained from nothing by flow matching (Lipman et al., 2023; Esser et al., 2024), which plain
+diffusers loads as `StableDiffusion3Pipeline`. Autoencoder and first text encoder are those of a trained miniature; the
+transformer is new, and so is what only its pooled text needs: a layer on that encoder, and a tiny second one, since the
+pipeline has two. It wants a T5 as well, and gets one that says nothing. Resumable as `dbnb.miniature.train` is.
 """
 
 from __future__ import annotations
@@ -20,11 +17,9 @@ import torch
 import torch.nn.functional as F
 from diffusers import (
     AutoencoderKL,
-    DDPMScheduler,
     FlowMatchEulerDiscreteScheduler,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
-    UNet2DConditionModel,
 )
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from PIL import Image
@@ -180,53 +175,12 @@ class Model(nn.Module):
         )
 
 
-class Teacher(nn.Module):
-    """A trained diffusion model, asked for the direction of the straight line.
-
-    At one share of noise the two paths show the same picture at two scales, so that the answer v to the one is easily
-    turned into the direction that is asked on the other. What is learned from a picture and its noise alone is a mean
-    over all pictures which that noisy one may come from; a trained network answers with that mean at once.
-    """
-
-    def __init__(self, base: Path) -> None:
-        """Raises ValueError where the base's UNet predicts anything but v."""
-        super().__init__()
-        self.unet = UNet2DConditionModel.from_pretrained(base / "unet").float().eval().requires_grad_(False)
-        self.text_encoder = CLIPTextModel.from_pretrained(base / "text_encoder").eval().requires_grad_(False)
-        scheduler = DDPMScheduler.from_pretrained(base / "scheduler")
-        if scheduler.config.prediction_type != "v_prediction":
-            raise ValueError(
-                f"The UNet in {base} predicts {scheduler.config.prediction_type!r}: take one that predicts v."
-            )
-        clean, noise = scheduler.alphas_cumprod.sqrt(), (1.0 - scheduler.alphas_cumprod).sqrt()
-        self.register_buffer("shares", noise / (clean + noise))
-
-    @torch.no_grad()
-    def forward(
-        self, noisy: torch.Tensor, share: torch.Tensor, tokens: torch.Tensor, direction: torch.Tensor
-    ) -> torch.Tensor:
-        """What to answer at `noisy`, (B, C, h, w), with `share` of noise, (B, 1, 1, 1), for `tokens`, (B, 24).
-
-        Where a share lies outside of those that the UNet knows, that is the picture's own `direction`.
-        """
-        length = ((1.0 - share) ** 2 + share**2).sqrt()
-        clean, noise = (1.0 - share) / length, share / length
-        after = torch.searchsorted(self.shares, share.flatten()).clamp(1, len(self.shares) - 1)
-        low, high = self.shares[after - 1], self.shares[after]
-        timesteps = after - 1 + (share.flatten() - low) / (high - low)
-        v = self.unet(noisy / length, timesteps, self.text_encoder(tokens).last_hidden_state).sample
-        known = (share >= self.shares[0]) & (share <= self.shares[-1])
-        return torch.where(known, (noise - clean) * noisy / length + (clean + noise) * v, direction)
-
-
-def train_flow(
-    data: Photographs, vae: AutoencoderKL, latents: torch.Tensor, model: Model, teacher: Teacher, stage: Stage
-) -> bool:
+def train_flow(data: Photographs, vae: AutoencoderKL, latents: torch.Tensor, model: Model, stage: Stage) -> bool:
     """Flow matching; one caption in ten is empty, for guidance. True when the stage is complete.
 
     Times are logit-normal (Esser et al., 2024, 3.1), one from each of B equally likely ranges.
     """
-    words, teacher = design.tokenizer(), teacher.to(stage.device)
+    words = design.tokenizer()
 
     def loss_of_step(step: int) -> dict[str, torch.Tensor]:
         rng = generator(stage.seed, step)
@@ -241,11 +195,9 @@ def train_flow(
         share = torch.special.ndtri(ranges.clamp(1e-4, 1 - 1e-4)).sigmoid().view(-1, 1, 1, 1).to(stage.device)
         noisy = (1.0 - share) * clean + share * noise
         with torch.autocast(stage.device, torch.bfloat16, enabled=stage.mixed_precision == "bf16"):
-            tokens = tokenize(words, captions).to(stage.device)
-            told = model.conditions(tokens, _MANY if long else FEW)
+            told = model.conditions(tokenize(words, captions).to(stage.device), _MANY if long else FEW)
             predicted = model.transformer(noisy, timestep=1000.0 * share.flatten(), **told).sample.float()
-            target = teacher(noisy, share, tokens, noise - clean).float()
-        loss = F.mse_loss(predicted, target)
+        loss = F.mse_loss(predicted, noise - clean)
         return dict(loss=loss)
 
     @torch.no_grad()
@@ -287,8 +239,7 @@ def main(argv: list[str] | None = None) -> None:
         mixed_precision=args.mixed_precision,
         device="cuda" if torch.cuda.is_available() else "cpu",
     )
-    latents = encode_all(vae, data.images, folder / "latents.pt")
-    train_flow(data, vae, latents, model, Teacher(args.start_from), stage)
+    train_flow(data, vae, encode_all(vae, data.images, folder / "latents.pt"), model, stage)
     if args.ship is not None:
         stages = {NAME: stage_record(NAME, args.batch_size, folder)}
         recipe = {"photographs": args.photographs, "seed": args.seed, "stages": stages}
