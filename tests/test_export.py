@@ -210,7 +210,7 @@ def test_in_half_precision_a_right_file_is_right(concept, config, tmp_path, dtyp
     components = load_components("miniature", weight_dtype=dtype)
     add_adapters(components, rank=4, train_text_encoder=True)
     _shake(components, scale=0.3)  # strong: what rounding makes of it, the sampler multiplies
-    config = dataclasses.replace(config, num_inference_steps=8)
+    config = dataclasses.replace(config, num_inference_steps=8, resolution=64)
     export.verify_reload(components, export.save_adapters(components, tmp_path), concept, config.sampling)
 
 

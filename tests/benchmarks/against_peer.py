@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -34,49 +35,40 @@ from dbnb.tables import Table
 from dbnb.toybox.sample import SAMPLE_DIR
 
 _TIMED = Path(__file__).with_name("timed.py")
-_CONCEPT = Concept.from_folder(None, "sks", "dog")
+_CONCEPT, _PHOTOGRAPHS = Concept.from_folder(None, "sks", "dog"), SAMPLE_DIR / "photos"
 _PRESET = PRESETS["miniature"]
 _WARM = 10  # steps that are not counted
 _SAME = {name: _PRESET[name] for name in ("rank", "train_batch_size", "learning_rate", "lr_scheduler")}
 
 
-def peer_arguments(folder: Path, class_folder: Path, steps: int, *further: str) -> list[str]:
-    """The peer's options."""
-    return [
-        "--pretrained_model_name_or_path",
-        str(miniature.path()),
-        "--class_data_dir",
-        str(class_folder),
-        "--with_prior_preservation",
-        "--num_class_images",
-        "100",
-        "--instance_prompt",
-        _CONCEPT.instance_prompt,
-        "--class_prompt",
-        _CONCEPT.class_prompt,
-        "--resolution",
-        str(_PRESET["resolution"]),
-        "--center_crop",
-        "--seed",
-        "0",
-        "--max_train_steps",
-        str(steps),
-        "--output_dir",
-        str(folder),
-        *_both(),
-        *further,
-    ]
+def peer_arguments(
+    concept: Concept, photographs: str | Path, class_folder: Path, folder: Path, steps: int, further: dict[str, Any]
+) -> list[str]:
+    """The peer's options for a training with prior preservation at the miniature's resolution."""
+    options = {
+        "pretrained_model_name_or_path": miniature.path(),
+        "instance_data_dir": photographs,
+        "instance_prompt": concept.instance_prompt,
+        "class_prompt": concept.class_prompt,
+        "class_data_dir": class_folder,
+        "num_class_images": 100,
+        "resolution": _PRESET["resolution"],
+        "max_train_steps": steps,
+        "output_dir": folder,
+        "seed": 0,
+    }
+    return ["--with_prior_preservation", "--center_crop", *words(options | further)]
 
 
 def our_arguments(folder: Path, steps: int, *further: str) -> list[str]:
     """The same in ours; the peer knows adapters on attention alone."""
-    attention = ("--lora_layers", "attention")
-    return ["--max_train_steps", str(steps), "--output_dir", str(folder), *attention, *_both(), *further]
+    options = {"instance_data_dir": _PHOTOGRAPHS, "lora_layers": "attention"}
+    return [*words(options | _SAME | {"max_train_steps": steps, "output_dir": folder}), *further]
 
 
-def _both() -> list[str]:
-    same = _SAME | {"instance_data_dir": SAMPLE_DIR / "photos"}
-    return [word for name, value in same.items() for word in (f"--{name}", str(value))]
+def words(options: dict[str, Any]) -> list[str]:
+    """Options as words of a command line."""
+    return [word for name, value in options.items() for word in (f"--{name}", str(value))]
 
 
 def run(target: str, arguments: list[str], cache: Path) -> tuple[dict, dict[str, torch.Tensor]]:
@@ -123,6 +115,9 @@ def main() -> None:
     args = parser.parse_args()
     rows = Table()
 
+    def the_peers(folder: Path, class_folder: Path, steps: int, *further: str) -> list[str]:
+        return [*peer_arguments(_CONCEPT, _PHOTOGRAPHS, class_folder, folder, steps, _SAME), *further]
+
     def compare(what: str, unit: str, values: dict[str, list[float]]) -> None:
         theirs, ours = (statistics.median(values[name]) for name in ("peer", "ours"))
         digits = 3 if theirs < 1 else 0
@@ -156,12 +151,12 @@ def main() -> None:
             seconds, memory = {"peer": [], "ours": []}, {"peer": [], "ours": []}
             for repeat in range(args.repeats):
                 folder = work / f"{name} {repeat}"
-                arguments = peer_arguments(folder / "peer", class_folder, args.steps, *theirs, *long)
-                for who, target, words in (
+                arguments = the_peers(folder / "peer", class_folder, args.steps, *theirs, *long)
+                for who, target, options in (
                     ("peer", peer, arguments),
                     ("ours", "dbnb", our_arguments(folder / "ours", args.steps, *ours, *short)),
                 ):
-                    notes, first = run(target, words, work / "cache")
+                    notes, first = run(target, options, work / "cache")
                     seconds[who].append(step_seconds(notes))
                     memory[who].append(notes["peak_mib"])
                     if who == "peer" and repeat == 0:
@@ -181,10 +176,10 @@ def main() -> None:
             for repeat in range(args.whole_repeats):
                 folder = work / f"whole {name} {repeat}"
                 validation = ("--validation_prompt", _CONCEPT.instance_prompt)
-                words = peer_arguments(folder / "peer", folder / "class", 400, *theirs, *validation)
-                seconds["peer"].append(run(peer, words, folder / "cache")[0]["seconds"])
-                words = our_arguments(folder / "ours", 400, *ours, *pictures)
-                seconds["ours"].append(run("dbnb", words, folder / "cache")[0]["seconds"])
+                arguments = the_peers(folder / "peer", folder / "class", 400, *theirs, *validation)
+                seconds["peer"].append(run(peer, arguments, folder / "cache")[0]["seconds"])
+                arguments = our_arguments(folder / "ours", 400, *ours, *pictures)
+                seconds["ours"].append(run("dbnb", arguments, folder / "cache")[0]["seconds"])
             compare(f"100 class images, 400 steps, validation images, {name}", "s", seconds)
     print(f"\n{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}; batch, rank: {_SAME}\n")
     print(rows.markdown())

@@ -15,7 +15,7 @@ import json
 import tempfile
 from pathlib import Path
 
-from against_peer import run
+from against_peer import peer_arguments, run
 from results import record
 
 from dbnb import metrics, miniature, toybox
@@ -43,10 +43,10 @@ _EVERY, _PEER_EVERY, _PEER_STEPS = 25, 50, 400
 def ours(config: DreamBoothConfig, work: Path) -> dict[float, float]:
     """Seconds -> normalised fidelity of our run at its defaults."""
     folder = work / "ours"
-    words = ["--instance_data_dir", config.instance_data_dir, "--class_word", config.class_word]
+    words = ["--base", config.base, "--instance_data_dir", config.instance_data_dir, "--class_word", config.class_word]
     words += ["--output_dir", str(folder), "--num_validation_images", "0", "--checkpoints_total_limit", "-1"]
     notes, _ = run("dbnb", [*words, "--checkpointing_steps", str(_EVERY)], work / "cache")
-    components = load_components("miniature")
+    components = load_components(config.base)
     add_adapters(components, config.adapters)
 
     def states():
@@ -61,24 +61,13 @@ def peers(peer: Path, config: DreamBoothConfig, settings: dict, work: Path, name
     folder = work / name
     concept = Concept.from_folder(config.instance_data_dir, config.identifier, config.class_word)
     options = {
-        "pretrained_model_name_or_path": miniature.path(),
-        "instance_data_dir": config.instance_data_dir,
-        "instance_prompt": concept.instance_prompt,
-        "class_prompt": concept.class_prompt,
-        "class_data_dir": work / "class",
-        "num_class_images": config.num_class_images,
         "sample_batch_size": config.sample_batch_size,
-        "resolution": config.resolution,
         "train_batch_size": config.train_batch_size,
         "rank": config.rank,
-        "max_train_steps": _PEER_STEPS,
         "checkpointing_steps": _PEER_EVERY,
-        "output_dir": folder,
-        "seed": 0,
     }
-    words = [word for name, value in (options | settings).items() for word in (f"--{name}", str(value))]
-    flags = ("--with_prior_preservation", "--center_crop", "--pre_compute_text_embeddings")
-    notes, _ = run(str(peer), [*words, *flags], work / "cache")
+    words = peer_arguments(concept, config.instance_data_dir, work / "class", folder, _PEER_STEPS, options | settings)
+    notes, _ = run(str(peer), [*words, "--pre_compute_text_embeddings"], work / "cache")
 
     def states():
         for path in sorted(folder.glob("checkpoint-*"), key=_step):
@@ -95,7 +84,7 @@ def _step(checkpoint: Path) -> int:
 
 def curve(config: DreamBoothConfig, notes: dict, states) -> dict[float, float]:
     """Seconds since the process began -> normalised fidelity, for each (step, components) of `states`."""
-    encoders, base = metrics.load_encoders(miniature.path()), load_components("miniature")
+    encoders, base = metrics.load_encoders(miniature.path()), load_components(config.base)
     concept = Concept.from_folder(config.instance_data_dir, config.identifier, config.class_word)
     photographs = concept.images()
     top = metrics.ceiling(encoders, base, photographs, references(config), config.resolution)
