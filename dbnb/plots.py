@@ -496,7 +496,7 @@ def trade_off(
     way.plot(kept, gained, "o-", ms=4, color=PALETTE[0])
     for step in sorted(points):
         way.annotate(str(step), points[step], xytext=(4, 4), textcoords="offset points", fontsize=SMALL)
-    way.set(xlabel="kept of the class", ylabel="gained of the subject")
+    way.set(xlabel="share of the class kept", ylabel="share of the subject gained")
     way.set_title("step by step", fontsize=LABEL)
     height.plot(list(values), list(values.values()), "o-", ms=4, color=PALETTE[0])
     height.set(xlabel="step", ylabel="trade-off")
@@ -504,7 +504,7 @@ def trade_off(
     height.xaxis.set_major_locator(MaxNLocator(integer=True))
     if chosen is not None:
         for axis, place in ((way, points[chosen]), (height, (chosen, values[chosen]))):
-            axis.plot(*place, "*", ms=15, color=PALETTE[1], label=f"exported: step {chosen}")
+            axis.plot(*place, "*", ms=15, color=PALETTE[1], label=f"best: step {chosen}")
             axis.legend(frameon=False, fontsize=SMALL)
     for axis in (way, height):
         axis.grid(alpha=0.3)

@@ -212,7 +212,7 @@ def test_the_figure_marks_the_choice_and_is_none_without_measures():
     log = [{"step": s, "trade_off": v, "subject_gained": v, "prior_kept": 1 - v} for s, v in ((10, 0.3), (20, 0.6))]
     figure = progress.figure(log, chosen=20)
     assert [text.get_text() for text in figure.axes[0].texts] == ["0", "10", "20"]
-    assert "exported: step 20" in [text.get_text() for text in figure.axes[1].get_legend().get_texts()]
+    assert "best: step 20" in [text.get_text() for text in figure.axes[1].get_legend().get_texts()]
     FigureCanvasAgg(figure).draw()
     assert isinstance(figure, plots.Figure)
 
