@@ -18,9 +18,8 @@
 # trainable weights are `float32` whatever the base is; what "dual" means. Afterwards you can say of any adapter how
 # large it is, where it sits and how much it changes.
 #
-# **What you need**: notebook [03](03_loading_and_freezing.ipynb). About a minute and a half on two CPU cores if
-# notebook 00 has run, whose training is compared with a second one here; a minute and a half more if not; half a
-# minute when you come back.
+# **What you need**: notebook [03](03_loading_and_freezing.ipynb). About three minutes on two CPU cores if notebook 00
+# has run, whose training is compared with two others here; a minute more if not; half a minute when you come back.
 #
 # ---
 
@@ -184,9 +183,9 @@ print("B after A is one kernel:", torch.allclose(two_steps, one_kernel, atol=1e-
 # respond (notebook 03).
 #
 # `lora_layers` says which layers of the UNet get an adapter: `attention`, or `all` (every linear layer and every
-# convolution of the UNet's blocks), or the names of layers or of whole blocks. The miniature suggests its last two
-# blocks, and two sections below show why. Large bases suggest `attention`, as most training scripts do; it is usually
-# enough there, and the files stay small. Here all layers get adapters, so that you can look at every kind.
+# convolution of the UNet's blocks), or the names of layers or of whole blocks. The miniature's default is its last
+# two blocks, and two sections below show why. For large bases it is `attention`, as in most training scripts: that is
+# usually enough there, and the files stay small. Here all layers get adapters, so that you can look at every kind.
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -357,9 +356,9 @@ plots.show(
         {which: (range(1, len(e) + 1), e) for which, e in errors.items()},
         xlabel="rank of the approximation",
         ylabel="share that is missing",
-        title="W needs many directions, what was learned only a few",
+        title="W needs many directions, its change hardly more than one",
     ),
-    alt="Three falling curves: random numbers and W fall slowly, the change falls fast and reaches zero at its rank",
+    alt="Two curves that fall slowly, for random numbers and W; the change's is near zero from the first direction on",
 )
 
 # %%
@@ -370,9 +369,9 @@ print(f"with rank {rank} nothing of the change is missing, and some of W is")
 
 # %% [markdown]
 # The end of the curve holds by construction: a product of thin matrices has no more directions than its rank. The
-# beginning of the curve was learned: a few directions carry most of the change. Is this so in every layer? For each
-# layer, count the directions that carry nine tenths of the squared change, and measure how large the change is beside
-# the weights (`flatten` writes a convolution's weights as matrices):
+# beginning of the curve was learned: in this layer a single direction carries nearly the whole change. Is this so in
+# every layer? For each layer, count the directions that carry nine tenths of the squared change, and measure how
+# large the change is beside the weights (`flatten` writes a convolution's weights as matrices):
 
 # %%
 moved, needed, adapted_layers = {}, {}, {}
@@ -410,18 +409,19 @@ fidelity = {keep: metrics.subject_fidelity(encoders.identity_features(images), r
 plots.show(
     plots.image_rows(
         list(cut.values()),
-        labels=[f"{keep} directions:\nfidelity {fidelity[keep]:.2f}" for keep in cut],
+        labels=[f"{keep} direction{'s' * (keep > 1)}:\nfidelity {fidelity[keep]:.2f}" for keep in cut],
         title="One adapter, cut down to its largest directions in every layer",
     ),
-    alt="Four rows of dogs: the more directions are kept, the nearer the dogs are to the toy",
+    alt="Four rows of dogs, from one direction in each layer to all: all are the toy, in other backgrounds",
 )
 
 # %% [markdown]
-# **What you should see**: one direction in each layer already brings the toy, and by the fidelity in the labels most of
-# what all of them bring. Why train with a higher rank, then? Before training, nobody
-# knows which directions are needed. A higher rank offers more of them to start from, and training finds the good ones
-# in the same number of steps. So cutting down afterwards is not the same as training with a low rank: notebook 08
-# trains with several ranks and measures what each is worth.
+# **What you should see**: one direction in each layer is already enough for the toy, and the labels give it about the
+# fidelity of all of them. What the other directions change most is the background: with all of them it is one of the
+# photographed places in each picture. Why train with a higher rank, then? Before training, nobody knows which
+# directions are needed. A higher rank offers more of them to start from, and training finds the good ones in the same
+# number of steps. So cutting down afterwards is not the same as training with a low rank: notebook 08 trains with
+# several ranks and measures what each is worth.
 #
 # ## Which layers moved?
 #
@@ -443,9 +443,9 @@ plots.show(
 )
 
 # %% [markdown]
-# **What you should see**: numbers below 1 for most layers: the old weights are adjusted, not replaced. Every kind of
-# layer has changed. Cross-attention has to change, since the word `sks` reaches the picture only there; the others
-# change how the picture is painted.
+# **What you should see**: numbers below 1: in each of these layers the change is smaller than the weights themselves,
+# though in a few it is not much smaller. Every kind of layer has changed. Cross-attention has to change, since the
+# word `sks` reaches the picture only there; the others change how the picture is painted.
 #
 # ## What each block paints
 #
@@ -484,21 +484,23 @@ plots.show(
     plots.image_rows(
         list(by_block.values()),
         labels=[f"{name}:\nfidelity {fidelity[name]:.2f}" for name in by_block],
-        title=f"Of what all blocks gain, {first} has {gained[first]:.0%}, {second} {gained[second]:.0%}",
+        title=f"{first} brings {gained[first]:.0%} of the gain in fidelity, the next best block {gained[second]:.0%}",
     ),
-    alt="Nine rows of dogs: with most blocks alone they stay as they were, with the last one they have the toy's colours and spots",
+    alt="Nine rows of dogs: some blocks alone change little, some change colours and places, the last one gives the toy",
 )
 
 # %% [markdown]
-# **What you should see**: most blocks alone change hardly anything, and one of them brings nearly the whole toy: the last. It
-# is the one that paints the details, from all that the others hand on to it. The block before it changes colours and places,
-# but not towards the toy: its adapters were trained *together* with the others', and are of little use without them.
+# **What you should see**: one block brings nearly the whole toy, its colours and its spots together: the last. It is
+# the one that paints the details, from all that the others hand on to it. The first block and the one before the last
+# change colours and places, but not towards the toy: their adapters were trained *together* with the others', and are
+# of little use without them. The other blocks alone change hardly anything.
 #
 # ## Which layers to train
 #
-# Would it be enough, then, to *train* the last two blocks and nothing else? What the other blocks have learned, these two would
-# have to learn as well. In return a step is shorter, since no gradient has to go back beyond them. This is the miniature's
-# default, and so it is the training of notebook 00.
+# Would it be enough, then, to *train* only the last blocks? We take the last two, so that the block before the last
+# can learn what to hand on. What the other blocks have learned, these two have to learn as well. In return a step is
+# shorter, since no gradient has to go back beyond them. This is the miniature's default, and so it is the training of
+# notebook 00.
 #
 # And would attention be enough, in all blocks? Attention decides what goes where: it copies mixtures of features from one
 # place of the picture to another. The convolutions and the feed-forward layers decide which features there are, and how a
@@ -530,7 +532,7 @@ plots.show(
         labels=["photographs", *(f"{name}:\nfidelity {value:.2f}" for name, value in fidelity.items())],
         title="The same steps, rank and learning rate: what adapters on attention only cannot paint",
     ),
-    alt="Photographs of the toy, and the toy in eight places drawn with adapters on attention, on all layers, on two blocks",
+    alt="Photographs of the toy, and the toy drawn for eight places with adapters on attention, on all layers, on two blocks",
 )
 
 # %%
@@ -540,9 +542,10 @@ for name in ("all layers", "the last two blocks"):
     print(f"with adapters on {name} the pictures are nearer to the photographs than with attention only")
 
 # %% [markdown]
-# **What you should see**: compare the colour of the body and the pattern on it with the first row, picture by picture.
-# With adapters on attention only, the body turns from teal to blue, the yellow turns orange in places and the spots run
-# together; in the other two rows the colours are nearer to the photographs' and the spots are spots. What they cost:
+# **What you should see**: compare each row with the photographs in the first one. With adapters on attention only,
+# the dog is blurred, the yellow turns orange in places and the spots run together. In the other two rows the spots
+# are spots, and the colours are nearer to the photographs', although not in every picture. Compare the places as
+# well: the prompt of the last picture in each row asks for the moon. What they cost:
 
 # %%
 for name, one in sessions.items():
@@ -800,8 +803,8 @@ check_04b(merged)
 # ## In short
 #
 # - DreamBooth fine-tunes all of $W$. LoRA keeps $W$ and adds $BA$; $B = 0$ at first, so training starts at the base.
-# - Adapters are added to the UNet, on attention, on all layers or on some blocks, and optionally to the text encoder; each part has
-#   its own rank and alpha. Adapters on attention alone do not learn every pattern on the miniature.
+# - Adapters are added to the UNet, on attention, on all layers or on some blocks, and optionally to the text encoder;
+#   each part has its own rank and alpha. Adapters on attention alone do not learn every pattern on the miniature.
 # - A convolution's adapter is a $k \times k$ convolution to $r$ channels and a $1 \times 1$ convolution.
 # - Trainable weights are `float32`.
 #

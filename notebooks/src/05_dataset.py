@@ -9,11 +9,12 @@
 # %% [markdown]
 # # 05 The dataset: half the toy, half the class
 #
-# **What you will do**: take apart one [batch](../docs/glossary.md#batch), see how it follows from the number of the step alone, and measure what is
-# gained by computing things once.
+# **What you will do**: take apart one [batch](../docs/glossary.md#batch), see how it follows from the number of the
+# step alone, and measure what is gained by computing things once.
 #
-# **What you will learn**: how instance and class images are paired; crops and flips; which results can be kept between
-# steps, when, and what that saves. Afterwards you can rebuild any step of any run on its own.
+# **What you will learn**: how instance and class images are paired; crops and flips; which results can be kept
+# between steps, when, and what that saves; how captions and masks keep the background out of the identifier.
+# Afterwards you can rebuild any step of any run on its own.
 #
 # **What you need**: notebooks [01](01_instance_data.ipynb) to [03](03_loading_and_freezing.ipynb). About two minutes on two
 # CPU cores, most of it for two short trainings; half a minute later, when their results are kept.
@@ -160,8 +161,8 @@ plots.show(
 #
 # ## Crops and flips
 #
-# A photograph is scaled down until its shorter side has `resolution` pixels. The excess of its longer side is cut off: around
-# the middle, or at another random place each time. Mirroring half of the pictures is an option as well. Both make more of five
+# A photograph is scaled down until its shorter side has `resolution` pixels. Of the longer side, either the middle is
+# kept or, each time, a random section. Mirroring half of the pictures is an option as well. Both make more of five
 # pictures, and both can teach the model something wrong.
 #
 # Our photographs are square. So, to have something to cut, here they are as a wide camera would have taken them:
@@ -214,7 +215,7 @@ print("the crops are those draws:", all(by_hand(n) == crops[n] for n in range(6)
 print(f"mirrored, of a thousand: {sum(one.draw('instance', n)[1] for n in range(1000)) / 1000:.1f}")
 
 # %% [markdown]
-# Look at the crops again: in most of them the muzzle or the tail touches the edge or is cut. For a rendered toy we know
+# Look at the crops again: in one the muzzle is cut, and in another it touches the edge. For a rendered toy we know
 # exactly which pixels are the toy (`toybox.mask`), so we can count how often that happens. **Predict**: in how many of a
 # thousand random crops is more than a hundredth of the dog missing, and in how many more than a tenth? And in a panorama
 # twice as wide as high, with the same dog in its middle?
@@ -288,9 +289,10 @@ encoding = time.perf_counter() - started
 print(f"{count} pictures encoded in {encoding:.1f} s; each now is {tuple(cached.latents['instance', 0, False].shape)}")
 
 # %% [markdown]
-# Twice as many channels as latents have: what is kept is the *[posterior](../docs/glossary.md#posterior)*, a mean and a (logarithm of the) variance of each
-# number, not one sample of it. Each step still draws its own. **Predict**: will you see a difference between the decoded mean
-# of one photograph and three decoded samples?
+# These are twice as many channels as latents have, because what is kept is the
+# *[posterior](../docs/glossary.md#posterior)*, a mean and a (logarithm of the) variance of each number, not one
+# sample of it. Each step still draws its own. **Predict**: will you see a difference between the decoded mean of one
+# photograph and three decoded samples?
 
 # %%
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
@@ -306,14 +308,15 @@ plots.show(
         inches=1.5,
         title="Samples of one posterior look alike",
     ),
-    alt="A photograph, its decoded mean, and three decoded samples: hardly to be told apart",
+    alt="A photograph, and its decoded mean and three decoded samples, which look alike and a little softer",
 )
 print(f"deviation of one number between samples {posterior.std.mean():.3f}, ", end="")
 print(f"between the numbers of one picture {posterior.mean.std():.3f}")
 
 # %% [markdown]
-# **What you should see**: hardly any difference. The VAE is sure of what it sees; what it leaves open is a little noise, and
-# training should not meet the same noise at every step.
+# **What you should see**: no difference between the mean and the samples. All four are a little softer than the
+# photograph, because the VAE loses fine detail. It is sure of what it sees; what it leaves open is a little noise,
+# and training should not meet the same noise at every step.
 #
 # With random crops nothing can be kept, since the pixels differ each time. The dataset says so and refuses, instead of
 # quietly training on one crop:
@@ -374,9 +377,10 @@ plots.show(
 )
 
 # %% [markdown]
-# **What you should see**: encoding the pictures again at each step was the expensive part. The text encoder of the miniature
-# is small; on a large base it costs more. It is frozen here, as in the miniature's default training, so that both can be
-# kept: the last bar. A training that adapts the text encoder as well can keep the latents only: the second bar.
+# **What you should see**: encoding the pictures again at each step took more than a third of the time. The text
+# encoder of the miniature is small; on a large base it costs more. It is frozen here, as in the miniature's default
+# training, so that both can be kept: the last bar. A training that adapts the text encoder as well can keep the
+# latents only: the second bar.
 #
 # Encoding all pictures beforehand is not free either. How soon is it paid back?
 
@@ -454,12 +458,13 @@ for path in forms.values():
 # %% [markdown]
 # ## Masks: what counts as the subject
 #
-# The background of your photographs is trained on as well. With five different backgrounds that hardly matters: what they
+# The background of your photographs is trained on as well. With five different backgrounds that matters less: what they
 # have in common is the toy. But what if all your photographs were taken on the same carpet? Let us do exactly that, and put
 # the toy on the beach in all five.
 #
-# A *mask* says which pixels are the subject: `dog.mask.png` beside `dog.png`, white on the subject, or the alpha channel of
-# a picture that was cut out. With `--masked_loss` each place of the latents counts by how much of it is masked.
+# A *mask* says which pixels are the subject: `dog.mask.png` beside `dog.png`, white on the subject, or the alpha
+# channel of a picture that was cut out. With `--masked_loss`, each position of the latents is weighted by how much of
+# it the mask shows as subject.
 
 # %%
 from dbnb.dataset import loss_weights
@@ -518,8 +523,8 @@ print(
 # a mean of 1, so that a small subject does not count less than a large one. Class images have no masks: everything in them
 # counts.
 #
-# Now two short trainings on these five photographs, without and with masks. **Predict**: you then ask for `a photo of sks
-# dog`, and no place. Where will the dog stand?
+# Now two short trainings on these five photographs, without and with masks. **Predict**: you then ask for `a photo of
+# sks dog`, without naming a place. Where will the dog stand?
 
 # %%
 from dbnb.miniature.evaluate import Judge
@@ -544,17 +549,17 @@ plots.show(
         inches=1.1,
         title="'a photo of sks dog': with masks far fewer dogs stand on the beach",
     ),
-    alt="Above, the toy on the beach nearly every time; below, the toy in several places, with stains here and there",
+    alt="Above, the toy on the beach; below, the toy in several places",
 )
 for masked_loss, found in on_the_beach.items():
     print(f"{'with' if masked_loss else 'without'} masks: {found.mean():.0%} of {len(found)} pictures show a beach")
 
 # %% [markdown]
-# **What you should see**: without masks the beach has become part of what `sks dog` means. With masks it appears far less
-# often. It does not disappear: each place of the latents is computed from its neighbours too, so that what is learned on the
-# toy's outline reaches a little beyond it. And where the loss does not count nothing corrects the model, which shows as
-# stains in the background. So masks do not replace varied photographs, but they are the first thing to try when all your
-# photographs have the same background.
+# **What you should see**: without masks the beach has become part of what `sks dog` means. With masks it appears far
+# less often. It does not disappear: each place of the latents is computed from its neighbours too, so that what is
+# learned on the toy's outline reaches a little beyond it. And where the loss does not count, nothing corrects the
+# model, so that a background may have small faults, such as a grey smudge. So masks do not replace varied
+# photographs, but they are the first thing to try when all your photographs have the same background.
 
 # %% [markdown]
 # ## Exercises
@@ -599,8 +604,9 @@ check_05a(collate)
 #
 # ### Exercise B: an order without a memory (10 minutes)
 #
-# Which image does sample n show? Every image comes once before any comes again; each round (an *[epoch](../docs/glossary.md#epoch)*) has a random order of its
-# own; and the answer follows from n and the seed alone, so that you get sample 1,000 without going through the 999 before it.
+# Which image does sample n show? Every image comes once before any comes again; each round (an
+# *[epoch](../docs/glossary.md#epoch)*) has a random order of its own; and the answer follows from n and the seed
+# alone, so that you get sample 1,000 without going through the 999 before it.
 
 # %%
 from dbnb.exercises import check_05b
