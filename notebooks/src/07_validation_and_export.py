@@ -588,7 +588,10 @@ losses.savefig(output / "loss.png")
 run.save(output / "config.json")
 card = export.model_card(concept, run, numbers, has_text_encoder=False)
 card.save(output / "README.md")
-plots.show(losses, alt="Two clouds of losses: the running mean for the photographs falls, that for the class images stays level")
+plots.show(
+    losses,
+    alt="Two clouds of losses: the running mean for the photographs falls, that for the class images stays level",
+)
 print(card.text[: card.text.index("## Settings")].strip())
 
 # %% [markdown]

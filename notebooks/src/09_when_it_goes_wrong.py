@@ -30,7 +30,7 @@
 # | the subject comes with something that no photograph shows | [14](#14-the-identifier-means-something) |
 # | the subject lies on its side, or is cut off | [15](#15-the-photographs-lie-on-their-side) |
 # | two heads, repeated or cropped objects, coarse patches | [16](#16-another-resolution-than-the-base-was-trained-at) |
-# | patches of colour or noise instead of a picture | [17](#17-the-base-predicts-something-else), [18](#18-the-latents-have-another-scale), [5](#5-the-learning-rate-is-too-high) |
+# | patches of colour or noise instead of a picture | [17](#17-the-base-predicts-something-else), [5](#5-the-learning-rate-is-too-high), [4](#4-alpha-is-lost), [6](#6-the-guidance-is-too-high) |
 # | black pictures, a loss that is `nan` | [19](#19-not-a-number), [20](#20-black-pictures-from-a-sound-adapter) |
 # | `CUDA out of memory` | [21](#21-out-of-memory) |
 #
@@ -192,10 +192,12 @@ print("at a rate of 1e-6: less than a hundredth of a good training's effect")
 #
 # ## 2 the file does not fit
 #
-# **You see** the base's pictures, and no error: a loader that finds none of the names it looks for loads nothing.
+# **You see** the base's pictures and at most a warning (`No LoRA keys associated to …`): a loader that finds none of
+# the names it looks for loads nothing. A file for another family often raises an error about shapes instead.
 #
-# **Made** by writing one good adapter in three wrong ways: with the names that peft gives its tensors, with the text
-# encoder's tensors under a prefix that no loader reads, and as an adapter of Stable Diffusion 1.5.
+# **Made** by giving the good adapter's tensors the names that peft uses, by adding invented tensors for a text
+# encoder under a prefix that no loader reads, and by inventing a file for Stable Diffusion 1.5. (In the second of
+# these files the good adapter is whole, so the toy still appears.)
 #
 # **Check**: `python -m dbnb.doctor FILE --base BASE`, which is `diagnose` here.
 
@@ -370,8 +372,8 @@ plots.show(
 #
 # **Made** by raising `guidance_scale`.
 #
-# **Check**: `draw(…, guidance_scale=suggested(base)["guidance_scale"])`: the same noise at the scale that the base
-# suggests.
+# **Check**: `from dbnb.presets import suggested`, then draw from the same noise with the base's own scale,
+# `suggested(config.base)["guidance_scale"]`.
 
 # %%
 scales = (config.guidance_scale, 7.5, 15.0)
@@ -385,9 +387,9 @@ plots.show(
 
 # %% [markdown]
 #
-# **Fix**: *SD 1.5*: 5 to 8. *SDXL*: 4 to 7. *Stable Diffusion 3*: about 4.5; FLUX.1 [dev] has its guidance built in,
-# about 3.5, and no negative prompt. Few-step variants (Turbo, Lightning, LCM, FLUX.1 [schnell]) are drawn at 0 to 2,
-# and are fried at the usual values.
+# **Fix**: *SD 1.5*: 5 to 8. *SDXL*: 4 to 7. *Stable Diffusion 3.5*: about 4.5 (Stable Diffusion 3: up to 7). FLUX.1
+# [dev] has its guidance built in, about 3.5, and no negative prompt; FLUX.1 [schnell] ignores the scale. Few-step
+# variants (Turbo, Lightning, LCM) are drawn at 0 to 2, and are fried at the usual values.
 #
 # ## 7 adapters in half precision
 #
@@ -438,7 +440,8 @@ plots.show(
 # %% [markdown]
 # ## 8 learned by heart
 #
-# **You see** one photograph again and again, and at last whatever the prompt says. This is [overfitting](../docs/glossary.md#overfitting).
+# **You see** one photograph again and again, in the end even when the prompt asks for something else. This is
+# [overfitting](../docs/glossary.md#overfitting).
 #
 # **Made** by training on a single photograph, taken in the desert, without class images, at a high
 # rate. Five photographs that are trained on for too long end there as well, only later.
@@ -479,8 +482,7 @@ plots.show(
 # %% [markdown]
 #
 # **Fix**, for all of them: more photographs, in more places; fewer steps (stop before the second line rises:
-# `--holdout` and `--select best`); class images; a lower rank. Large bases overfit at some hundred steps for each
-# photograph.
+# `--holdout` and `--select best`); class images; a lower rank. Large bases overfit after a few hundred steps per photograph.
 #
 # ## 9 the background was learned too
 #
@@ -497,14 +499,13 @@ snowy = folder / "snowy"
 snowy.mkdir()
 for seed in range(5):
     toybox.photograph(SAMPLE_TOY, scene="snow", seed=seed, size=256).save(snowy / f"{seed}.png")
-models["all in the snow"] = workflow.trained(
-    dataclasses.replace(config, **SHORT, instance_data_dir=str(snowy))
-).components
+longer = SHORT | dict(max_train_steps=120, instance_data_dir=str(snowy))
+models["all in the snow"] = workflow.trained(dataclasses.replace(config, **longer)).components
 compare(
     "good",
     "all in the snow",
     title="the snow came along",
-    alt="Above the toy in many places, below the toy in the snow, every time",
+    alt="Above the toy in several places, below the snow in every picture",
 )
 
 # %% [markdown]
@@ -543,7 +544,8 @@ compare(
 #
 # ## 11 the halves are mixed up
 #
-# **You see** the subject in the class, although there are class images.
+# **You see** some of the subject's colours and markings in the class, although there are class images, and after a longer
+# training the subject itself.
 #
 # **Made** by batches whose pictures are interleaved (subject, dog, subject, dog …) while their prompts
 # are grouped. No error comes up, since all shapes are right.
@@ -580,7 +582,7 @@ compare(
     "mixed up",
     prompt=CLASS,
     title="half of the toy was trained as 'a dog'",
-    alt="Above varied dogs; below dogs that have much of the teal toy",
+    alt="Above varied dogs; below dogs of which some have taken on the toy's colours or spots",
 )
 
 # %% [markdown]
@@ -770,15 +772,16 @@ compare(
 # %% [markdown]
 #
 # **Fix**: SD 1.5 and SDXL predict noise. Stable Diffusion 2.1 at 768 pixels predicts $v$, and so do some fine-tuned
-# SDXL checkpoints; a checkpoint in one file does not say so: give `prediction_type="v_prediction"` when you load it,
-# and use `rescale_betas_zero_snr` if its card says so. Flow models predict noise minus picture and have schedulers of
+# SDXL checkpoints; a checkpoint in one file does not say so: set it yourself: `pipeline.scheduler =
+# type(pipeline.scheduler).from_config(pipeline.scheduler.config, prediction_type="v_prediction")`, with
+# `rescale_betas_zero_snr=True` if its card says so. Flow models predict noise minus picture and have schedulers of
 # their own; an `epsilon` option does not apply to them.
 #
 # ## 18 the latents have another scale
 #
-# **You see** dark and soft pictures, or hard edges and wrong colours, from the base as well. The autoencoder's latents
-# are multiplied by `scaling_factor` before training and divided by it before decoding; forgotten on one side,
-# everything is too strong or too weak.
+# **You see** blurred pictures with too much contrast, or greyish ones with halos at the edges, from the base as well.
+# The autoencoder's latents are multiplied by `scaling_factor` before training and divided by it before decoding;
+# forgotten on one side, everything is too strong or too weak.
 #
 # **Made** with factors that are not the miniature's.
 #
@@ -798,7 +801,7 @@ plots.show(
     plots.image_rows(
         rows, labels=[f"factor {factor:g}" for factor in factors], title="The factor belongs to the autoencoder"
     ),
-    alt="Dogs; the same dogs, dark and soft, at SD 1.5's factor; the same with hard edges and wrong colours at 4",
+    alt="Dogs; the same dogs, blurred and with harder contrast, at SD 1.5's factor; the same, greyish and with halos, at 4",
 )
 
 # %% [markdown]
@@ -857,8 +860,8 @@ print("train said:", refused)
 #
 # - *The autoencoder overflows in `float16`*, SDXL's in particular. `pipeline(…,
 #   output_type="latent").images.isfinite().all()` is true, and the decoded picture is black. The **fix** for *SDXL*:
-#   `pipeline.vae.to(torch.float32)` (`upcast_vae`), or the repaired `madebyollin/sdxl-vae-fp16-fix`. SD 1.5 and *flow
-#   models*: `bfloat16`, or `float32` for the autoencoder alone.
+#   `pipeline.vae.register_to_config(force_upcast=True)`, with which the pipeline decodes in `float32` by itself, or
+#   the repaired `madebyollin/sdxl-vae-fp16-fix`. *SD 1.5* and *flow models*: load the whole pipeline in `bfloat16`.
 # - *The safety checker of SD 1.5* has replaced the picture by a black one; it sometimes flags harmless pictures.
 #   `pipeline(…).nsfw_content_detected` holds a `True`. The **fix**: another seed, or a look at what the prompt asks
 #   for; SDXL and flow models have no such checker in diffusers.
@@ -930,12 +933,12 @@ print("faults:", ", ".join(FAULTS), "| otherwise:", ALL_IS_WELL)
 print("losses:", {letter: f"{run.losses[0]:.2f} to {run.losses[-1]:.2f}" for letter, run in runs.items()})
 
 
-def diagnose(run: Run) -> str:
+def fault_of(run: Run) -> str:
     """The fault of a run, one of FAULTS, or ALL_IS_WELL."""
     ...
 
 
-check_09a(diagnose)
+check_09a(fault_of)
 
 # %% [markdown]
 # <details><summary>Hint 1</summary>
@@ -962,7 +965,7 @@ check_09a(diagnose)
 # import math
 #
 #
-# def diagnose(run):
+# def fault_of(run):
 #     A, B = run.after
 #     first_half = run.batch[: len(run.batch) // 2]
 #     if not all(math.isfinite(loss) for loss in run.losses):
@@ -1023,8 +1026,9 @@ check_09b(reached)
 # <details><summary>Answers</summary>
 #
 # 1. A: no class images. B: the base. C: cats as class images. D: the halves are mixed up. E: the good training. E
-#    should be nearest to B. A and D both have something of the toy in the class. A picture does not say why; a look at
-#    one batch does.
+#    should be nearest to B. B, D and E are hard to tell apart by looking, although D is the faulty one. A and D both
+#    have something of the toy in the class, and D hardly anything of it for the identifier. A picture does not say
+#    why; a look at one batch does.
 # 2. For 5 and 6, draw with a lower guidance scale: if the picture is sound then, it was 6. For 10 and 11, look at one
 #    batch with its prompts. If you cannot run a check, change what costs least and can be undone: the guidance scale,
 #    then the strength of the adapter, and only then the training.

@@ -65,17 +65,16 @@ from dbnb.training import batch_at, training_step
 from dbnb.validation import validation_images
 
 workflow.quiet_libraries()
-print("this machine:", "a CUDA device" if torch.cuda.is_available() else "no CUDA device")
 plots.you_are_here("10")
 
 # %% [markdown]
 # ## What fills the memory?
 #
-# Four things: the frozen **weights**; the **adapters** with their gradients and two moments of AdamW each, in `float32`;
-# the **[activations](../docs/glossary.md#activations)** that the backward pass will need; and what the libraries take. The first three follow from shapes.
-# `training_memory` builds the UNet, or the transformer that newer bases have in its place, without storage from its
-# published config, runs one step of it, and counts what would be alive at its highest moment. Each base is asked once; the
-# answer is kept.
+# Four things: the frozen **weights**; the **adapters** with their gradients and two moments of AdamW each, in
+# `float32`; the **[activations](../docs/glossary.md#activations)** that the backward pass will need; and what the
+# libraries take. The first three follow from shapes. `training_memory` builds the UNet, or the transformer that newer
+# bases have in its place, without storage from its published config, runs one step of it, and counts what would be
+# alive at its highest moment. Each base is asked once; the answer is kept.
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -138,8 +137,8 @@ print("for every base adapters take less than a tenth of what the weights take")
 # ## Which switch empties it?
 #
 # - Fewer pictures a step: activations are in proportion to them.
-# - **[Gradient checkpointing](../docs/glossary.md#gradient-checkpointing)** keeps only a few activations and computes the others again in the backward pass: it trades time
-#   for memory.
+# - **[Gradient checkpointing](../docs/glossary.md#gradient-checkpointing)** keeps only a few activations and computes
+#   the others again in the backward pass: it trades time for memory.
 # - A lower rank, or an optimizer with 8-bit moments: they touch the adapters, and so next to nothing.
 #
 # The dashed lines are cards; two gigabytes are set aside for the CUDA context, libraries and fragments. **Predict** the
@@ -171,8 +170,9 @@ few, many, kept = (memory(SD, *options)["activations"] for options in ((False, 2
 print(f"8 pictures keep {many / few:.1f} times what 2 keep; checkpointing leaves less than half: {kept < few / 2}")
 
 # %% [markdown]
-# **What you should see**: only eight pictures without checkpointing go past the smallest card; with it, eight take hardly
-# more than two without. What checkpointing costs in time can be measured here, on the miniature: six steps each way, the median of the last five.
+# **What you should see**: only eight pictures without checkpointing go past the smallest card; with it, eight take
+# hardly more than two without. What checkpointing costs in time can be measured here, on the miniature: six steps
+# each way, the median of the last five.
 
 # %%
 import statistics
@@ -194,6 +194,10 @@ for checkpointing in (False, True):
     seconds[checkpointing] = statistics.median(b - a for a, b in zip(times[1:], times[2:], strict=False))
 without, with_it = seconds.values()
 print(f"{without:.3f} s a step, with checkpointing {with_it:.3f} s: {with_it / without:.2f} times")
+
+# %% [markdown]
+# By the count of passes it should be about one and a half times: two forward passes and a backward one instead of one of
+# each. A few steps on a busy processor may show more.
 
 # %% [markdown]
 # ## What fits where
@@ -269,16 +273,17 @@ Table(
 )
 
 # %% [markdown]
-# The next cell plans for the card of this machine, or, where there is none, for one with 16 GB, such as a T4, which Colab
-# offers. A step is not the only thing that needs room: pictures are drawn before and after, and the VAE decodes them.
-# `peak_memory` gives the highest moment of each phase, for one pair of pictures a step, and four pictures drawn at once.
+# The next cell plans for the card of this machine, or, where there is none, for one with 16 GiB. (Colab's T4 is sold
+# with 16 GB and reports less than 15 GiB: run the cell there for its own plan.) A step is not the only thing that
+# needs room: pictures are drawn before and after, and the VAE decodes them. `peak_memory` gives the highest moment of
+# each phase, for one pair of pictures a step, and four pictures drawn at once.
 
 # %%
 if torch.cuda.is_available():
     card = torch.cuda.get_device_properties(0)
     card_name, card_gib = card.name, card.total_memory / GIB
 else:
-    card_name, card_gib = "a card of 16 GB", 16.0
+    card_name, card_gib = "a card of 16 GiB", 16.0
 print(f"{card_name}, {card_gib:.0f} GiB")
 for name in BASES:
     print(f"  {short(name).replace(chr(10), ', '):16} {recipe(name, card_gib)}")
@@ -305,9 +310,11 @@ rates = {base: preset["learning_rate"] for base, preset in PRESETS.items()}
 print({base: f"{rates['miniature'] / rate:.0f} times lower" for base, rate in rates.items() if base != "miniature"})
 
 # %% [markdown]
-# So learning rates are lower: a large model needs smaller steps. Guidance is stronger. Adapters sit on attention only, as most
-# training scripts do it: that is enough for a large base, and the file stays small (the miniature needs them on its convolutions
-# too, notebook 04). The text encoder stays frozen on all bases; training it needs more memory and a careful rate.
+# So learning rates are lower: a large model needs smaller steps. Guidance is stronger. On most bases adapters sit on
+# attention only, as in most training scripts: that is enough for a large base, and the file stays small (the
+# miniature needs them on its convolutions too, notebook 04). On FLUX.1 they sit on feed-forward layers as well, which
+# the plans above leave out. The text encoder stays frozen on all bases; training it needs more memory and a careful
+# rate.
 #
 # ## From photographs to an adapter
 #
@@ -374,7 +381,7 @@ way = grid(
 )
 plots.show(
     plots.show_images(list(way.values()), titles=[f"step {step}" for step, _ in way], title="The way to the subject"),
-    alt="One picture at each checkpoint, from the same noise: colours come first, the pattern later",
+    alt="One picture at each checkpoint, from the same noise: a dog that becomes the toy step by step",
 )
 
 # %% [markdown]
@@ -393,7 +400,7 @@ plots.show(
         [before.subject, after.subject, before.scenes, after.scenes, before.classes, after.classes],
         labels=[f"{when}:\n{what}" for what in ("subject", "in places", "the class") for when in ("before", "after")],
         inches=1.1,
-        title=f"'{session.concept.instance_prompt}' on {config.base}: only the subject has changed",
+        title=f"'{session.concept.instance_prompt}' on {config.base}: the subject is learned, the class stays varied",
     ),
     alt="Pairs of rows before and after: any dogs become the subject, alone and in places, and the class stays as varied",
 )
@@ -496,9 +503,10 @@ plots.show(
 metrics.likeness_table(likeness)
 
 # %% [markdown]
-# **What you should see**: below the photographs of each toy that toy, and each row of the table highest under its own name. In
-# the same number of steps each subject has had half of the pictures, so neither comes as near to its photographs as a subject
-# alone. (Two subjects of one class share their class word; how well they are kept apart is not measured here.)
+# **What you should see**: below the photographs of each toy that toy, and each row of the table highest under its own
+# name. In the same number of steps each subject has had half of the pictures, so the dog comes less near to its
+# photographs than it did alone. (Two subjects of one class share their class word; how well they are kept apart is
+# not measured here.)
 #
 # A batch holds all subjects only if it has a pair for each. What does that cost in memory? The adapters stay the same; a step
 # has more pictures, and drawing takes what it took for one subject:
@@ -526,9 +534,9 @@ plots.show(
         xlabel="step",
         ylabel="seconds",
         marks={"median of the whole run": middle},
-        title="A few steps tell about all of them",
+        title="A few steps tell roughly about all of them",
     ),
-    alt="Seconds a step: most stay near their median, a few are slower",
+    alt="Seconds a step: they scatter around their median, and a few are slower",
 )
 print(f"{middle:.2f} s a step; {config.max_train_steps} steps: {middle * config.max_train_steps / 60:.1f} minutes")
 
@@ -553,7 +561,7 @@ def stopwatch(components, dataset, number: int, optimizer) -> dict[str, float]:
     hooks = [
         components.text_encoder.register_forward_pre_hook(functools.partial(mark, "batch, noise")),
         components.text_encoder.register_forward_hook(functools.partial(mark, "text encoder")),
-        components.unet.register_forward_hook(functools.partial(mark, "UNet, forward")),
+        components.denoiser.register_forward_hook(functools.partial(mark, "denoiser, forward")),
     ]
     training_step(components, batch_at(dataset, number, config.train_batch_size), seed=0).loss.backward()
     mark("loss, backward")
@@ -583,24 +591,25 @@ plots.show(
     ),
     alt="Bars: the UNet's forward and the backward pass are long; batch, text encoder and optimizer are short",
 )
-assert spent["UNet, forward"] + spent["loss, backward"] > 0.7 * sum(spent.values())
+assert spent["denoiser, forward"] + spent["loss, backward"] > 0.7 * sum(spent.values())
 
 # %% [markdown]
-# **What you should see**: the two passes through the UNet. That the rest is so small is the work of two caches (notebook 05):
-# pictures are encoded once, and each distinct prompt once a step. (`train` encodes prompts only once in all, where the text
-# encoder is frozen.) Without the first cache, the autoencoder would add a good part of a pass. On a GPU the order stays the
-# same, the numbers do not.
+# **What you should see**: the two passes through the UNet. That the rest is so small is the work of two caches
+# (notebook 05): pictures are encoded once, and each distinct prompt once a step. (`train` encodes prompts only once
+# in all, where the text encoder is frozen.) Without the first cache, the autoencoder would add a good part of a pass.
+# On a large base the backward pass is usually the longer one: there it goes back through all blocks, while here it
+# ends at the first of the last two.
 #
-# A run is more than its training, though. Count what the UNet does, in *passes* of one picture: a training step takes about
-# two for each picture (the backward pass costs one, since frozen weights need no gradients of their own), three with
-# checkpointing; drawing takes two a solver step, because of
-# guidance. **Predict**: on which does a run with the presets spend most?
+# A run is more than its training, though. Count what the UNet does, in *passes* of one picture: a training step takes
+# about two for each picture (the backward pass costs one, since frozen weights need no gradients of their own), three
+# with checkpointing; drawing takes two for each solver step because of guidance, and one on FLUX.1 [dev], whose
+# guidance is built in. **Predict**: on which does a run with the presets spend most?
 
 
 # %%
 def passes(config: DreamBoothConfig) -> dict[str, float]:
-    """Thousands of UNet passes of one picture, by purpose."""
-    drawing = 2 * config.num_inference_steps / 1000
+    """Thousands of the denoiser's passes of one picture, by purpose."""
+    drawing = (1 if config.base == PRESETS["flux"]["base"] else 2) * config.num_inference_steps / 1000
     of_step = 2 * config.train_batch_size * (3 if config.gradient_checkpointing else 2) / 1000
     return {
         "class images": config.num_class_images * drawing,
@@ -621,10 +630,10 @@ for purpose, thousands in passes(config).items():
     print(f"{purpose:17} {thousands:5.1f} thousand passes, at this speed {thousands * 1000 * each / 60:.1f} minutes")
 
 # %% [markdown]
-# **What you should see**: training costs most here, but on the large bases, which want more solver steps for a picture,
-# pictures cost as much, or more. Class images are drawn once and kept.
-# `num_validation_images` is yours to lower: 8 tell most of what 32 tell. (These minutes are a plan from one number; drawing
-# in batches is faster than that.)
+# **What you should see**: training costs most here. On most of the large bases, which want more solver steps for a
+# picture, the pictures cost more than the training, class images most of all; but these are drawn once and kept.
+# `num_validation_images` is yours to lower: 8 tell most of what 32 tell. (These minutes are a plan from one number;
+# drawing in batches is faster than that.)
 #
 # ## The same from a terminal
 #
@@ -681,11 +690,13 @@ print("one batch of four, and two of two, the same loss:", abs(four - sum(twos) 
 # Several machines take `--num_machines`, `--machine_rank` and the first one's `--main_process_ip` besides, on each of them.
 # (Tested by this project: two processes on one processor, against one. Not tested: several cards, several machines.)
 #
-# In a notebook, accelerate's `notebook_launcher` starts the same function, in as many processes as there are cards. A process that
-# has touched a card cannot share it: with several cards, restart the kernel first and run only the imports, the line
-# `settings = …` and this cell. Here it is one process, and twenty steps:
+# In a notebook, accelerate's `notebook_launcher` starts the same function, in as many processes as there are cards. A
+# process that has touched a card cannot share it: with several cards, restart the kernel first, and run only the cell
+# of the imports, the line `settings = …` and this cell. Here it is one process, and twenty steps:
 
 # %%
+import tempfile
+
 from accelerate import notebook_launcher
 
 output_dir = f"{tempfile.mkdtemp()}/few"

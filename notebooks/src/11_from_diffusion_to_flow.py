@@ -226,7 +226,7 @@ for kind, path, time in (("noise", None, t), ("v", diffusion, t), ("direction", 
 # If answers can be translated, then a network that was trained on the arc can be used on the line. The miniature is
 # asked for $v$. On the straight line, at the share $s$: scale what is seen up to the arc, ask for $v$ at the $t$ of the
 # same share, and turn the answer into a direction. Drawing on a line is short, too. The direction says how the point
-# changes with the share; so from one share to the next, smaller one $s'$ a step is
+# changes with the share; so a step from the share $s$ to the next, smaller share $s'$ is
 #
 # $$ x_{s'} = x_s + (s' - s)\, u $$
 #
@@ -442,7 +442,7 @@ for kind in KINDS:
 named = {f"{name}: x {length(states):.2f}": [state[:30].numpy() for state in states] for name, states in panels.items()}
 plots.show(
     plots.trails(named, title="From noise (gray) to points (orange) in 60 small steps: how long, beside straight ones"),
-    alt="Four panels of curved ways from a cloud of noise to a ring and a cross, for each question and path",
+    alt="Four panels of trajectories from a cloud of noise to a ring and a cross, for each question and path",
 )
 
 # %% [markdown]
@@ -452,10 +452,11 @@ plots.show(
 # of $v$, seen on the line (third panel), are close to those of the direction (fourth), as they should be: it is the
 # same world.
 #
-# As they go, on the arc, the ways of the first two networks are *shorter* than those of the third: there the variances
-# add up to 1, and the cloud keeps its size, while on the line it shrinks and grows again. So "straight" belongs to the
-# single line between a picture and its noise, and not to the way that a picture is drawn on. It does not help the first
-# two either that their ways look straighter, for the steps of DDIM are straight on the line.
+# On the arc, the trajectories of the noise and of $v$ (the first two panels) are *shorter* than those of the
+# direction (the last): there the variances add up to 1 and the cloud keeps its size, while on the line it shrinks and
+# grows again. So "straight" belongs to the single line between a picture and its noise, and not to the way that a
+# picture is drawn on. It does not help the first two either that their ways look straighter, for the steps of DDIM
+# are straight on the line.
 #
 # ## One, two, four, eight steps
 #
@@ -472,7 +473,7 @@ plots.show(
         titles=[f"{count} step{'s' * (count > 1)}" for count in COUNTS],
         title="What the three networks draw in few steps",
     ),
-    alt="Three rows of four panels: after one step a blur, after eight a ring and a cross that can be told",
+    alt="Three rows of four panels: after one step a wide cloud or a clump, after more steps points that fill a square or a ring",
 )
 
 
@@ -544,10 +545,10 @@ plots.show(
 # as $v$ was. So what helped was where the steps lie, and not the line. (A single step leaves nothing to exchange. It
 # leads to the mean, and how wide that blur is depends on the small network.)
 #
-# The network that was asked for the noise is the nearest of all from two steps on, with steps at even shares: here flow
-# matching does not win. The table of costs says why that may be. Asked for the noise, the network is hardly punished
-# for errors where there is much noise, so it can spend its few parameters on the rest, and its ring is the sharpest in
-# the figure above.
+# The network that was asked for the noise is the nearest of all from two steps on, with steps at even shares: here
+# flow matching does not win. The table of costs says why that may be. Asked for the noise, the network is hardly
+# punished for errors where there is much noise, so it can spend its few parameters on the rest, and in the figure of
+# the clouds above (drawn at even $t$) it alone shows both ring and cross, at four steps.
 #
 # Two cautions. After one step that network does not give the mean but a wide cloud: its belief divides by the factor
 # of the picture, which is 0.07 at $t = 999$, and that multiplies every error by nearly 15. By this distance the cloud
@@ -1087,7 +1088,7 @@ check_11b(euler)
 # - Diffusion takes an arc from picture to noise, flow matching a line. At the same share of noise both show the same
 #   picture, and each answer can be turned into every other: DDIM is Euler's method on the line.
 # - What differs is how errors count, which times are drawn, and where the steps lie; on the points, $v$ and the
-#   direction differed by hardly more than the places of their steps, and the noise came nearest.
+#   direction differed in little besides where their steps lay, and the noise came nearest.
 # - The ways of drawing are not straight on the line either, because an answer is a mean.
 # - In a joint attention words and picture are tokens of one attention, with adapters on both sides.
 # - Larger pictures need more noise: the times are shifted.
