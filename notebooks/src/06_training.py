@@ -429,7 +429,7 @@ plots.show(
 
 # %% [markdown]
 # **What you should see**: the line of the photographs falls furthest. The line of the further photographs falls at
-# first, since they show the same toy from other sides, and then turns up again, while the first line keeps falling:
+# first, since they show the same toy from other sides, and then no further, while the first line keeps falling:
 # what that one gains from there on is knowledge of these five photographs, so training has begun to memorise
 # (notebook 09). The line of the class images rises a little at the beginning: prior preservation holds the class in
 # place, but it has a price. The title gives all three changes, so compare the rise of the class with the fall on
@@ -559,13 +559,13 @@ for name, (model, numbers) in trained.items():
 comparison
 
 # %% [markdown]
-# **What you should see**: after the same number of steps the adapters are nearer to the photographs (`likeness`),
-# with smaller losses on what was kept back. All weights learn the toy as well, but they also move where nothing had
-# to be learned, which a lower learning rate and more steps would keep small. The sizes are far apart even though the
-# miniature's adapters, on all layers of two blocks, are large for their base. On Stable Diffusion 1.5 all weights of
-# the UNet are 860 million numbers, and adapters of rank 16 on attention are 3 million (notebook 10). An adapter can
-# also be turned up and down, switched off and combined with others; fine-tuned weights cannot. That is what LoRA
-# replaces, and why this course uses it.
+# **What you should see**: after the same number of steps both draw the toy, and by `likeness` about equally well. But
+# with all weights the dogs of the bare class have taken on some of its yellow, and the losses on what was kept back
+# are larger: all weights also moved where nothing had to be learned. A lower learning rate and more steps would keep
+# that small. The sizes are far apart even though the miniature's adapters, on all layers of two blocks, are large for
+# their base. On Stable Diffusion 1.5 all weights of the UNet are 860 million numbers, and adapters of rank 16 on
+# attention are 3 million (notebook 10). An adapter can also be turned up and down, switched off and combined with
+# others; fine-tuned weights cannot. That is what LoRA replaces, and why this course uses it.
 
 # %% [markdown]
 # ## Exercises
