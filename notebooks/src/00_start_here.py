@@ -153,9 +153,10 @@ print("it was never photographed:", ", ".join(SCENES[scene] for scene in SCENES 
 
 # %% [markdown]
 # **A toy of your own.** In a class, everybody can train on a toy that nobody else has. Design one with the fields
-# below (they need a live notebook); the picture follows what you choose. `PHOTOGRAPHS = designer.photographs("mytoy")`
-# writes five photographs of it, and six others to compare with. Then run the cells from *Choose a base* on again, with
-# that folder and with the toy's kind as `class_word`. (In a terminal: `python -m dbnb.toybox --help`.)
+# below (they need a live notebook); the picture follows what you choose. Then run `designer.photographs("mytoy")` in a
+# new cell: it writes five photographs to `mytoy/photos`, and six others to compare with. Set
+# `PHOTOGRAPHS = "mytoy/photos"` and the toy's kind as `class_word` in the cells below *Choose a base*, and run the
+# cells from there on again. (In a terminal: `python -m dbnb.toybox --help`.)
 
 # %%
 designer = widgets.ToyDesigner(kind="cat", body="#1fa2a0", accent="pink", pattern="striped", accessory="hat")
@@ -190,9 +191,9 @@ plots.show(
 
 # %% [markdown]
 # **What you should see**: dogs of several colours in both rows. The dogs of the upper row have nothing in common that
-# those of the lower row lack. Each column starts from the same noise, so compare the two pictures of a column as well:
-# the text encoder reads the rare word, but what it passes on means nothing to the model yet, so the two pictures are
-# nearly the same. (Notebooks 01 and 03 measure both.)
+# those of the lower row lack. Each column starts from the same noise, so compare the two pictures of a column as
+# well: the text encoder reads the rare word, but what it passes on means nothing to the model yet, so the two
+# pictures of most columns are nearly the same. (Notebooks 01 and 03 measure both.)
 #
 # ## Train
 #
@@ -265,19 +266,22 @@ widgets.before_after(before.scenes, after.scenes, places)
 # ## What did it cost?
 #
 # A model that has learned one dog too well draws that dog for every dog. **Predict**: does `a photo of a dog`, without
-# the rare word, still give any dog?
+# the rare word, still give all sorts of dogs?
 
 # %%
 plots.show(
     plots.image_rows(
-        [before.classes, after.classes], labels=["before", "after"], title=f"'{concept.class_prompt}' is still any dog"
+        [before.classes, after.classes],
+        labels=["before", "after"],
+        title=f"'{concept.class_prompt}' still gives many different dogs",
     ),
     alt="'a photo of a dog' before and after training: both rows show dogs of many colours",
 )
 
 # %% [markdown]
-# **What you should see**: many different dogs, as before. Compare them column by column: the scene often stays, while
-# body and ears have changed their colours. Notebook 02 shows what happens without the class images.
+# **What you should see**: many different dogs, as before. Compare them column by column: some have kept their colours
+# and some have not, and some now stand in places from the photographs. Notebook 02 shows what happens without the
+# class images.
 #
 # ## In numbers
 #
@@ -303,8 +307,8 @@ metrics.metrics_table(numbers)
 scores = ("normalized_subject_fidelity", "scene_recognised", "class_diversity_ratio")
 shown = {name.replace("_", "\n"): {"after training": numbers["after"][name]} for name in scores}
 plots.show(
-    plots.bars(shown, ylabel="share", title="It is the toy, in the right place, and a dog is still any dog"),
-    alt="Three bars: subject fidelity, scenes recognised, class diversity, each as a share of the best possible",
+    plots.bars(shown, ylabel="value", title="The toy is learned, the places are right, dogs are still varied"),
+    alt="Three bars near 1: normalised subject fidelity, scenes recognised, and class diversity beside the base's",
 )
 
 # %% [markdown]
@@ -341,7 +345,7 @@ print("learned the toy, kept the places, kept the class")
 # %% [markdown]
 # ## Exercises
 #
-# Each notebook has exercises that you solve in code. Replace the `...` with your own lines, run the cell, and read
+# Every notebook except 00b has exercises that you solve in code. Replace the `...` with your own lines, run the cell, and read
 # what the check prints: it runs your function on small inputs and says in words what is wrong. The hints below the
 # cell open one by one, and the solution comes last.
 #
@@ -515,7 +519,7 @@ check_00b(normalized)
 # Right: if the toy were red, `a red dog` would draw something near it without any training.
 # </details>
 #
-# <details><summary>C. So that the identity encoder has an easier time in telling it from other toys.</summary>
+# <details><summary>C. So that the identity encoder can more easily tell it from other toys.</summary>
 #
 # No: the encoder was trained on many toys and has to tell much smaller differences apart.
 # </details>

@@ -123,7 +123,7 @@ _ = (folder / "Thumbs.db").write_bytes(b"left by a file browser")
 # %%
 dog = load_image(SAMPLE_DIR / "photos" / "03.png")
 opaque = Image.new("L", dog.size, 0)
-ImageDraw.Draw(opaque).ellipse((30, 15, 226, 246), fill=255)  # white: keep; black: transparent
+ImageDraw.Draw(opaque).ellipse((2, 15, 254, 246), fill=255)  # white: keep; black: transparent
 cut_out = Image.new("RGB", dog.size, "deeppink")
 cut_out.paste(dog, mask=opaque)
 cut_out.putalpha(opaque)
@@ -211,13 +211,13 @@ plots.show(
         VaeImageProcessor().postprocess(torch.stack(pieces)),
         inches=1.3,
         titles=["middle", *(f"random {number}" for number in range(5))],
-        title="A random crop of a wide picture cuts the subject more often than not",
+        title="A random crop of a wide picture may cut the subject",
     ),
     alt="Six crops of one wide picture: the middle one shows the dog whole, random ones may cut it in two",
 )
 
 # %% [markdown]
-# **What you should see**: the crop from the middle shows one whole dog. Most of the random crops cut a dog in two, and
+# **What you should see**: the crop from the middle shows one whole dog. Some of the random crops cut off a part of the dog, and
 # training would not complain. So crop wide photographs yourself, or use `center_crop` if the subject is in the middle.
 #
 # ## A toy of your own
@@ -277,7 +277,7 @@ print(fit.remark())
 # %% [markdown]
 # **What you should see**: the two renders have a higher loss and a lower PSNR than the base's own drawings, since they
 # are new to it; the noise is far beyond both. The distance is given in standard deviations of the class images, and
-# beyond 8 a run prints this sentence. Real photographs are as far away as the noise: they need another base, such as
+# beyond 8 a run prints this sentence. Real photographs are far outside as well (try one): they need another base, such as
 # `sd15`.
 #
 # ## The identifier
@@ -312,7 +312,8 @@ print("numbers:", {r.identifier: r.ids[0] for r in reports if len(r.ids) == 1})
 # `</w>` marks the end of a word. Two of the words are split into pieces; the others are one token each, and their
 # numbers separate the common ones from the rare ones. It is peculiar to this base that so many words are whole: its
 # tokenizer was made for the captions of the toy world, which have only a few dozen words, and six identifiers were
-# added to it on purpose. None of them occurs in a caption, so they mean nothing to the base.
+# added to it on purpose. None of them occurs in a caption that the UNet was trained on, so they mean nothing to the
+# base. Some twenty other words that a learner may try, such as `toy`, were added as well.
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -392,8 +393,8 @@ moved = {
     for i, word in enumerate(added, start=1)
 }
 plots.show(
-    plots.bars(moved, ylabel="distance", title="An unknown name moves the states as far as a colour does"),
-    alt="Pairs of bars for two identifiers, two colours and a pattern: all move the hidden states by similar distances",
+    plots.bars(moved, ylabel="distance", title="An unknown name moves the states even further than a colour does"),
+    alt="Pairs of bars for two identifiers, two colours and a pattern: the identifiers move the hidden states furthest",
 )
 print(f"for comparison, a hidden state is about {states.norm(dim=-1).mean():.1f} long")
 
@@ -424,10 +425,10 @@ plots.show(
 )
 
 # %% [markdown]
-# **What you should see**: `red` changes every dog in the same way. `sks` does not: some dogs differ a little from
-# those above them, since the prompt is not quite the same, but the dogs of the second row have nothing in common that
-# those of the first row lack. That is what *empty* means: the word is passed on, and has no meaning yet. Training
-# gives it one. (Notebook 03 measures how little of the word reaches the UNet's answer before training.)
+# **What you should see**: `red` changes every dog in the same way. `sks` does not: some pictures differ from those
+# above them, since the prompt is not quite the same, but the dogs of the second row have nothing in common that those
+# of the first row lack. That is what *empty* means: the word is passed on, and has no meaning yet. Training gives it
+# one. (Notebook 03 measures how little of the word reaches the UNet's answer before training.)
 #
 # Counting is better than looking. The miniature comes with a *judge*, a small network that names the colour of a toy.
 # How many dogs of each colour does it see in each row?
@@ -664,11 +665,11 @@ check_01b(verdict)
 # Right: equal vectors make equal hidden states, and then no adapter can tell the two prompts apart.
 # </details>
 #
-# **4. `sks` moves the hidden states about as far as `red`. Why does the base still draw no particular dog for it?**
+# **4. `sks` moves the hidden states further than `red`. Why does the base still draw no particular dog for it?**
 #
 # <details><summary>A. Its vector is too short to have any influence on the pictures that are drawn.</summary>
 #
-# No: it moves the states about as far as a colour does, so it is not too short to have an effect.
+# No: it moves the states further than a colour does, so it is not too short to have an effect.
 # </details>
 #
 # <details><summary>B. The tokenizer replaces it by <code>dog</code> before the text encoder gets to see it.</summary>

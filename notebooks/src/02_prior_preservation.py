@@ -127,8 +127,8 @@ kept = workflow.trained(config)
 print(f"{config.max_train_steps} steps with {len(kept.prior.paths)} class images")
 
 # %% [markdown]
-# It has seen the five photographs exactly as often as the first one. **Predict**: the same three prompts, from the
-# same noise?
+# This model has seen the five photographs exactly as often as the one that was trained without class images.
+# **Predict**: the same three prompts, from the same noise?
 
 # %%
 with_prior = {prompt: draw(kept.components, [prompt] * 10, config.sampling) for prompt in prompts}
@@ -144,8 +144,10 @@ plots.show(
 # %% [markdown]
 # **What you should see**: the subject in the first row; in the second row dogs that are not the toy and that differ
 # from each other. Compare the cats with those of the base above, column by column: they are still cats of many
-# colours, although no class image shows a cat. How much of the drift the [prior loss](../docs/glossary.md#prior-loss)
-# prevents, for dogs and for cats, is measured below.
+# colours, although no class image shows a cat. Look at the places as well: several have given way to places in which
+# the toy was photographed. Class images protect the look of the animals better than the choice of the place, and the
+# measure below does not see places. How much of the drift the [prior loss](../docs/glossary.md#prior-loss) prevents,
+# for dogs and for cats, is measured below.
 #
 # ## The class images
 #
@@ -190,15 +192,15 @@ plots.show(
     plots.bars(
         drift,
         ylabel="cosine distance or similarity",
-        title="Without class images, dogs and cats become the toy",
+        title="Without class images dogs become the toy, and cats become alike",
     ),
     alt="Four groups of three bars: with class images dogs stay as in the base; without, they come together at the toy",
 )
 
 # %% [markdown]
 # **What you should see**: with class images, the dogs' bars are nearly those of the base; without them, dogs are more
-# like each other and more like the toy. The cats go the same way. Ten pictures give rough numbers, but the order is
-# not in doubt:
+# like each other and more like the toy. The cats, too, become more like each other, but only a little more like the
+# toy. Ten pictures give rough numbers, but the order is not in doubt:
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -218,7 +220,7 @@ for animals in ("dogs", "cats"):
     print(f"by {with_dogs - start:+.2f} with those of dogs")
 
 # %% [markdown]
-# Class images of dogs have protected the cats too, and nearly as well. The prior loss asks the model to keep its
+# Class images of dogs have protected the cats too: neither became more like the toy. The prior loss asks the model to keep its
 # answers to a prompt without `sks`, and so the adapters learn to respond to the identifier. This was measured for one
 # other class on one base. Measure it for a class that matters to you; `class_data_dir` takes class images that show
 # several.
@@ -394,7 +396,7 @@ check_02b(to_draw)
 # ```python
 # rows = {}
 # for weight in (0.1, 10.0):
-#     one = workflow.trained(dataclasses.replace(config, prior_loss_weight=weight, max_train_steps=200))
+#     one = workflow.trained(dataclasses.replace(config, prior_loss_weight=weight))
 #     rows[f"{weight:g}: sks dog"] = draw(one.components, ["a photo of sks dog"] * 6, config.sampling)
 #     rows[f"{weight:g}: dog"] = draw(one.components, ["a photo of a dog"] * 6, config.sampling)
 # plots.show(plots.image_rows(list(rows.values()), labels=list(rows)), alt="subject and class at two weights")

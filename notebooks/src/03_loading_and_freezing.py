@@ -244,9 +244,9 @@ assert words[nearest[0]] == "red car" and words[nearest[2]] == "dog"
 # The UNet gets noisy latents, a number that says how noisy they are (the timestep), and the prompt's hidden states.
 # Its answer tells which noise it believes to be in the latents, and therefore what the clean picture would be. (Some
 # bases answer with the noise itself. This one answers with a mix of noise and picture called $v$. The
-# *[scheduler](../docs/glossary.md#scheduler)*, the table of how much noise belongs to which step, knows which;
-# notebook 06 says why.) Remove a little of that noise, ask again, and after some tens of steps there is a picture.
-# This is how the UNet is built, as its config tells:
+# *[scheduler](../docs/glossary.md#scheduler)*, the table of how much noise belongs to which step, has a setting that
+# says which; notebook 06 explains why.) Remove a little of that noise, ask again, and after some tens of steps there
+# is a picture. This is how the UNet is built, as its config tells:
 
 # %%
 plots.show(
@@ -256,13 +256,14 @@ plots.show(
 )
 
 # %% [markdown]
-# **Read it from the left.** The *down* blocks halve the latents and add channels: each number then stands for a larger
-# part of the picture. The *up* blocks reverse this, and a **skip connection** hands each of them what the block of the
-# same size had found, so that details do not have to pass through the narrow middle. **Convolutions** look at
-# neighbouring places. In **self-attention** each place looks at all others, so that a dog's left side knows of its
-# right side. In **cross-attention** each place looks at the words of the prompt; this is the only way in for the
-# prompt. The **timestep** is turned into a vector, as in notebook 00b, and added inside every block. Adapters will sit
-# beside the layers of these blocks.
+# **Read it from the left.** The *down* blocks halve the latents and add channels: each number then stands for a
+# larger part of the picture. The *up* blocks reverse this, and a **skip connection** hands each of them what the
+# block of the same size had found, so that details do not have to pass through the narrow middle. **Convolutions**
+# look at neighbouring places. In **self-attention** each place looks at all others, so that a dog's left side knows
+# of its right side. In **cross-attention** each place looks at the words of the prompt; this is the only way in for
+# the prompt. The **timestep** is turned into a vector, as in notebook 00b, and added inside every block. Adapters
+# will sit beside layers of these blocks: on the miniature beside all layers of the last two, *up 1* and *up 2*
+# (notebook 04 says why).
 #
 # How much does one word in the prompt change the answer? Take the same noisy latents, the same timestep, and one more
 # word. The bars show how far the word moves the last hidden state of the prompt, and how far it moves the UNet's
@@ -286,7 +287,7 @@ plots.show(
     plots.bars(
         shares, ylabel="change, as a share of red's", title="'sks' moves the text encoder, but not the base's UNet"
     ),
-    alt="Pairs of bars: for 'sks' and 'zwx' the state moves as much as for 'red', the UNet's answer hardly at all",
+    alt="Pairs of bars: for 'sks' and 'zwx' the state moves further than for 'red', the UNet's answer hardly at all",
 )
 
 # %%
@@ -295,10 +296,10 @@ assert shares["sks"]["UNet's answer"] < 0.3 < shares["sks"]["last hidden state"]
 print("'sks' reaches the text encoder's states and hardly changes the UNet's answer")
 
 # %% [markdown]
-# **What you should see**: two bars for a colour, and only the first for an identifier. What the identifier adds to the
-# states lies in directions to which the UNet's cross-attention hardly responds. So a base that was never told about
-# the subject draws a plain dog for `sks dog`, and an adapter on the UNet can learn to respond to exactly these
-# directions (notebook 04).
+# **What you should see**: two bars for a colour, and only the first for an identifier. What the identifier adds to
+# the states lies in directions to which the UNet's cross-attention hardly responds: the miniature's text encoder was
+# trained to put unknown names there, and on another base you would have to measure it. So the base draws a plain dog
+# for `sks dog`, and an adapter on the UNet can learn to respond to exactly these directions (notebook 04).
 #
 # To steer towards the prompt, the UNet is asked twice, with the prompt and with an empty one, and the difference is
 # exaggerated: **[classifier-free guidance](../docs/glossary.md#classifier-free-guidance)** (Ho and Salimans, 2022).
@@ -358,11 +359,11 @@ plots.show(
 )
 
 # %% [markdown]
-# **What you should see**: in the upper row there is noise for a long time, and then quickly a cat. The lower row shows
-# why: there is a guess from the first step on. Step 0 has seen nothing but noise, so its guess is a mean of all that
-# the prompt allows: a blurred purple shape in front of snow. The outline follows within a few steps, then the
-# background; eyes and ears come last. Noisy steps decide what is there, late steps how it looks. Training draws its
-# timesteps at random and so learns both.
+# **What you should see**: in the upper row there is noise for a long time, and then quickly a cat. The lower row
+# shows why: there is a guess from the first step on. Step 0 has seen nothing but noise, so its guess is a mean of all
+# that the prompt allows: a blurred purple shape in front of snow. Colour, place and a coarse outline are there within
+# the first steps; details such as the eyes come last. Noisy steps decide what is there, late steps how it looks.
+# Training draws its timesteps at random and so learns both.
 #
 # All guesses, one at a time (in a live notebook):
 
@@ -409,9 +410,10 @@ plots.show(
 )
 
 # %% [markdown]
-# **What you should see**: `red` and `cat` mark the cat, and `beach` marks the rest. The small words mark the
-# background as well: a share has to go somewhere, and words that add nothing take what is left. A map says where a
-# word gets attention, not what it does there.
+# **What you should see**: `cat` marks the cat most clearly, and `red` does so in the first steps. `beach` is spread
+# over the whole picture. (Each map is scaled to its own range, so compare places within a map, and not one word with
+# another.) The small words mark the background as well: a share has to go somewhere, and words that add nothing take
+# what is left. A map says where a word gets attention, not what it does there.
 #
 # ## How much guidance?
 #
@@ -428,7 +430,7 @@ plots.show(
         rows,
         titles=[f"guidance {scale:g}" for scale in scales],
         inches=1.4,
-        title="More guidance is purer, too much is glaring",
+        title="More guidance gives purer colours; too much makes them glaring",
     ),
     alt="Two rows of purple cats in snow: the colour purer with more guidance, contrasts too strong at 16",
 )
