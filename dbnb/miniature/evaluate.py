@@ -203,7 +203,7 @@ def nearest(pictures: np.ndarray, photos: np.ndarray) -> np.ndarray:
 
 def side_of(pipeline) -> int:
     """Pixels to a side of the pictures that a base was trained on."""
-    return pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+    return pipeline.vae.config.sample_size
 
 
 def drawings(pipeline, prompts: list[str], seed: int = 5, **changed) -> np.ndarray:

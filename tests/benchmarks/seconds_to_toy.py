@@ -45,6 +45,8 @@ def ours(config: DreamBoothConfig, work: Path) -> dict[float, float]:
     folder = work / "ours"
     words = ["--base", config.base, "--instance_data_dir", config.instance_data_dir, "--class_word", config.class_word]
     words += ["--output_dir", str(folder), "--num_validation_images", "0", "--checkpoints_total_limit", "-1"]
+    if config.tokenizer_max_length is not None:
+        words += ["--tokenizer_max_length", str(config.tokenizer_max_length)]
     notes, _ = run("dbnb", [*words, "--checkpointing_steps", str(_EVERY)], work / "cache")
     components = load_components(config.base)
     add_adapters(components, config.adapters)
