@@ -857,6 +857,10 @@ else:
     )
 
 # %% [markdown]
+# **What you should see**: for the identifier, dogs in blue and teal with patches of yellow or orange; for the class, other
+# dogs. This is on its way to the toy, and it is not the toy. The base has been trained for a small part of the UNet's
+# time and is not sharp itself, and the settings are those that were searched for the UNet.
+#
 # On a GPU the bases are `sd35` and `flux` (both gated: their licence has to be accepted first). These are the settings
 # in which their presets differ from that of Stable Diffusion 1.5:
 
