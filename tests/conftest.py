@@ -64,7 +64,7 @@ def small_base(tmp_path_factory):
     design.vae().save_pretrained(folder / "vae")
     design.unet().save_pretrained(folder / "unet")
     recipe = json.loads((folder / "training.json").read_text())
-    del recipe["grown"]
+    del recipe["grown"], recipe["further"]
     (folder / "training.json").write_text(json.dumps(recipe))
     return folder
 

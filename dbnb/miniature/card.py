@@ -119,8 +119,10 @@ def figures(result: dict) -> str:
         ),
         "mean distance to the nearest training photograph (16 x 16 pixels, 0 to 1)": "not measured"
         if result["copying"] is None
-        else "drawings {drawn:.3f}, unseen renders {unseen renders:.3f}; the nearest drawing {nearest drawing:.3f}, "
-        "the nearest unseen render {nearest unseen render:.3f}".format(**result["copying"]),
+        else "of {photographs:,} photographs: drawings {drawn:.3f}, unseen renders {unseen renders:.3f}; the nearest "
+        "drawing {nearest drawing:.3f}, the nearest unseen render {nearest unseen render:.3f}".format(
+            **result["copying"]
+        ),
         "identity encoder, unseen toys": "finds the other photograph of a toy among all of its kind in "
         f"{100 * result['identity']['retrieval']:.1f} %",
         "the same, toys of any colours": f"{100 * result['identity_any_colors']['retrieval']:.1f} %",
@@ -201,6 +203,17 @@ def grown(recipe: dict) -> str:
     return "\n\n".join(filter(None, (text, stages(recipe["grown"]), recipe["grown"].get("note"))))
 
 
+def further(recipe: dict) -> str:
+    """How a base's UNet was trained further; "" for one that was not."""
+    if "further" not in recipe:
+        return ""
+    text = (
+        f"Then the UNet alone was trained further by `python -m dbnb.miniature.further`, on "
+        f"{recipe['further']['photographs']:,} photographs and a third as many in colours without a name:"
+    )
+    return "\n\n".join(filter(None, (text, stages(recipe["further"]), recipe["further"].get("note"))))
+
+
 def write_card(base: Path, evaluation: Path) -> None:
     """Write README.md and grid.png into the base's folder."""
     result = json.loads(evaluation.read_text())
@@ -229,7 +242,7 @@ def write_card(base: Path, evaluation: Path) -> None:
         look_alikes=recipe["look_alikes"],
         cores=result["cores"],
         stages=stages(recipe),
-        grown=grown(recipe),
+        grown="\n\n".join(filter(None, (grown(recipe), further(recipe)))),
         pilots=pilots(base),
         note=recipe.get("note", ""),
         steps=sampling.num_inference_steps,

@@ -247,7 +247,7 @@ def measure(base: Path, count: int, unseen: int, data: Path) -> dict:
     """Autoencoder, judge, drawings, sentences, diversity, copying, distances to renders, identity encoder, speed.
 
     `count` pictures are drawn for each measure; autoencoder and encoders are tested on `unseen` photographs of toys in
-    named colours and as many in any. `data` keeps photographs; copying is measured where those of the training are
+    named colours and as many in any. `data` keeps photographs; copying is measured on those of the training that are
     there.
     """
     components, judge = load_components(base), Judge(base)
@@ -363,19 +363,21 @@ def look_alike_tests(
 def copying(base: Path, pictures: np.ndarray, unseen: np.ndarray, data: Path) -> dict[str, float] | None:
     """Mean distance to the nearest training photograph: of drawings, and of unseen renders, which copy nothing.
 
-    `pictures` and `unseen` are (N, H, W, 3) uint8. None where the training photographs are not kept in `data`.
+    `pictures` and `unseen` are (N, H, W, 3) uint8. Those training photographs count that are kept in `data`, which
+    "photographs" numbers; None where there are none.
     """
     recipe = json.loads((base / "training.json").read_text())
-    count = recipe.get("grown", recipe)["photographs"]
+    count = recipe.get("further", recipe.get("grown", recipe))["photographs"]
     parts = [
         photographs("train", min(CHUNK, count - start), data, start=start, size=pictures.shape[1])[0]
         for start in range(0, count, CHUNK)
         if is_kept("train", min(CHUNK, count - start), data, start=start, size=pictures.shape[1])
     ]
-    if sum(map(len, parts)) < count:
+    if not parts:
         return None
     known = np.concatenate(parts)
     return {
+        "photographs": len(known),
         "drawn": float(nearest(pictures, known).mean()),
         "unseen renders": float(nearest(unseen, known).mean()),
         "nearest drawing": float(nearest(pictures, known).min()),

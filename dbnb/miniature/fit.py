@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers.training_utils import EMAModel
 from PIL import Image
 from torch import nn
+from torch.utils.data import DataLoader, Dataset
 
 _DECAY_SHARE = 0.3  # of the steps, at the end, over which the learning rate falls to 0
+_WORKERS = 5  # processes that prepare batches for a GPU, which would wait for captions otherwise
 
 
 @dataclass(frozen=True)
@@ -38,16 +42,40 @@ class Stage:
     steps_between_drawings: int = 1000
 
 
-def generator(seed: int, step: int) -> torch.Generator:
-    """The one source of a step's randomness."""
-    return torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**63)
+def generator(seed: int, step: int, device: str = "cpu") -> torch.Generator:
+    """The one source of a step's randomness on a device."""
+    return torch.Generator(device).manual_seed((seed * 1_000_003 + step) % 2**63)
+
+
+@dataclass
+class _Batches(Dataset):
+    """The batch of each step from `first` to before `last`."""
+
+    batch_of_step: Callable[[int], Any]
+    first: int
+    last: int
+
+    def __len__(self) -> int:
+        return self.last - self.first
+
+    def __getitem__(self, index: int) -> Any:
+        return self.batch_of_step(self.first + index)
+
+
+def _batches(stage: Stage, batch_of_step: Callable[[int], Any], first: int) -> Iterator[Any]:
+    """The batches from step `first` on; for a GPU they are prepared ahead, in other processes."""
+    if stage.device == "cpu":
+        return map(batch_of_step, itertools.count(first))
+    steps = _Batches(batch_of_step, first, max(first, stage.steps))
+    return iter(DataLoader(steps, batch_size=None, num_workers=_WORKERS, multiprocessing_context="fork"))
 
 
 def fit(
     stage: Stage,
     models: nn.Module,
-    loss_of_step: Callable[[int], dict[str, torch.Tensor]],
+    loss_of_batch: Callable[[Any], dict[str, torch.Tensor]],
     *,
+    batch_of_step: Callable[[int], Any] = int,
     groups: list[dict] | None = None,
     weight_decay: float = 1e-2,
     ema_decay: float = 0.999,
@@ -55,19 +83,22 @@ def fit(
 ) -> bool:
     """Run one stage until its steps or its minutes are over; True when it is complete.
 
+    `batch_of_step` prepares on the CPU what `loss_of_batch` is computed from; without it, that is the step's number.
     AdamW, warm-up over 200 steps, a constant learning rate, linear decay over the last 30 %. Afterwards `models` holds
     the moving average of the weights, with which `draw` paints the pictures in samples/. Raises ValueError where the
     checkpoint in the stage's folder was made from something else (seed, photographs, batch size).
     """
     folder = stage.folder
     models.to(stage.device)
+    if stage.device != "cpu":
+        torch.set_float32_matmul_precision("high")  # TF32
     folder.mkdir(parents=True, exist_ok=True)
     optimizer = torch.optim.AdamW(
         groups or models.parameters(), lr=stage.lr, weight_decay=weight_decay, betas=(0.9, 0.98), fused=True
     )
     base_lrs = [group["lr"] for group in optimizer.param_groups]
     parameters = list(models.parameters())
-    ema = EMAModel(parameters, decay=ema_decay, use_ema_warmup=True, power=0.75)
+    ema = EMAModel(parameters, decay=ema_decay, use_ema_warmup=True, power=0.75, foreach=True)
     path, log = folder / f"{stage.name}.pt", folder / f"{stage.name}.jsonl"
     step = warm_up_from = 0
     if path.exists():
@@ -83,7 +114,7 @@ def fit(
             optimizer.load_state_dict(state["optimizer"])
             ema.load_state_dict(state["ema"])
         else:
-            ema = EMAModel(parameters, decay=ema_decay, use_ema_warmup=True, power=0.75)
+            ema = EMAModel(parameters, decay=ema_decay, use_ema_warmup=True, power=0.75, foreach=True)
             ema.optimization_step = step
     started = saved = time.monotonic()
 
@@ -103,13 +134,14 @@ def fit(
         models.train()
 
     models.train()
-    sums: dict[str, float] = {}
+    sums: dict[str, torch.Tensor] = {}
     summed = 0
+    batches = _batches(stage, batch_of_step, step)
     while step < stage.steps and time.monotonic() - started < 60 * stage.minutes:
         rate = min(1.0, (step + 1 - warm_up_from) / 200, (stage.steps - step) / (_DECAY_SHARE * stage.steps))
         for group, base in zip(optimizer.param_groups, base_lrs, strict=True):
             group["lr"] = base * rate
-        losses = loss_of_step(step)
+        losses = loss_of_batch(next(batches))
         optimizer.zero_grad(set_to_none=True)
         losses["loss"].backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -117,11 +149,11 @@ def fit(
         ema.step(parameters)
         step += 1
         for key, value in losses.items():
-            sums[key] = sums.get(key, 0.0) + float(value.detach())
+            sums[key] = sums.get(key, 0.0) + value.detach()
         summed += 1
         if step % 50 == 0 or step == stage.steps:
             line = dict(step=step, minutes=round((time.monotonic() - started) / 60, 2))
-            line |= {key: total / summed for key, total in sums.items()}
+            line |= {key: float(total) / summed for key, total in sums.items()}
             with log.open("a") as file:
                 file.write(json.dumps(line) + "\n")
             print(stage.name, json.dumps(line), flush=True)

@@ -9,9 +9,8 @@ pipeline has two. It wants a T5 as well, and gets one that says nothing. Resumab
 from __future__ import annotations
 
 import argparse
-import json
-import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -37,8 +36,8 @@ from transformers import (
 from dbnb import toybox
 from dbnb.miniature import design, path
 from dbnb.miniature.fit import Stage, fit, generator
-from dbnb.miniature.stages import Photographs, encode_all, sample_grid, tokenize
-from dbnb.miniature.train import PHOTOGRAPHS, restore, stage_record
+from dbnb.miniature.stages import Photographs, encode_all, sample_grid, some_empty, tokenize
+from dbnb.miniature.train import PHOTOGRAPHS, finish, restore, stage_record
 
 NAME = "flow"
 WIDTH, HEAD, BLOCKS = 160, 32, 7
@@ -181,24 +180,32 @@ def train_flow(data: Photographs, vae: AutoencoderKL, latents: torch.Tensor, mod
     Times are logit-normal (Esser et al., 2024, 3.1), one from each of B equally likely ranges.
     """
     words = design.tokenizer()
+    latents = latents.to(stage.device)
 
-    def loss_of_step(step: int) -> dict[str, torch.Tensor]:
+    def batch_of_step(step: int) -> dict[str, Any]:
         rng = generator(stage.seed, step)
         long = step % _LONG_EVERY == _LONG_EVERY - 1
         size = max(1, stage.batch_size // 4) if long else stage.batch_size  # as much to compute
         indices = data.batch(size, rng)
-        empty = torch.rand(size, generator=rng) < 0.1
-        captions = ["" if e else c for c, e in zip(data.captions(indices, rng), empty, strict=True)]
-        clean = DiagonalGaussianDistribution(latents[torch.from_numpy(indices)].float()).sample(rng).to(stage.device)
-        noise = torch.randn(clean.shape, generator=rng).to(stage.device)
         ranges = (torch.arange(size) + torch.rand(size, generator=rng)) / size
-        share = torch.special.ndtri(ranges.clamp(1e-4, 1 - 1e-4)).sigmoid().view(-1, 1, 1, 1).to(stage.device)
+        return dict(
+            step=step,
+            zeros=_MANY if long else FEW,
+            indices=torch.from_numpy(indices),
+            tokens=tokenize(words, some_empty(data.captions(indices, rng), rng)),
+            shares=torch.special.ndtri(ranges.clamp(1e-4, 1 - 1e-4)).sigmoid(),
+        )
+
+    def loss_of_batch(batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+        rng = generator(stage.seed + 1, batch["step"], stage.device)
+        indices, tokens, shares = (batch[name].to(stage.device) for name in ("indices", "tokens", "shares"))
+        clean = DiagonalGaussianDistribution(latents[indices].float()).sample(rng)
+        noise, share = torch.randn(clean.shape, generator=rng, device=stage.device), shares.view(-1, 1, 1, 1)
         noisy = (1.0 - share) * clean + share * noise
         with torch.autocast(stage.device, torch.bfloat16, enabled=stage.mixed_precision == "bf16"):
-            told = model.conditions(tokenize(words, captions).to(stage.device), _MANY if long else FEW)
-            predicted = model.transformer(noisy, timestep=1000.0 * share.flatten(), **told).sample.float()
-        loss = F.mse_loss(predicted, noise - clean)
-        return dict(loss=loss)
+            told = model.conditions(tokens, batch["zeros"])
+            predicted = model.transformer(noisy, timestep=1000.0 * shares, **told).sample.float()
+        return dict(loss=F.mse_loss(predicted, noise - clean))
 
     @torch.no_grad()
     def draw() -> Image.Image:
@@ -207,7 +214,7 @@ def train_flow(data: Photographs, vae: AutoencoderKL, latents: torch.Tensor, mod
         return sample_grid(pipeline, stage.seed, max_sequence_length=FEW)
 
     groups = [{"params": [p for p in model.parameters() if p.requires_grad], "lr": stage.lr}]
-    return fit(stage, model, loss_of_step, groups=groups, ema_decay=0.9998, draw=draw)
+    return fit(stage, model, loss_of_batch, batch_of_step=batch_of_step, groups=groups, ema_decay=0.9998, draw=draw)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -225,7 +232,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     torch.manual_seed(args.seed)  # the new parts' first weights
     folder, model = args.output_dir, Model(args.start_from)
-    vae = AutoencoderKL.from_pretrained(args.start_from / "vae").float().eval()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    vae = AutoencoderKL.from_pretrained(args.start_from / "vae").float().eval().to(device)
     data = Photographs(args.photographs, folder / "data", vae.config.sample_size)
     stage = Stage(
         name=NAME,
@@ -237,7 +245,7 @@ def main(argv: list[str] | None = None) -> None:
         lr=8e-4,
         minutes=args.minutes,
         mixed_precision=args.mixed_precision,
-        device="cuda" if torch.cuda.is_available() else "cpu",
+        device=device,
     )
     train_flow(data, vae, encode_all(vae, data.images, folder / "latents.pt"), model, stage)
     if args.ship is not None:
@@ -251,9 +259,7 @@ def ship(model: Model, vae: AutoencoderKL, target: Path, recipe: dict) -> None:
     temporary = target.with_name(f".{target.name}")
     model.transformer.half()
     model.pipeline(vae.half(), design.tokenizer()).save_pretrained(temporary)
-    (temporary / "training.json").write_text(json.dumps(recipe, indent=1) + "\n")
-    shutil.rmtree(target, ignore_errors=True)
-    temporary.replace(target)
+    finish(temporary, target, recipe)
 
 
 if __name__ == "__main__":

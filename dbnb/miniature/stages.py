@@ -9,6 +9,7 @@ import math
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -75,6 +76,12 @@ class Photographs:
         """One fresh caption for each photograph whose number is in `indices`, (N,)."""
         draw = np.random.default_rng(int(torch.randint(2**62, (1,), generator=rng)))
         return [caption_of(self.labels[i], draw) for i in indices]
+
+
+def some_empty(captions: list[str], rng: torch.Generator) -> list[str]:
+    """One caption in ten is empty, on average, so that the denoiser can be guided."""
+    empty = torch.rand(len(captions), generator=rng) < 0.1
+    return ["" if e else caption for caption, e in zip(captions, empty, strict=True)]
 
 
 def tokenize(words, captions: list[str]) -> torch.Tensor:
@@ -254,15 +261,13 @@ def normalize_latents(vae, pictures: torch.Tensor) -> None:
 @torch.no_grad()
 def encode_all(vae, images: np.ndarray, path: Path) -> torch.Tensor:
     """(N, H, W, 3) uint8 -> (N, 2 C, 16, 16) float16, mean and log variance of each latent, kept in a file."""
-    weights = hashlib.sha256(b"".join(p.numpy().tobytes() for p in vae.state_dict().values())).hexdigest()
+    weights = hashlib.sha256(b"".join(p.cpu().numpy().tobytes() for p in vae.state_dict().values())).hexdigest()
     if path.exists():
         kept = torch.load(path, weights_only=True)
         if kept["vae"] == weights and len(kept["latents"]) == len(images):
             return kept["latents"]
-    parts = [
-        vae.encode(to_tensor(images[i : i + 100])).latent_dist.parameters.half() for i in range(0, len(images), 100)
-    ]
-    latents = torch.cat(parts)
+    parts = (to_tensor(images[i : i + 100]).to(vae.device) for i in range(0, len(images), 100))
+    latents = torch.cat([vae.encode(part).latent_dist.parameters.half().cpu() for part in parts])
     temporary = path.with_suffix(".tmp")
     torch.save({"vae": weights, "latents": latents}, temporary)
     os.replace(temporary, path)
@@ -342,30 +347,41 @@ def train_unet(
     *,
     noise_schedule: DDPMScheduler | None = None,
     weigh: Callable[[torch.Tensor], torch.Tensor] = v_weights,
+    words_too: bool = True,
 ) -> bool:
     """Denoising; one caption in ten is empty, for guidance. `weigh` gives the errors' weights by their SNR.
 
-    `noise_schedule` is the design's where none is given. True when the stage is complete.
+    `noise_schedule` is the design's where none is given; the text encoder learns too, or stays frozen. True when the
+    stage is complete.
     On a CPU, "bf16" pays (a quarter more samples a second) where the processor multiplies bfloat16 itself.
     """
     noise_schedule = noise_schedule or design.scheduler()
     words = design.tokenizer()
     model.to(memory_format=torch.channels_last)
-    # Plain products: on a CPU torch's fused attention is slow where heads are as narrow as here, above all in bfloat16.
-    model.unet.set_attn_processor(AttnProcessor())
+    if stage.device == "cpu":
+        # Plain products: torch's fused attention is slow there where heads are as narrow as here, most in bfloat16.
+        model.unet.set_attn_processor(AttnProcessor())
+    latents = latents.to(stage.device)
 
-    def loss_of_step(step: int) -> dict[str, torch.Tensor]:
+    def batch_of_step(step: int) -> dict[str, Any]:
         rng = generator(stage.seed, step)
         indices = data.batch(stage.batch_size, rng)
-        empty = torch.rand(stage.batch_size, generator=rng) < 0.1
-        captions = ["" if e else c for c, e in zip(data.captions(indices, rng), empty, strict=True)]
-        clean = DiagonalGaussianDistribution(latents[torch.from_numpy(indices)].float()).sample(rng).to(stage.device)
-        noise = torch.randn(clean.shape, generator=rng).to(stage.device)
         # One timestep from each of B equal ranges: the batch's loss varies less (Kingma et al., 2021, appendix I).
         strata = (torch.arange(stage.batch_size) + torch.rand(stage.batch_size, generator=rng)) / stage.batch_size
-        t = (strata * noise_schedule.config.num_train_timesteps).long().to(stage.device)
+        return dict(
+            step=step,
+            indices=torch.from_numpy(indices),
+            tokens=tokenize(words, some_empty(data.captions(indices, rng), rng)),
+            timesteps=(strata * noise_schedule.config.num_train_timesteps).long(),
+        )
+
+    def loss_of_batch(batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+        rng = generator(stage.seed + 1, batch["step"], stage.device)
+        indices, tokens, t = (batch[name].to(stage.device) for name in ("indices", "tokens", "timesteps"))
+        clean = DiagonalGaussianDistribution(latents[indices].float()).sample(rng)
+        noise = torch.randn(clean.shape, generator=rng, device=stage.device)
         with torch.autocast(stage.device, torch.bfloat16, enabled=stage.mixed_precision == "bf16"):
-            hidden = model.text_encoder(tokenize(words, captions).to(stage.device)).last_hidden_state
+            hidden = model.text_encoder(tokens).last_hidden_state
             noisy = noise_schedule.add_noise(clean, noise, t)
             predicted = model.unet(noisy, t, encoder_hidden_states=hidden).sample.float()
         of_noise = noise_schedule.config.prediction_type == "epsilon"
@@ -373,16 +389,17 @@ def train_unet(
         mse = (predicted - target).square().mean((1, 2, 3))
         return dict(loss=(mse * weigh(compute_snr(noise_schedule, t))).mean(), mse=mse.mean())
 
-    groups = [
-        dict(params=list(model.unet.parameters()), lr=stage.lr),
-        dict(params=list(model.text_encoder.parameters()), lr=0.3 * stage.lr),
-    ]
+    groups = [dict(params=list(model.unet.parameters()), lr=stage.lr)]
+    if words_too:
+        groups.append(dict(params=list(model.text_encoder.parameters()), lr=0.3 * stage.lr))
+    else:
+        model.text_encoder.requires_grad_(False)
 
     @torch.no_grad()
     def draw() -> Image.Image:
         return sample_grid(as_pipeline(vae.to(stage.device), words, model, noise_schedule), stage.seed)
 
-    return fit(stage, model, loss_of_step, groups=groups, ema_decay=0.9998, draw=draw)
+    return fit(stage, model, loss_of_batch, batch_of_step=batch_of_step, groups=groups, ema_decay=0.9998, draw=draw)
 
 
 def draw_vectors(table: nn.Embedding, words, rng: torch.Generator, *, most_alike: float = 1.0) -> None:
