@@ -113,8 +113,8 @@ class DreamBoothConfig:
 
     base: str = _option(
         "miniature",
-        "what is personalised: a preset (miniature, sd15, sd21, sdxl, if, sd35, flux; the last three are gated), hub "
-        "id, folder or .safetensors file",
+        "what is personalised: a preset (miniature, miniature-flow, sd15, sd21, sdxl, if, sd35, flux; the last three "
+        "are gated), hub id, folder or .safetensors file",
     )
     revision: str | None = _option(None, "of a base on the hub: a branch, tag or commit")
     variant: str | None = _option(None, "which files of the base to read, such as fp16")

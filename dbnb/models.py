@@ -235,10 +235,10 @@ def resolve_base(base: str, *, revision: str | None = None, variant: str | None 
     `revision` and `variant` are the hub's. A checkpoint in one file is converted, once. Raises FileNotFoundError in one
     sentence when it is neither here nor to be had on the hub.
     """
-    if base == "miniature":
+    if base in ("miniature", "miniature-flow"):
         from dbnb import miniature
 
-        return miniature.path()
+        return miniature.path() if base == "miniature" else miniature.flow_path()
     base = PRESETS.get(base, {}).get("base", base)
     path = Path(os.path.expanduser(base))
     if os.path.isfile(path):

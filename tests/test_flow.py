@@ -6,14 +6,18 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
 from transformers import CLIPTextModel
 
-from dbnb import miniature
+from dbnb import miniature, toybox
+from dbnb.config import DreamBoothConfig
+from dbnb.drawing import build_pipeline, draw_images
 from dbnb.metrics import load_encoders
 from dbnb.miniature import design, flow
+from dbnb.miniature.evaluate import Judge
 from dbnb.miniature.stages import tokenize
 from dbnb.models import embed_prompts, load_components
 from dbnb.presets import suggested
@@ -100,3 +104,16 @@ def test_the_workflow_takes_it_for_a_small_flow(run):
             CAPTIONS, None, None, max_sequence_length=flow.FEW, do_classifier_free_guidance=False
         )
     assert torch.allclose(hidden, expected[0], atol=1e-5) and torch.allclose(pooled, expected[2], atol=1e-5)
+
+
+def test_the_embedded_flow_base_is_a_preset_that_draws_and_is_small_enough():
+    config = DreamBoothConfig(base="miniature-flow")
+    components = load_components(config.base)
+    assert components.absent() == [] and config.tokenizer_max_length == flow.FEW
+    pictures = draw_images(
+        build_pipeline(components), ["a photo of a red dog on the beach"] * 8, range(8), config.sampling
+    )
+    found = Judge(miniature.path())(np.stack([np.asarray(picture) for picture in pictures]))
+    kind, scene = toybox.KINDS.index("dog"), [*toybox.SCENES].index("beach")
+    assert (found[:, 0] == kind).all() and (found[:, 5] == scene).all()
+    assert sum(path.stat().st_size for path in miniature.flow_path().rglob("*") if path.is_file()) <= 20e6
