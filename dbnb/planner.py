@@ -9,14 +9,18 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, ModelMixin
+from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from dbnb.adapters import lora_targets, trainable_parameters
 from dbnb.denoisers import NETWORKS, Told
@@ -154,7 +158,7 @@ def _tensors(values: Iterable) -> Iterator[torch.Tensor]:
 
 
 class LiveTensors(TorchDispatchMode):
-    """Within it, every tensor that an operation makes is followed to its end; `peak` is the most elements at once.
+    """Within it, every tensor that an operation makes is followed to its end; `peak` is the most bytes at once.
 
     What was there before does not count.
     """
@@ -174,17 +178,41 @@ class LiveTensors(TorchDispatchMode):
 
     def _follow(self, tensor: torch.Tensor, before: set[int]) -> None:
         storage = tensor.untyped_storage()
-        key, elements = storage._cdata, storage.nbytes() // tensor.element_size()
+        key, size = storage._cdata, storage.nbytes()
         if key in before or key in self._known:  # a view, or written in place
             return
 
         def ends(_: weakref.ref) -> None:
-            self.now -= elements
+            self.now -= size
             self._known.pop(key, None)
 
         self._known[key] = weakref.ref(storage, ends)
-        self.now += elements
+        self.now += size
         self.peak = max(self.peak, self.now)
+
+
+class _MixedPrecision(TorchFunctionMode):
+    """What `torch.autocast("cuda", torch.bfloat16)` does to a tensor's precision, on a device that has no autocast.
+
+    Products are made of halves. Norms and powers are made in float32, which their inputs are copied to: that, and a
+    copy for each adapter, is what training in half precision holds besides the activations. The lists are torch's,
+    for what the networks here call (docs: "CUDA Ops that can autocast").
+    """
+
+    _HALF = frozenset("linear conv2d matmul bmm baddbmm einsum".split())
+    _FLOAT32 = frozenset("layer_norm group_norm softmax pow rsqrt exp sum norm mse_loss".split())
+
+    def __torch_function__(self, function, types, arguments=(), options=None):
+        name, options = getattr(function, "__name__", ""), options or {}
+        dtype = torch.bfloat16 if name in self._HALF else torch.float32 if name in self._FLOAT32 else None
+        if dtype is not None:
+            arguments = [_cast(value, dtype) for value in arguments]
+            options = {key: _cast(value, dtype) for key, value in options.items()}
+        return function(*arguments, **options)
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
 
 class _FusedAttention(torch.autograd.Function):
@@ -203,17 +231,27 @@ class _FusedAttention(torch.autograd.Function):
 
 
 @contextmanager
-def _fused_attention() -> Iterator[None]:
+def _fused_attention(dtype: torch.dtype = torch.float32) -> Iterator[None]:
     """On the meta device torch would take attention apart into products."""
-    kept = F.scaled_dot_product_attention
-    F.scaled_dot_product_attention = lambda query, key, value, *_, **__: _FusedAttention.apply(query, key, value)
+
+    def fused(query, key, value, *_, **__):
+        return _FusedAttention.apply(*(_cast(tensor, dtype) for tensor in (query, key, value)))
+
+    kept, F.scaled_dot_product_attention = F.scaled_dot_product_attention, fused
     try:
         yield
     finally:
         F.scaled_dot_product_attention = kept
 
 
-def _inputs(base: Base, denoiser: ModelMixin, pictures: int) -> tuple[torch.Tensor, Told]:
+def _checkpoint(block: torch.nn.Module, *arguments: Any) -> Any:
+    """A block that is computed again on the way back, in the precision of the way there."""
+    return checkpoint(block, *arguments, use_reentrant=False, context_fn=lambda: (nullcontext(), _MixedPrecision()))
+
+
+def _inputs(
+    base: Base, denoiser: ModelMixin, pictures: int, dtype: torch.dtype = torch.float32
+) -> tuple[torch.Tensor, Told]:
     """What a base's network is given for so many pictures, without storage: noisy latents, and what it is told."""
     network, settings = NETWORKS[base.network], denoiser.config
     steps, pooled = torch.empty(pictures, dtype=torch.long), None
@@ -223,16 +261,16 @@ def _inputs(base: Base, denoiser: ModelMixin, pictures: int) -> tuple[torch.Tens
             settings.in_channels // network.packed,
             settings.joint_attention_dim,
         )
-        pooled = torch.empty(pictures, settings.pooled_projection_dim)
+        pooled = torch.empty(pictures, settings.pooled_projection_dim, dtype=dtype)
     else:
         side, channels = settings.sample_size, settings.in_channels
         width = settings.encoder_hid_dim or settings.cross_attention_dim
         if settings.addition_embed_type == "text_time":
             numbers = 6
             width_pooled = settings.projection_class_embeddings_input_dim - numbers * settings.addition_time_embed_dim
-            pooled = torch.empty(pictures, width_pooled)
-    hidden = torch.empty(pictures, base.text_length, width)
-    return torch.empty(pictures, channels, side, side), Told(steps, hidden, pooled, base.resolution)
+            pooled = torch.empty(pictures, width_pooled, dtype=dtype)
+    hidden = torch.empty(pictures, base.text_length, width, dtype=dtype)
+    return torch.empty(pictures, channels, side, side, dtype=dtype), Told(steps, hidden, pooled, base.resolution)
 
 
 def _in_fewer_bits(parameters: int, of_them: int, bytes_per_weight: int, quantization: str | None) -> int:
@@ -282,24 +320,31 @@ def training_memory(
     "weights": all frozen parts, or the denoiser alone where embeddings and latents are `cached` and the other parts
     rest beside the device; with `quantization`, a key of `QUANTIZATIONS`, linear layers are in fewer bits. "adapters":
     float32 weights, gradients and AdamW's two moments. "activations": what else is alive at the highest moment of the
-    denoiser's forward and backward pass. Libraries, the CUDA context and fragmentation come on top.
+    denoiser's forward and backward pass, in mixed precision with 2 bytes a weight. Libraries, the CUDA context and
+    fragmentation come on top.
     """
     network = NETWORKS[base.network]
-    with torch.device("meta"), _fused_attention():
+    half = bytes_per_weight < 4
+    dtype = torch.bfloat16 if half else torch.float32
+    with torch.device("meta"), _fused_attention(dtype):
         denoiser = network.network_class(**base.denoiser).requires_grad_(False)
+        if half:
+            denoiser.bfloat16()
         weights = _denoiser_memory(base, denoiser, bytes_per_weight, quantization)
         denoiser.add_adapter(LoraConfig(r=rank, target_modules=lora_targets(denoiser, lora_layers)))
+        cast_training_params(denoiser, dtype=torch.float32)
         if gradient_checkpointing:
-            denoiser.enable_gradient_checkpointing()
+            denoiser.enable_gradient_checkpointing(*([_checkpoint] if half else []))
         adapters = sum(p.numel() for _, p in trainable_parameters(denoiser))
-        noisy, told = _inputs(base, denoiser, batch)
-        with LiveTensors() as live:
-            network.call(denoiser.train(), noisy, told).square().mean().backward()
+        noisy, told = _inputs(base, denoiser, batch, dtype)
+        with LiveTensors() as live, _MixedPrecision() if half else nullcontext():
+            loss = network.call(denoiser.train(), noisy, told).float().square().mean()
+            torch.autograd.backward(loss)  # loss.backward() would leave the mode
     return {
         "weights": weights + (0 if cached else _others(base, bytes_per_weight, quantization)),
         "adapters": 4 * 4 * adapters,
         # At the highest moment, early in the backward pass, next to no gradient of an adapter is there yet.
-        "activations": bytes_per_weight * live.peak,
+        "activations": live.peak,
     }
 
 
@@ -317,13 +362,13 @@ def drawing_memory(base: Base, *, pictures: int = 4, bytes_per_weight: int = 2) 
         noisy, told = _inputs(base, denoiser, guided * pictures)
         with LiveTensors() as live:
             network.call(denoiser, noisy, told)
-        found = {"denoiser": bytes_per_weight * live.peak, "vae": 0}
+        found = {"denoiser": bytes_per_weight * live.peak // 4, "vae": 0}  # counted in float32
         if base.vae is not None:
             vae, side = AutoencoderKL(**base.vae).eval(), noisy.shape[-1]
             latents = torch.empty(pictures, vae.config.latent_channels, side, side)
             with LiveTensors() as live:
                 vae.decode(latents)
-            found["vae"] = (4 if base.vae_overflows else bytes_per_weight) * live.peak
+            found["vae"] = (4 if base.vae_overflows else bytes_per_weight) * live.peak // 4
     return found
 
 

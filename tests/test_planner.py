@@ -87,7 +87,7 @@ def test_the_plan_is_what_is_alive_in_a_real_training_step(base, lora_layers, ch
         network.call(denoiser.train(), noisy, told).square().mean().backward()
     options = dict(lora_layers=lora_layers, gradient_checkpointing=checkpointing)
     plan = training_memory(base, rank=4, batch=4, bytes_per_weight=4, **options)
-    assert plan["activations"] == pytest.approx(4 * live.peak, rel=0.1)
+    assert plan["activations"] == pytest.approx(live.peak, rel=0.1)
     trainable = sum(p.numel() for p in denoiser.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in denoiser.parameters() if not p.requires_grad)
     frozen += sum(buffer.numel() for buffer in denoiser.buffers())
@@ -106,7 +106,7 @@ def test_live_tensors_follow_storages_and_not_views():
         first = torch.ones(1000) + 1.0  # the ones and their sum at once
         view = first.view(10, 100)[:, :50]
         first.add_(before.sum())
-        assert live.now == 1000 and live.peak >= 2000
+        assert live.now == 4000 and live.peak >= 8000
         del first, view
         assert live.now == 0
 
