@@ -70,5 +70,7 @@ except SystemExit as end:
 finally:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10  # KiB on Linux
     record = {"started": started, "steps": steps, "seconds": time.perf_counter() - started, "peak_mib": peak}
+    if torch.cuda.is_available():
+        record["peak_on_card"] = torch.cuda.max_memory_allocated()  # bytes
     Path(notes).write_text(json.dumps(record))
     save_file(first, Path(notes).with_suffix(".safetensors"))
