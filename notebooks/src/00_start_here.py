@@ -279,9 +279,9 @@ plots.show(
 )
 
 # %% [markdown]
-# **What you should see**: many different dogs, as before. Compare them column by column: some have kept their colours
-# and some have not, and some now stand in places from the photographs. Notebook 02 shows what happens without the
-# class images.
+# **What you should see**: many different dogs, as before. Compare them column by column: nearly all have changed
+# their colours, and half now stand in another place; both nights, for example, have become grass. Notebook 02 shows
+# what happens without the class images.
 #
 # ## In numbers
 #

@@ -143,11 +143,11 @@ plots.show(
 
 # %% [markdown]
 # **What you should see**: the subject in the first row; in the second row dogs that are not the toy and that differ
-# from each other. Compare the cats with those of the base above, column by column: they are still cats of many
-# colours, although no class image shows a cat. Look at the places as well: several have given way to places in which
-# the toy was photographed. Class images protect the look of the animals better than the choice of the place, and the
-# measure below does not see places. How much of the drift the [prior loss](../docs/glossary.md#prior-loss) prevents,
-# for dogs and for cats, is measured below.
+# from each other. Compare the cats with those of the base above, column by column: most have changed their colour,
+# but they are still cats of many colours and not the toy, although no class image shows a cat. Look at the places as
+# well: nights and the moon have given way to grass, snow, a room and the beach. Class images keep the animals varied
+# and unlike the toy; they do not keep each picture as it was, and the measure below does not see places. How much of
+# the drift the [prior loss](../docs/glossary.md#prior-loss) prevents, for dogs and for cats, is measured below.
 #
 # ## The class images
 #
@@ -192,15 +192,15 @@ plots.show(
     plots.bars(
         drift,
         ylabel="cosine distance or similarity",
-        title="Without class images dogs become the toy, and cats become alike",
+        title="Without class images dogs become the toy, and cats become more alike",
     ),
     alt="Four groups of three bars: with class images dogs stay as in the base; without, they come together at the toy",
 )
 
 # %% [markdown]
-# **What you should see**: with class images, the dogs' bars are nearly those of the base; without them, dogs are more
-# like each other and more like the toy. The cats, too, become more like each other, but only a little more like the
-# toy. Ten pictures give rough numbers, but the order is not in doubt:
+# **What you should see**: with class images, the dogs' bars are nearly those of the base; without them, dogs are
+# nearly all alike, and as like the toy as its own pictures are. The cats, too, become more like each other, and more
+# like the toy, though far less than the dogs do. Ten pictures give rough numbers, but the order is not in doubt:
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -220,10 +220,10 @@ for animals in ("dogs", "cats"):
     print(f"by {with_dogs - start:+.2f} with those of dogs")
 
 # %% [markdown]
-# Class images of dogs have protected the cats too: neither became more like the toy. The prior loss asks the model to keep its
-# answers to a prompt without `sks`, and so the adapters learn to respond to the identifier. This was measured for one
-# other class on one base. Measure it for a class that matters to you; `class_data_dir` takes class images that show
-# several.
+# Class images of dogs have kept the toy away from the cats too: neither became more like it. The prior loss asks the
+# model to keep its answers to a prompt without `sks`, and so the adapters learn to respond to the identifier. This
+# was measured for one other class on one base. Measure it for a class that matters to you; `class_data_dir` takes
+# class images that show several.
 
 # %% [markdown]
 # ## A cache that knows what it holds
@@ -499,7 +499,8 @@ check_02b(to_draw)
 # ## In short
 #
 # - Five pictures and one prompt move the class word as well: language drift.
-# - The prior loss, on the model's own pictures of the class, holds the class in place, and here another class as well.
+# - The prior loss, on the model's own pictures of the class, keeps the class varied and apart from the toy, and here
+#   another class as well.
 # - A cache is only as good as what it knows about its content.
 #
 # Next: [03 Loading and freezing](03_loading_and_freezing.ipynb), the parts of the model.

@@ -156,13 +156,13 @@ channels = [gray(channel) for channel in latents[0]]
 titles = ["the picture", *(f"channel {i}" for i in range(len(channels)))]
 plots.show(
     plots.show_images([picture, *channels], titles=titles, title="Latents are small pictures: the outline is in them"),
-    alt="A red striped robot on a beach, and coarse grey pictures in which its outline can be recognised",
+    alt="A robot striped red and yellow on a beach, and coarse grey pictures in which its outline can be recognised",
 )
 
 # %% [markdown]
-# **What you should see**: sky, sea and sand as bands, and something of the robot in most channels. No channel *is* a
-# colour. Training on latents cannot bring back what the VAE loses. So look at pictures that were encoded and decoded
-# again:
+# **What you should see**: sky, sea and sand as bands in about half of the channels, and something of the robot in
+# most. No channel *is* a colour. Training on latents cannot bring back what the VAE loses. So look at pictures that
+# were encoded and decoded again:
 
 # %%
 toys = [toybox.random_toy(kind, 7) for kind in toybox.KINDS]
@@ -285,7 +285,9 @@ shares = {
 }
 plots.show(
     plots.bars(
-        shares, ylabel="change, as a share of red's", title="'sks' moves the text encoder, but not the base's UNet"
+        shares,
+        ylabel="change, as a share of red's",
+        title="'sks' moves the text encoder's states, but hardly the UNet's answer",
     ),
     alt="Pairs of bars: for 'sks' and 'zwx' the state moves further than for 'red', the UNet's answer hardly at all",
 )
@@ -296,10 +298,11 @@ assert shares["sks"]["UNet's answer"] < 0.3 < shares["sks"]["last hidden state"]
 print("'sks' reaches the text encoder's states and hardly changes the UNet's answer")
 
 # %% [markdown]
-# **What you should see**: two bars for a colour, and only the first for an identifier. What the identifier adds to
-# the states lies in directions to which the UNet's cross-attention hardly responds: the miniature's text encoder was
-# trained to put unknown names there, and on another base you would have to measure it. So the base draws a plain dog
-# for `sks dog`, and an adapter on the UNet can learn to respond to exactly these directions (notebook 04).
+# **What you should see**: two bars for a colour, and hardly more than the first for an identifier. What the
+# identifier adds to the states lies in directions to which the UNet's cross-attention hardly responds: the
+# miniature's text encoder was trained to put unknown names there, and on another base you would have to measure it.
+# So the base draws any dog for `sks dog`, and an adapter on the UNet can learn to respond to exactly these directions
+# (notebook 04).
 #
 # To steer towards the prompt, the UNet is asked twice, with the prompt and with an empty one, and the difference is
 # exaggerated: **[classifier-free guidance](../docs/glossary.md#classifier-free-guidance)** (Ho and Salimans, 2022).
@@ -355,15 +358,16 @@ plots.show(
         titles=[f"step {i}" for i in shown],
         title="The picture is decided long before it can be seen",
     ),
-    alt="Upper row: noise that becomes a purple cat in the snow late. Lower row: a pale guess that sharpens step by step",
+    alt="Upper row: noise that becomes a purple cat in the snow late. Lower row: a pale, blurred guess that is nearly finished by step 8",
 )
 
 # %% [markdown]
 # **What you should see**: in the upper row there is noise for a long time, and then quickly a cat. The lower row
 # shows why: there is a guess from the first step on. Step 0 has seen nothing but noise, so its guess is a mean of all
 # that the prompt allows: a blurred purple shape in front of snow. Colour, place and a coarse outline are there within
-# the first steps; details such as the eyes come last. Noisy steps decide what is there, late steps how it looks.
-# Training draws its timesteps at random and so learns both.
+# the first steps; tail, shadow and the edges of the trees follow. (Not everything turns out well: this cat never gets
+# a clear eye.) Noisy steps decide what is there, late steps how it looks. Training draws its timesteps at random and
+# so learns both.
 #
 # All guesses, one at a time (in a live notebook):
 
@@ -404,16 +408,17 @@ plots.show(
         [*attention_rows([found], slice(0, 2)), *attention_rows([found], slice(-2, None))],
         labels=["first two steps", "last two steps"],
         titles=["drawn", *found.words],
-        title="Each word looks at a part of the picture",
+        title="'cat' looks at the cat; most small words look at the rest",
     ),
-    alt="Two rows: a red cat on a beach, then the same picture in grey with the share of each word of the prompt in red",
+    alt="Two rows: a red and yellow cat on a beach, then the same picture in grey with the share of each word of the prompt in red",
 )
 
 # %% [markdown]
-# **What you should see**: `cat` marks the cat most clearly, and `red` does so in the first steps. `beach` is spread
-# over the whole picture. (Each map is scaled to its own range, so compare places within a map, and not one word with
-# another.) The small words mark the background as well: a share has to go somewhere, and words that add nothing take
-# what is left. A map says where a word gets attention, not what it does there.
+# **What you should see**: `cat` marks the cat most clearly; `red` marks its body too, more clearly in the first steps
+# than in the last. `beach` is spread over the whole picture. (Each map is scaled to its own range, so compare places
+# within a map, and not one word with another.) The small words mark the background as well: a share has to go
+# somewhere, and words that add nothing take what is left. A map says where a word gets attention, not what it does
+# there.
 #
 # ## How much guidance?
 #
@@ -430,9 +435,9 @@ plots.show(
         rows,
         titles=[f"guidance {scale:g}" for scale in scales],
         inches=1.4,
-        title="More guidance gives purer colours; too much makes them glaring",
+        title="More guidance gives purer colours; too much distorts the picture",
     ),
-    alt="Two rows of purple cats in snow: the colour purer with more guidance, contrasts too strong at 16",
+    alt="Two rows of purple cats in snow: the purple is purer up to guidance 4; at 16 ears and tail are orange-red and shapes go wrong",
 )
 
 # %%
@@ -440,9 +445,10 @@ plots.show(
 print({base: suggested(base)["guidance_scale"] for base in ("miniature", "sd15")})
 
 # %% [markdown]
-# **What you should see**: this base follows the prompt even at 1, because its captions were exact. More guidance makes
-# the purple purer; far beyond the suggested value, ears and tail change their colours and contrasts are too strong. A
-# large base, whose captions came from the web, hardly follows the prompt at 1, and therefore suggests a higher value.
+# **What you should see**: this base follows the prompt fairly well even at 1, because its captions were exact. More
+# guidance makes the purple purer, up to about 4, and removes what was not asked for, such as the grey spots of the
+# upper cat. Ears and tail change their colours on the way, and at 16 shapes begin to go wrong. A large base, whose
+# captions came from the web, hardly follows the prompt at 1, and therefore suggests a higher value.
 #
 # ## Freeze, cast
 #
@@ -632,7 +638,7 @@ check_03b(less_noise)
 #
 # <details><summary>A. It is what the prompt contributes, so more of it follows the prompt better.</summary>
 #
-# Right: that is classifier-free guidance; far beyond the suggested scale contrasts are overdone.
+# Right: that is classifier-free guidance; far beyond the suggested scale, colours and shapes go wrong.
 # </details>
 #
 # <details><summary>B. It is noise that the two answers share, and a large factor makes it cancel.</summary>

@@ -541,13 +541,14 @@ for label, differences in apart.items():
 # **What you should see**: *attention only* has the same steps and the same rank as the default, and less fidelity.
 # Its adapters sit on the attention of all blocks, the default's on all layers of the last two, and it has half of the
 # parameters; notebook 04 shows what attention alone cannot paint. *All layers* has adapters in the other blocks as
-# well, and each of its steps takes longer. *600 steps* is as near to the toy as the default, but in more of its
-# pictures the place is not the one that was asked for. This is overfitting, and neither fidelity nor the class shows
-# it. *Identifier unheard*: the same prompt stands for the toy in one half of each batch and for all dogs in the
-# other, so the model answers with a mixture, and neither `sks dog` nor `dog` can be right. *Text encoder trained* has
-# a second set of adapters, and they change next to nothing here, where the identifier is heard anyway. And *no prior
-# preservation* draws the toy, but hardly anything else. Of the rows that are "not clear" nothing is claimed: to
-# settle them takes more seeds. And of so many intervals of 95 %, one or two miss 0 by chance alone.
+# well, and each of its steps takes longer. *Rank 2* and *100 steps* come less near to the toy. *600 steps* is as near
+# as the default, but in some of its pictures the place is not the one that was asked for. This is overfitting, and
+# neither fidelity nor the class shows it. (Two other rows lose some places as well.) *Identifier unheard*: the same
+# prompt stands for the toy in one half of each batch and for all dogs in the other, so the model answers with a
+# mixture, and neither `sks dog` nor `dog` can be right. *Text encoder trained* has a second set of adapters, and they
+# change next to nothing here, where the identifier is heard anyway. And *no prior preservation* draws the toy, but
+# hardly anything else. Of the rows that are "not clear" nothing is claimed: to settle them takes more seeds. And of
+# so many intervals of 95 %, one or two miss 0 by chance alone.
 #
 # Do fidelity and variety pull against each other, or does one setting give both? Both in one figure: the best place is at
 # the upper right.
@@ -600,9 +601,9 @@ plots.show(
 )
 
 # %% [markdown]
-# **What you should see**: fidelity is level from 100 to 600 steps, so the first hundred have brought nearly all of
-# it. With a lower rank it seems to fall, but each of these rows has a single seed, and the intervals above leave that
-# open. Whatever is smaller than the bars, which are standard deviations over seeds, is not a result.
+# **What you should see**: fidelity rises up to the default's 200 steps and is level from there on. With rank 2 it is
+# lower; from rank 8 on, no difference is clear. Each of these rows has a single seed. Whatever is smaller than the
+# bars, which are standard deviations over seeds, is not a result.
 #
 # *The identifier `red`* looks as good as any other in this table. But `a photo of red dog` is now the prompt of the toy, and so
 # a red dog cannot be asked for in these words any more. No column measures that. A table answers only what it was asked.
@@ -641,8 +642,9 @@ plots.show(
 )
 
 # %% [markdown]
-# **What you should see**: after a hundred steps colour and spots are both there. Compare outlines and ears with the
-# row above, picture by picture. The two fidelities do not differ by more than chance.
+# **What you should see**: after a hundred steps the places and the two colours are there. Compare the spots with the
+# row above, picture by picture: on the beach they are missing, elsewhere they are fainter. By the intervals above,
+# that is more than chance.
 #
 # ## Which checkpoint is best?
 #

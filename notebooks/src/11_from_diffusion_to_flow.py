@@ -838,17 +838,10 @@ plots.show(
 
 # %%
 from dbnb.presets import PRESETS
-
-small = {base_name: PRESETS[base_name] for base_name in ("miniature", "miniature-flow")}
-Table(
-    {"setting": name} | {base_name: str(preset.get(name, "")) for base_name, preset in small.items()}
-    for name in dict.fromkeys(name for preset in small.values() for name in preset)
-    if len({str(preset.get(name, "")) for preset in small.values()}) > 1
-)
-
-# %%
 from dbnb.validation import draw
 
+small, flow = PRESETS["miniature"], PRESETS["miniature-flow"]
+print("\n".join(f"{name}: {value}, not {small.get(name)}" for name, value in flow.items() if value != small.get(name)))
 session = workflow.trained(DreamBoothConfig(base="miniature-flow"))
 places = ("on the beach", "in the snow", "at night", "on the moon")
 prompts = [f"{prompt} {place}" for prompt in (concept.instance_prompt, concept.class_prompt) for place in places]
