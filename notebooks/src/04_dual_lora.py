@@ -412,16 +412,15 @@ plots.show(
         labels=[f"{keep} direction{'s' * (keep > 1)}:\nfidelity {fidelity[keep]:.2f}" for keep in cut],
         title="One adapter, cut down to its largest directions in every layer",
     ),
-    alt="Four rows of dogs, from one direction in each layer to all: all are the toy, in other backgrounds",
+    alt="Four rows of dogs, from one direction in each layer to all: the toy, in places that were photographed",
 )
 
 # %% [markdown]
-# **What you should see**: one direction in each layer is already enough for the toy, and the labels give it about the
-# fidelity of all of them. What the other directions change most is the background: with all of them it is one of the
-# photographed places in each picture. Why train with a higher rank, then? Before training, nobody knows which
-# directions are needed. A higher rank offers more of them to start from, and training finds the good ones in the same
-# number of steps. So cutting down afterwards is not the same as training with a low rank: notebook 08 trains with
-# several ranks and measures what each is worth.
+# **What you should see**: one direction in each layer already gives most of the toy, and the labels say how little
+# each further one adds. All rows stand in places that were photographed. Why train with a higher rank, then? Before
+# training, nobody knows which directions are needed. A higher rank offers more of them to start from, and training
+# finds the good ones in the same number of steps. So cutting down afterwards is not the same as training with a low
+# rank: notebook 08 trains with several ranks and measures what each is worth.
 #
 # ## Which layers moved?
 #
@@ -490,7 +489,7 @@ plots.show(
 )
 
 # %% [markdown]
-# **What you should see**: one block brings nearly the whole toy, its colours and its spots together: the last. It is
+# **What you should see**: one block brings most of the toy, its colours and its spots together: the last. It is
 # the one that paints the details, from all that the others hand on to it. The first block and the one before the last
 # change colours and places, but not towards the toy: their adapters were trained *together* with the others', and are
 # of little use without them. The other blocks alone change hardly anything.

@@ -560,7 +560,7 @@ comparison
 
 # %% [markdown]
 # **What you should see**: after the same number of steps both draw the toy, and by `likeness` about equally well. But
-# with all weights the dogs of the bare class have taken on some of its yellow, and the losses on what was kept back
+# with all weights the dogs of the bare class have taken on some of its colours, and the losses on what was kept back
 # are larger: all weights also moved where nothing had to be learned. A lower learning rate and more steps would keep
 # that small. The sizes are far apart even though the miniature's adapters, on all layers of two blocks, are large for
 # their base. On Stable Diffusion 1.5 all weights of the UNet are 860 million numbers, and adapters of rank 16 on

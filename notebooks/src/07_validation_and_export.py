@@ -9,13 +9,13 @@
 # %% [markdown]
 # # 07 Validation and export: did it learn, and how do I hand it on?
 #
-# **What you will do**: look at the subject by place, before and after; ask for it in twelve sentences that training never
-# used; turn the adapters up and down, and switch off one half of them; save them, look into the file, load it with plain diffusers and nothing else, write its [card](../docs/glossary.md#card), and rehearse
-# the upload.
+# **What you will do**: look at the subject by place, before and after; ask for it in twelve sentences that training
+# never used; turn the adapters up and down, and switch off one half of them; save them, look into the file, load it
+# with plain diffusers and nothing else, write its [card](../docs/glossary.md#card), and rehearse the upload.
 #
 # **What you will learn**: how to look at a result fairly; what the UNet's and the text encoder's adapters each
-# contribute; what is in an adapter file, and what is lost where its header is missing. Afterwards you can hand a result to somebody who
-# has never heard of `dbnb`.
+# contribute; what is in an adapter file, and what is lost where its header is missing. Afterwards you can hand a
+# result to somebody who has never heard of `dbnb`.
 #
 # **What you need**: notebook [06](06_training.ipynb). No GPU. On two CPU cores about two minutes, plus a minute and a half
 # for the training of notebook [00](00_start_here.ipynb) where it is not in the cache yet; about a minute when you come back.
@@ -135,7 +135,9 @@ widgets.before_after(before.scenes, after.scenes, places)
 # %%
 plots.show(
     plots.image_rows(
-        [before.classes, after.classes], labels=["before", "after"], title=f"'{concept.class_prompt}' is still any dog"
+        [before.classes, after.classes],
+        labels=["before", "after"],
+        title=f"'{concept.class_prompt}' still gives many dogs",
     ),
     alt="Two rows of dogs of many colours: the bare class prompt before and after training",
 )
@@ -251,9 +253,9 @@ plots.show(
 #
 # ## From a picture instead of from noise
 #
-# A picture can be *redrawn*: it is noised to some level and then denoised under the prompt ([img2img](../docs/glossary.md#img2img)). At a low strength
-# only details change, at a high one only the rough layout is kept. **Predict**: other dogs, redrawn as
-# `a photo of sks dog`: at which strength do they become the toy?
+# A picture can be *redrawn*: it is noised to some level and then denoised under the prompt
+# ([img2img](../docs/glossary.md#img2img)). At a low strength only details change, at a high one only the rough layout
+# is kept. **Predict**: other dogs, redrawn as `a photo of sks dog`: at which strength do they become the toy?
 
 # %%
 others, levels = before.classes[:4], (0.3, 0.5, 0.7, 0.9)
@@ -350,7 +352,7 @@ plots.show(
         inches=1.3,
         title=f"At most {difference} of 255 grey levels apart",
     ),
-    alt="Two rows of four teal dogs, equal column by column, some on a beach and some in the snow",
+    alt="Two rows of four teal dogs with yellow spots on a beach, equal column by column",
 )
 
 # %%
@@ -360,10 +362,6 @@ print("reloads to the same picture, except for rounding")
 
 # %% [markdown]
 # `export.verify_reload` is this comparison as a function, and `python -m dbnb` makes it at the end of every run.
-#
-# The reload repeats the faults as well: in some of these pictures the toy stands in the snow, although the beach was
-# asked for. Snow was photographed and the beach was not, and of the eight places these two have the palest ground.
-# Notebook 08 counts how often a place is missed.
 #
 # ## The adapters, turned up and down
 #
@@ -424,7 +422,7 @@ from dbnb.validation import grid
 by_step = grid(session.components, session.config.output_dir, concept.instance_prompt, config.sampling, seed=3)
 plots.show(
     plots.grid(by_step, title="One noise: later checkpoints downwards, more strength to the right"),
-    alt="A grid of dogs: from a blend of toy and other dog at the upper left to the toy at the lower right",
+    alt="A grid of teal dogs: after 50 steps with a hat and few spots, after 200 the toy at every strength",
 )
 near = {key: likeness([image]) for key, image in by_step.items()}
 (step, factor), last = max(near, key=near.get), max(step for step, _ in near)
@@ -435,10 +433,10 @@ print(f"nearest to the photographs: step {step} at strength {factor:g}, likeness
 
 # %% [markdown]
 # **What you should see**: the two ways differ. The checkpoint from halfway, at full strength, has the toy's colours
-# and a rougher pattern. The last one at half strength is a blend of the toy with another dog, since its adapters
-# change half of what they should; the printed likeness says which of the two is nearer to the photographs here. On
-# the way to full strength the place may become another one, and at 1.25 the outlines fray. One picture for each field
-# cannot tell which checkpoint is best: notebook 08 measures that, the class included.
+# and a rougher pattern. The last one at half strength is smoother, with fewer spots, since its adapters change half
+# of what they should, and yet it is the toy already; the printed likeness says which of the two is nearer to the
+# photographs here. This prompt names no place, and so the place changes freely from field to field. One picture for
+# each field cannot tell which checkpoint is best: notebook 08 measures that, the class included.
 #
 # ## Which half does what?
 #
@@ -622,10 +620,10 @@ folder.cleanup()
 #
 # ### Exercise A: the strength, by hand (8 minutes)
 #
-# `set_adapters` walks through a model and gives every adapted layer a new scale. Write that. A layer that peft has adapted has an
-# attribute `lora_A`; for the adapter named `"default"` its `scaling["default"]` is the factor before $BA$, and
-# `lora_alpha["default"]` and `r["default"]` are what it was trained with. At strength 1 the adapter is as it was trained, whatever
-# strength it had before.
+# `set_adapters` walks through a model and gives every adapted layer a new scale. Write that. A layer that peft has
+# adapted has an attribute `lora_A`; for the adapter named `"default"` its `scaling["default"]` is the factor before
+# $BA$, and `lora_alpha["default"]` and `r["default"]` are what it was trained with. At strength 1 the adapter is as
+# it was trained, whatever strength it had before.
 
 # %%
 from dbnb.exercises import check_07a
