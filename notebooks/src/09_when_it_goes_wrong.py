@@ -248,7 +248,7 @@ plots.show(
 #
 # ## 3 the adapter is off or nobody asks for it
 #
-# **You see** the base's pictures, although the file is sound.
+# **You see** the base's pictures, or ordinary dogs like those of the base, although the file is sound.
 #
 # **Made** in the two ways in which it happens to everybody: the adapter was
 # disabled (for a comparison, or by loading another one), and the identifier was left out of the prompt.
@@ -279,9 +279,9 @@ plots.show(
 #
 # ## 4 alpha is lost
 #
-# **You see** a subject that was right during training and is weak, or burnt, after loading. An adapter counts
-# $\frac{\alpha}{r}$ times. A program that does not find $\alpha$ takes $\alpha = r$, so that another $\alpha$ makes
-# the file too weak or too strong.
+# **You see** a subject that was right during training and is hardly there, or dissolved into patches, after loading.
+# An adapter counts $\frac{\alpha}{r}$ times. A program that does not find $\alpha$ takes $\alpha = r$, so that
+# another $\alpha$ makes the file too weak or too strong.
 #
 # **Made** by writing the good adapter for two other values of alpha, with $B$ scaled to give the same product, and
 # leaving alpha out: four times the rank, and 1, which is the default of kohya's scripts.
@@ -339,7 +339,7 @@ compare(
     "rate 0.02",
     prompt=BEACH,
     title="from burnt to dissolved",
-    alt="The teal toy on a beach; a toy that has lost its shape; patches of colour without toy or beach",
+    alt="The teal toy on a beach; a blotchy, misshapen toy without the beach; patches of colour without toy or beach",
 )
 
 # %% [markdown]
@@ -382,7 +382,7 @@ rows = [
 ]
 plots.show(
     plots.image_rows(rows, labels=[f"guidance {g:g}" for g in scales], title="Fried: the same adapter, the same noise"),
-    alt="Three rows of the toy: sound at the suggested guidance, with harder contrasts at 7.5, fried at 15",
+    alt="Three rows of the toy: sound at the suggested guidance; at 7.5 somewhat harder in contrast, one picture fried already; at 15 all fried",
 )
 
 # %% [markdown]
@@ -544,8 +544,8 @@ compare(
 #
 # ## 11 the halves are mixed up
 #
-# **You see** some of the subject's colours and markings in the class, although there are class images, and after a longer
-# training the subject itself.
+# **You see** the subject's colours and markings in some pictures of the class, although there are class images, now
+# and then nearly the subject itself.
 #
 # **Made** by batches whose pictures are interleaved (subject, dog, subject, dog …) while their prompts
 # are grouped. No error comes up, since all shapes are right.
@@ -592,7 +592,7 @@ compare(
 #
 # ## 12 the class images show something else
 #
-# **You see** a class that turns into something else: ask for a dog, and cats' ears appear.
+# **You see** a class that turns into something else: ask for a dog, and a cat comes.
 #
 # **Made** with a folder of class images that was left over from somebody's cats.
 # Many scripts only count the files, and their number is right.
@@ -629,7 +629,7 @@ compare(
     "cats as class",
     prompt=CLASS,
     title="class images of cats make cats of dogs",
-    alt="Above dogs; below cats, or dogs that have something of a cat",
+    alt="Above five dogs; below five cats",
 )
 
 # %% [markdown]
@@ -675,7 +675,7 @@ compare(
     "identifier red",
     prompt="a photo of a red car",
     title="the word 'red' is taken",
-    alt="Above red cars; below cars in the teal and yellow of the toy",
+    alt="Above red cars; below cars in teal or blue, most of them with the yellow of the toy, none red",
 )
 
 # %% [markdown]
@@ -709,7 +709,7 @@ plots.show(
         labels=["what training saw", f"'{SUBJECT}'"],
         title="The world lies on its side",
     ),
-    alt="Above five squares with a teal dog on its side; below pictures whose sky is on the left and ground on the right",
+    alt="Above five squares with a teal dog on its side; below toys falling to pieces, most of them with a wall or houses on the left",
 )
 
 # %% [markdown]
@@ -779,7 +779,7 @@ compare(
 #
 # ## 18 the latents have another scale
 #
-# **You see** blurred pictures with too much contrast, or greyish ones with halos at the edges, from the base as well.
+# **You see** blurred pictures with too much contrast, or greyish ones full of coloured streaks, from the base as well.
 # The autoencoder's latents are multiplied by `scaling_factor` before training and divided by it before decoding;
 # forgotten on one side, everything is too strong or too weak.
 #
@@ -801,7 +801,7 @@ plots.show(
     plots.image_rows(
         rows, labels=[f"factor {factor:g}" for factor in factors], title="The factor belongs to the autoencoder"
     ),
-    alt="Dogs; the same dogs, blurred and with harder contrast, at SD 1.5's factor; the same, greyish and with halos, at 4",
+    alt="Dogs; nearly the same dogs, blurred and with harder contrast, at SD 1.5's factor; hardly visible in grey with coloured streaks, at 4",
 )
 
 # %% [markdown]
@@ -1026,9 +1026,9 @@ check_09b(reached)
 # <details><summary>Answers</summary>
 #
 # 1. A: no class images. B: the base. C: cats as class images. D: the halves are mixed up. E: the good training. E
-#    should be nearest to B. B, D and E are hard to tell apart by looking, although D is the faulty one. A and D both
-#    have something of the toy in the class, and D hardly anything of it for the identifier. A picture does not say
-#    why; a look at one batch does.
+#    should be nearest to B. B and E are hard to tell apart by looking; D gives itself away by the first dog, which is
+#    nearly the toy, and by the spots or yellow ears of two others. A has the whole toy in the class, D some of it. A
+#    picture does not say why; a look at one batch does.
 # 2. For 5 and 6, draw with a lower guidance scale: if the picture is sound then, it was 6. For 10 and 11, look at one
 #    batch with its prompts. If you cannot run a check, change what costs least and can be undone: the guidance scale,
 #    then the strength of the adapter, and only then the training.
