@@ -244,7 +244,7 @@ def test_a_checkpoint_of_another_run_is_refused_field_by_field(config, dataset):
 
 
 def test_training_lowers_the_loss_on_held_out_noise(config, dataset):
-    config = dataclasses.replace(config, max_train_steps=30, learning_rate=3e-3, checkpointing_steps=0)
+    config = dataclasses.replace(config, max_train_steps=60, learning_rate=3e-3, checkpointing_steps=0)
     components = load_components("miniature")
     add_adapters(components, rank=8)
     before = held_out_loss(components, dataset)
