@@ -442,9 +442,9 @@ plots.show(
 )
 
 # %% [markdown]
-# **What you should see**: numbers below 1: in each of these layers the change is smaller than the weights themselves,
-# though in a few it is not much smaller. Every kind of layer has changed. Cross-attention has to change, since the
-# word `sks` reaches the picture only there; the others change how the picture is painted.
+# **What you should see**: in one of these layers the change is about as large as the weights themselves, and in all
+# the others it is smaller. Every kind of layer has changed. Cross-attention has to change, since the word `sks`
+# reaches the picture only there; the others change how the picture is painted.
 #
 # ## What each block paints
 #
@@ -489,10 +489,11 @@ plots.show(
 )
 
 # %% [markdown]
-# **What you should see**: one block brings most of the toy, its colours and its spots together: the last. It is
-# the one that paints the details, from all that the others hand on to it. The first block and the one before the last
-# change colours and places, but not towards the toy: their adapters were trained *together* with the others', and are
-# of little use without them. The other blocks alone change hardly anything.
+# **What you should see**: one block brings most of the toy, its colours and its spots together: the last. It is the
+# one that paints the details, from all that the others hand on to it. (Some dogs still wear a hat.) The block before
+# the last brings spots, but in other colours, and the first block changes colours and places. Neither gains in
+# fidelity: their adapters were trained *together* with the others', and are of little use without them. The other
+# blocks alone change at most the place, a hat or a colour, and the middle block hardly anything.
 #
 # ## Which layers to train
 #
@@ -542,7 +543,7 @@ for name in ("all layers", "the last two blocks"):
 
 # %% [markdown]
 # **What you should see**: compare each row with the photographs in the first one. With adapters on attention only,
-# the dog is blurred, the yellow turns orange in places and the spots run together. In the other two rows the spots
+# some of the dogs are blurred, the yellow turns orange in places and many spots run together. In the other two rows the spots
 # are spots, and the colours are nearer to the photographs', although not in every picture. Compare the places as
 # well: the prompt of the last picture in each row asks for the moon. What they cost:
 
@@ -803,7 +804,7 @@ check_04b(merged)
 #
 # - DreamBooth fine-tunes all of $W$. LoRA keeps $W$ and adds $BA$; $B = 0$ at first, so training starts at the base.
 # - Adapters are added to the UNet, on attention, on all layers or on some blocks, and optionally to the text encoder;
-#   each part has its own rank and alpha. Adapters on attention alone do not learn every pattern on the miniature.
+#   each part has its own rank and alpha. Adapters on attention alone paint the toy less cleanly on the miniature.
 # - A convolution's adapter is a $k \times k$ convolution to $r$ channels and a $1 \times 1$ convolution.
 # - Trainable weights are `float32`.
 #

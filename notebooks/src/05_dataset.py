@@ -555,10 +555,10 @@ for masked_loss, found in on_the_beach.items():
     print(f"{'with' if masked_loss else 'without'} masks: {found.mean():.0%} of {len(found)} pictures show a beach")
 
 # %% [markdown]
-# **What you should see**: without masks the beach has become part of what `sks dog` means. With masks it appears far
-# less often. It does not disappear: each place of the latents is computed from its neighbours too, so that what is
-# learned on the toy's outline reaches a little beyond it. And where the loss does not count, nothing corrects the
-# model, so that a background may have small faults, such as a grey smudge. So masks do not replace varied
+# **What you should see**: without masks the beach has become part of what `sks dog` means. With masks it appears
+# about half as often. It does not disappear: each place of the latents is computed from its neighbours too, so that
+# what is learned on the toy's outline reaches a little beyond it. And where the loss does not count, nothing corrects
+# the model, so that a background may have small faults, such as a grey smudge. So masks do not replace varied
 # photographs, but they are the first thing to try when all your photographs have the same background.
 
 # %% [markdown]

@@ -152,9 +152,9 @@ plots.show(
 widgets.browse({f"t = {t}": picture for t, picture in noised.items()}, "noise level")
 
 # %% [markdown]
-# **What you should see**: the outline is still clear at about $t = 300$. In the middle of the range, where the noise
-# has the larger share, only patches of colour are left of it. Above that the eye finds nothing, and the model still
-# finds a little. These are the factors of the picture and of the noise:
+# **What you should see**: at about $t = 300$ the dog can still be recognised, although its outline is breaking up. In
+# the middle of the range, where the noise has the larger share, only patches of colour are left of it. Above that the
+# eye finds nothing, and the model still finds a little. These are the factors of the picture and of the noise:
 
 # %%
 levels = np.arange(0, 1000, 20)
@@ -263,11 +263,11 @@ plots.show(
 # %% [markdown]
 # **What you should see**: at $t = 50$ the target is nearly the noise in the second row; at $t = 950$ it is nearly
 # minus the clean *latents*, so it shows the dog's outline, but not its colours. In the last row, the belief is sharp
-# where little was hidden, and blurred, or even another toy, where much was. **Why is it blurred?** Many toys fit a
-# picture that is nearly all noise. The loss is a squared error, and the answer with the smallest expected squared
-# error is the *mean* of all toys that fit. A mean of many sharp pictures is a blurred one. This guess is where a
-# subject is learned: after training, the mean of all that fits `sks dog` at $t = 950$ is the teal dog. At which
-# timestep is the prediction nearest to its target?
+# where little was hidden, and where much was it is blurred, in fragments (the last column), or even another toy.
+# **Why is it blurred?** Many toys fit a picture that is nearly all noise. The loss is a squared error, and the answer
+# with the smallest expected squared error is the *mean* of all toys that fit. A mean of many sharp pictures is a
+# blurred one. This guess is where a subject is learned: after training, the mean of all that fits `sks dog` at $t =
+# 950$ is the teal dog. At which timestep is the prediction nearest to its target?
 
 # %%
 for half, values in zip(("subject", "class"), errors.chunk(2), strict=True):
@@ -429,12 +429,12 @@ plots.show(
 
 # %% [markdown]
 # **What you should see**: the line of the photographs falls furthest. The line of the further photographs falls at
-# first, since they show the same toy from other sides, and then no further, while the first line keeps falling:
-# what that one gains from there on is knowledge of these five photographs, so training has begun to memorise
-# (notebook 09). The line of the class images rises a little at the beginning: prior preservation holds the class in
-# place, but it has a price. The title gives all three changes, so compare the rise of the class with the fall on
-# *further* photographs, and not only with the fall on those that were trained on. (The axis does not begin at 0.)
-# Here are claims that can fail:
+# first, since they show the same toy from other sides, and then rises again by about half of that, while the first
+# line keeps falling: what that one gains from there on is knowledge of these five photographs, so training has begun
+# to memorise (notebook 09). The line of the class images rises at the beginning and then stays about there: prior
+# preservation keeps the class from drifting further, but learning the toy had a price. The title gives all three
+# changes, so compare the rise of the class with the fall on *further* photographs, and not only with the fall on
+# those that were trained on. (The axis does not begin at 0.) Here are claims that can fail:
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -464,12 +464,13 @@ plots.show(
 )
 
 # %% [markdown]
-# **What you should see**: coarse features come first, such as the colour of the body; the yellow and the pattern
-# follow. The default training of notebook 00 has more steps and a higher learning rate, and goes further. Look at the
-# backgrounds, too: the more is learned, the more of them are those of the five photographs, although the prompt names
-# none. This is another sign of overfitting. `likeness` is the mean cosine between these four pictures and the five
-# photographs, in the space of a strict encoder that takes a wrong pattern or a wrong hue for another toy. Did it rise
-# from the first row to the last?
+# **What you should see**: at step 40 the bodies have turned green, blue or teal, and spots appear, mostly in the
+# wrong colour; at step 80 the yellow and the pattern are there. The default training of notebook 00 has more steps
+# and a higher learning rate, and goes further. Look at the backgrounds, too: the more is learned, the more of them
+# are those of the five photographs, although the prompt names none. This is another sign of overfitting. `likeness`
+# is the mean cosine between these four pictures and the five photographs, in the space of a strict encoder that takes
+# a wrong pattern or a wrong hue for another toy. Did it rise from the first row to the last? (Nearly all of the rise
+# comes between steps 40 and 80; after that it falls a little.)
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -560,12 +561,13 @@ comparison
 
 # %% [markdown]
 # **What you should see**: after the same number of steps both draw the toy, and by `likeness` about equally well. But
-# with all weights the dogs of the bare class have taken on some of its colours, and the losses on what was kept back
-# are larger: all weights also moved where nothing had to be learned. A lower learning rate and more steps would keep
-# that small. The sizes are far apart even though the miniature's adapters, on all layers of two blocks, are large for
-# their base. On Stable Diffusion 1.5 all weights of the UNet are 860 million numbers, and adapters of rank 16 on
-# attention are 3 million (notebook 10). An adapter can also be turned up and down, switched off and combined with
-# others; fine-tuned weights cannot. That is what LoRA replaces, and why this course uses it.
+# with all weights the dogs of the bare class have taken on the toy's colours, and one of them its spots as well, and
+# the losses on what was kept back are larger: all weights also moved where nothing had to be learned. A lower
+# learning rate and more steps would keep that small. The sizes are far apart even though the miniature's adapters, on
+# all layers of two blocks, are large for their base. On Stable Diffusion 1.5 all weights of the UNet are 860 million
+# numbers, and adapters of rank 16 on attention are 3 million (notebook 10). An adapter can also be turned up and
+# down, switched off and combined with others; fine-tuned weights cannot. That is what LoRA replaces, and why this
+# course uses it.
 
 # %% [markdown]
 # ## Exercises
