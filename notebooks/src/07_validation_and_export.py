@@ -103,7 +103,7 @@ plots.show(
 
 # %% [markdown]
 # **What you should see**: dogs of all colours above, the toy below. Look again at the places: this prompt names none,
-# and yet the toy stands mostly in places that were photographed. These were learned as well.
+# and yet the toy stands only in places that were photographed. These were learned as well.
 #
 # What all of this is for is harder: the toy in places that the prompt names, beach, night and moon among them, where no
 # photograph shows it.
@@ -121,10 +121,10 @@ plots.show(
 )
 
 # %% [markdown]
-# **What you should see**: the place that was asked for, also where there is no photograph of it, and in it the toy. Look at
-# the night most closely: no photograph was dark, and dark pictures are the first to look overdone (the section on strength
-# has a remedy). What has changed is seen best one pair at a time, in one place. Choose a pair, then `before` and `after` in
-# turn:
+# **What you should see**: the place that was asked for, also where there is no photograph of it, and in it the toy.
+# Look at the night and the moon most closely: no photograph was dark, and here the outlines are the first to blur
+# (where pictures look overdone, the section on strength has a remedy). What has changed is seen best one pair at a
+# time, in one place. Choose a pair, then `before` and `after` in turn:
 
 # %%
 widgets.before_after(before.scenes, after.scenes, places)
@@ -272,8 +272,8 @@ plots.show(
 )
 
 # %% [markdown]
-# **What you should see**: at 0.3 the old dog, touched up; at 0.9 the toy, mostly still in the old place and pose, now and then
-# a new picture.
+# **What you should see**: at 0.3 the old dog, with some colours changed; from 0.7 on the toy, without a hat and still
+# in the old place and nearly the old pose.
 #
 # ## Saved: one file, all adapters
 #
@@ -393,15 +393,16 @@ plots.show(
         titles=[f"{s:g}\nlikeness {value:.2f}" for s, value in curve.items()],
         title=f"From any dog to the toy: likeness {curve[0.0]:.2f} without adapters, {curve[1.0]:.2f} at strength 1",
     ),
-    alt="Three dogs at seven strengths: any dog at 0, the toy around 1, and overdone beyond",
+    alt="Three dogs at seven strengths: any dog at 0, the toy from 0.5 on, with frayed outlines beyond 1",
 )
 widgets.browse({f"{s:g}": by_strength[s][0] for s in strengths}, "strength")
 
 # %% [markdown]
 # **What you should see**: a passage from some dog to the toy, often through dogs that are half of each, and with it
-# the place may change. Most of the way is done before strength 1, and beyond it contrasts are overdone. Three
-# pictures a strength are too few to choose one by: their likeness differs by some hundredths from one set to the
-# next. Where pictures look overdone at 1, a lower strength is a cheap remedy. Two claims that can fail:
+# the place may change. Most of the way is done by strength 0.5, and beyond 1 nothing is won: outlines and spots begin
+# to fray, and the place may change. Three pictures a strength are too few to choose one by: their likeness differs by
+# some hundredths from one set to the next. Where pictures look overdone at 1, a lower strength is a cheap remedy. Two
+# claims that can fail:
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -422,7 +423,7 @@ from dbnb.validation import grid
 by_step = grid(session.components, session.config.output_dir, concept.instance_prompt, config.sampling, seed=3)
 plots.show(
     plots.grid(by_step, title="One noise: later checkpoints downwards, more strength to the right"),
-    alt="A grid of teal dogs: after 50 steps with a hat and few spots, after 200 the toy at every strength",
+    alt="A grid of dogs: after 50 steps blue with yellow spots and a hat, after 200 the teal toy at every strength",
 )
 near = {key: likeness([image]) for key, image in by_step.items()}
 (step, factor), last = max(near, key=near.get), max(step for step, _ in near)
@@ -432,11 +433,11 @@ print(f"step {last} at strength 0.5: likeness {near[last, 0.5]:.2f}")
 print(f"nearest to the photographs: step {step} at strength {factor:g}, likeness {near[step, factor]:.2f}")
 
 # %% [markdown]
-# **What you should see**: the two ways differ. The checkpoint from halfway, at full strength, has the toy's colours
-# and a rougher pattern. The last one at half strength is smoother, with fewer spots, since its adapters change half
-# of what they should, and yet it is the toy already; the printed likeness says which of the two is nearer to the
-# photographs here. This prompt names no place, and so the place changes freely from field to field. One picture for
-# each field cannot tell which checkpoint is best: notebook 08 measures that, the class included.
+# **What you should see**: the two ways differ. The checkpoint from halfway, at full strength, has a rougher pattern,
+# and its body is still too blue. The last one at half strength is smoother, with fewer spots, since its adapters
+# change half of what they should, and yet it is the toy already; the printed likeness says which of the two is nearer
+# to the photographs here. This prompt names no place, and so the place changes freely from field to field. One
+# picture for each field cannot tell which checkpoint is best: notebook 08 measures that, the class included.
 #
 # ## Which half does what?
 #
@@ -470,7 +471,7 @@ plots.show(
         title=f"The UNet's adapters alone reach {gain['UNet alone']:.0%} of the gain, "
         f"the text encoder's alone {gain['text encoder alone']:.0%}",
     ),
-    alt="Four rows of dogs on a beach: with neither half any dogs, with one alone more or less of the toy, with both the toy",
+    alt="Four rows of dogs on a beach: with neither half, or the text encoder's alone, any dogs; with the UNet's alone or both, the toy",
 )
 
 # %% [markdown]

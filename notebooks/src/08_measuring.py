@@ -188,8 +188,9 @@ print("the identity encoder tells the toy from other dogs, and from every look-a
 # %% [markdown]
 # **What you should see**: the same toy first and every look-alike below it, one with other proportions only just. The
 # two bars of a pair would be equal in a perfect encoder. Ours keeps to its scale for the hue; it forgives another
-# pattern, another accessory and other proportions more than it should, and another accent less. So a fidelity near
-# the upper bars does not prove that the pattern or the proportions are right: look at the pictures as well.
+# pattern, another accessory and other proportions more than it should, and another accent and spots that have run
+# together less. So a fidelity near the upper bars does not prove that the pattern or the proportions are right: look
+# at the pictures as well.
 #
 # ## Two functions
 #
@@ -223,11 +224,12 @@ plots.show(
         ylabel="similarity to the photographs",
         title="Training lifts similarity from the floor towards the ceiling",
     ),
-    alt="Two groups of three rising bars: the base, after training, other photographs",
+    alt="Two groups of three bars, the base, after training, other photographs: rising for the identity encoder; for CLIP the second is slightly the highest",
 )
 
 # %% [markdown]
-# **What you should see**: three steps up in each group. CLIP's floor is high, which leaves it little room.
+# **What you should see**: the identity encoder takes three steps up. For CLIP the trained toy comes out slightly
+# above the real photographs: its floor is high, and it sees the place as well.
 #
 # Now all numbers, line by line: four questions, some asked twice. The subject (`subject_fidelity`, `clip_i`, and
 # `normalized_…`), the prompt (`clip_t`, `scene_recognised`), the preserved class (`class_subject_similarity`), its variety
@@ -542,13 +544,13 @@ for label, differences in apart.items():
 # Its adapters sit on the attention of all blocks, the default's on all layers of the last two, and it has half of the
 # parameters; notebook 04 shows what attention alone cannot paint. *All layers* has adapters in the other blocks as
 # well, and each of its steps takes longer. *Rank 2* and *100 steps* come less near to the toy. *600 steps* is as near
-# as the default, but in some of its pictures the place is not the one that was asked for. This is overfitting, and
-# neither fidelity nor the class shows it. (Two other rows lose some places as well.) *Identifier unheard*: the same
-# prompt stands for the toy in one half of each batch and for all dogs in the other, so the model answers with a
-# mixture, and neither `sks dog` nor `dog` can be right. *Text encoder trained* has a second set of adapters, and they
-# change next to nothing here, where the identifier is heard anyway. And *no prior preservation* draws the toy, but
-# hardly anything else. Of the rows that are "not clear" nothing is claimed: to settle them takes more seeds. And of
-# so many intervals of 95 %, one or two miss 0 by chance alone.
+# as the default, but in some of its pictures the place is not the one that was asked for. This may be overfitting,
+# which neither fidelity nor the class shows; one seed cannot prove it, and two other rows lose some places as well.
+# *Identifier unheard*: the same prompt stands for the toy in one half of each batch and for all dogs in the other, so
+# the model answers with a mixture, and neither `sks dog` nor `dog` can be right. *Text encoder trained* has a second
+# set of adapters, and they change next to nothing here, where the identifier is heard anyway. And *no prior
+# preservation* draws the toy, but hardly anything else. Of the rows that are "not clear" nothing is claimed: to
+# settle them takes more seeds. And of so many intervals of 95 %, one or two miss 0 by chance alone.
 #
 # Do fidelity and variety pull against each other, or does one setting give both? Both in one figure: the best place is at
 # the upper right.
@@ -642,9 +644,9 @@ plots.show(
 )
 
 # %% [markdown]
-# **What you should see**: after a hundred steps the places and the two colours are there. Compare the spots with the
-# row above, picture by picture: on the beach they are missing, elsewhere they are fainter. By the intervals above,
-# that is more than chance.
+# **What you should see**: after a hundred steps the places are right and the spots are there, though softer, and the
+# colour nearly so: some bodies are too green, others too blue. By the intervals above, the two fidelities differ by
+# more than chance explains, though with one seed.
 #
 # ## Which checkpoint is best?
 #
@@ -683,7 +685,7 @@ logs = {"default": measured_checkpoints(session), "no prior preservation": measu
 # %%
 plots.show(
     trade_off_figure(logs["default"], best_step(logs["default"])),
-    alt="The default. Left: upwards from the base, with a detour where part of the class is lost. Right: the trade-off, with its dip",
+    alt="The default. Left: upwards from the base, with a detour where a little of the class is lost. Right: the trade-off, which rises to the last step",
 )
 for name, log in logs.items():
     value = {line["step"]: line["trade_off"] for line in log}
@@ -699,8 +701,8 @@ Table(
 )
 
 # %% [markdown]
-# **What you should see**: with prior preservation the way leads up, and most of the class is still there at its end.
-# A checkpoint from before the end can lack some of the class: as long as the learning rate is at its full height,
+# **What you should see**: with prior preservation the way leads up, and at its end the class is as good as all there.
+# A checkpoint from before the end can lack a little of the class: as long as the learning rate is at its full height,
 # each step shifts the weights a good deal, and while the rate falls to zero they settle. With eight pictures a set it
 # is also partly chance which checkpoint is best. Without prior preservation the class is lost within the first
 # quarter. The rule takes the best of what there is, and cannot make a good training out of a bad one. `--patience 3`
@@ -731,10 +733,11 @@ for name, found in (("drawn", clip_drawn), ("further photographs", clip_further)
 print(f"distance among the drawn {diversity(clip_drawn):.2f}, among the photographs {diversity(clip_real):.2f}")
 
 # %% [markdown]
-# **What you should see**: where a place was photographed, the nearest photograph shares it; on the beach, at night and on the
-# moon none does, so these cannot be copies. The numbers
-# say what is normal: further real photographs of the toy, which cannot be copies, are about as close to the nearest one.
-# Drawn pictures that were far closer than these would be copies.
+# **What you should see**: where a place was photographed, the nearest photograph shares it; on the beach, at night
+# and on the moon none does, so these cannot be copies. The numbers say what is normal: further real photographs of
+# the toy, which cannot be copies, are nearly as close to the nearest one. The drawn pictures are somewhat closer;
+# part of that is that more of them stand in photographed places. But look at the grass and the city: there the
+# drawing is very near its photograph in pose and framing, too.
 
 # %% [markdown]
 # ## Exercises
