@@ -50,7 +50,7 @@ _LARGE = dict(
 )
 PRESETS: dict[str, dict[str, Any]] = {
     "miniature": _MINIATURE,
-    # Searched on other toys than those reported. Of a T5, which it does without, the fewest tokens: they say nothing.
+    # Searched on another toy than those reported. Of a T5, which it does without, the fewest tokens: they say nothing.
     "miniature-flow": _MINIATURE
     | dict(
         base="miniature-flow",

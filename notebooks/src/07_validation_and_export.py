@@ -400,9 +400,8 @@ widgets.browse({f"{s:g}": by_strength[s][0] for s in strengths}, "strength")
 # %% [markdown]
 # **What you should see**: a passage from some dog to the toy, often through dogs that are half of each, and with it
 # the place may change. Most of the way is done by strength 0.5, and beyond 1 nothing is won: outlines and spots begin
-# to fray, and the place may change. Three pictures a strength are too few to choose one by: their likeness differs by
-# some hundredths from one set to the next. Where pictures look overdone at 1, a lower strength is a cheap remedy. Two
-# claims that can fail:
+# to fray. Three pictures a strength are too few to choose one by: their likeness differs by some hundredths from one
+# set to the next. Where pictures look overdone at 1, a lower strength is a cheap remedy. Two claims that can fail:
 
 # %%
 # NBVAL_CHECK_OUTPUT

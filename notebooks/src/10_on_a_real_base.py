@@ -299,11 +299,12 @@ print(measured["note"])
 Table(measured["rows"])
 
 # %% [markdown]
-# **What you should see**: without checkpointing the plan and the card's peak differ by a tenth of a GiB at most. That was
-# not so at first. A plan that counts every activation in two bytes was a seventh to a third too low: in mixed precision
-# norms are computed in `float32`, and each adapter keeps a copy of what it reads. With checkpointing the step is smaller
-# than what came before it, when the VAE encoded the photographs beside all other parts, and that is the peak that the
-# table shows. The steps a second say little about the card: with one pair a step it waits for Python most of the time.
+# **What you should see**: without checkpointing the plan and the card's peak differ by a tenth of a GiB at most. A
+# plan that counted every activation in two bytes would be a seventh to a third too low: in mixed precision norms are
+# computed in `float32`, and each adapter keeps a copy of what it reads. With checkpointing the table shows more than
+# the plan. By the shapes of the networks that is the moment before the first step, when the VAE encodes the
+# photographs beside all other parts. Read the steps a second with caution: each is from one short run on a busy
+# machine.
 #
 # **No cell of this notebook has been run on a published checkpoint yet**, and what the note under the table calls never
 # seen has not been run on any card; it has been tested with small random checkpoints on a processor.

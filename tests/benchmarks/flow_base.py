@@ -76,8 +76,8 @@ def main() -> None:
     rows = Table({"": row} | {name: found[row] for name, found in columns.items()} for row in columns["UNet"])
     steps = " and ".join(str(DreamBoothConfig(base=base).num_inference_steps) for base, _ in BASES.values())
     note = (
-        f"{args.count} captions, in {steps} steps of each base's own solver; torch had {torch.get_num_threads()} of "
-        f"the cores. The flow transformer was trained for {trained['step']} steps of {trained['batch_size']} pictures."
+        f"{args.count} captions, in the steps that each base suggests ({steps}); torch had {torch.get_num_threads()} "
+        f"of the cores. The flow transformer was trained for {trained['step']} steps of {trained['batch_size']} pictures."
     )
     record("flow_base", rows, note)
 

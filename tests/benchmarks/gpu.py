@@ -3,8 +3,8 @@
 Random weights of the published sizes are made on the spot. Each setting trains through the whole workflow: a base that
 is loaded, adapters, cached latents, `train`. Measured are steps a second, the peak of the card's memory against the
 plan's, whether losses stay finite and adapters float32, and how far pictures of the reloaded adapter differ. What the
-time does not suffice for is named under the table. `--peer` takes diffusers' own scripts, one for
-each base, which train on the same weights right after the first setting.
+time does not suffice for is named under the table. `--peer` takes diffusers' own scripts, one for each base, which
+train on the same weights right after the first setting.
 """
 
 from __future__ import annotations
@@ -226,6 +226,19 @@ def drill(
     return rows
 
 
+def shown(rows: Table, note: str) -> tuple[Table, str]:
+    """The rows that were run, and the note with those that were not."""
+    unseen: dict[str, list[str]] = {}
+    for row in rows:
+        if row["steps a second"] == "not run":
+            unseen.setdefault(row["setting"], []).append(row["base"])
+    bases = {row["base"] for row in rows}
+    names = [setting if set(left) == bases else f"{setting} ({', '.join(left)})" for setting, left in unseen.items()]
+    if names:
+        note = f"{note.rstrip()} Never seen on a card: {'; '.join(names)}."
+    return Table(row for row in rows if row["steps a second"] != "not run"), note.rstrip()
+
+
 def main() -> None:
     """Make the weights, run the drill, and record its table."""
     from published import PUBLISHED, write
@@ -256,19 +269,6 @@ def main() -> None:
     card = torch.cuda.get_device_name() if device == "cuda" else device
     note = f"On one {card}; weights of the published sizes, but random. {args.note}"
     record("gpu", *shown(rows, note))
-
-
-def shown(rows: Table, note: str) -> tuple[Table, str]:
-    """The rows that were run, and the note with those that were not."""
-    unseen: dict[str, list[str]] = {}
-    for row in rows:
-        if row["steps a second"] == "not run":
-            unseen.setdefault(row["setting"], []).append(row["base"])
-    bases = {row["base"] for row in rows}
-    names = [setting if set(left) == bases else f"{setting} ({', '.join(left)})" for setting, left in unseen.items()]
-    if names:
-        note = f"{note.rstrip()} Never seen on a card: {'; '.join(names)}."
-    return Table(row for row in rows if row["steps a second"] != "not run"), note.rstrip()
 
 
 if __name__ == "__main__":
