@@ -77,7 +77,8 @@ def main() -> None:
     steps = " and ".join(str(DreamBoothConfig(base=base).num_inference_steps) for base, _ in BASES.values())
     note = (
         f"{args.count} captions, in the steps that each base suggests ({steps}); torch had {torch.get_num_threads()} "
-        f"of the cores. The flow transformer was trained for {trained['step']} steps of {trained['batch_size']} pictures."
+        f"of the cores. The flow transformer was trained for {trained['step']} steps of {trained['batch_size']} "
+        "pictures."
     )
     record("flow_base", rows, note)
 
