@@ -12,8 +12,15 @@ from PIL import Image
 from dbnb import toybox, widgets
 from dbnb.concept import Concept
 from dbnb.config import parse_args
+from dbnb.toybox import sample
 from dbnb.toybox.__main__ import main
-from dbnb.toybox.sample import PICTURES, SIZE, write_toy
+from dbnb.toybox.sample import PICTURES, write_toy
+
+
+@pytest.fixture(autouse=True)
+def _small_pictures(monkeypatch):
+    """A picture of a quarter of the side takes a sixteenth of the time; test_toybox renders the sample at its own."""
+    monkeypatch.setattr(sample, "SIZE", 64)
 
 
 def test_the_command_photographs_the_toy_that_was_asked_for(tmp_path, capsys):
@@ -27,7 +34,7 @@ def test_the_command_photographs_the_toy_that_was_asked_for(tmp_path, capsys):
         ]
         scene, seed = shots[-1]
         written = np.asarray(Image.open(folder / name / f"{len(shots):02d}.png"))
-        assert (written == toybox.pixels(toy, scene=scene, seed=seed, size=SIZE, supersample=3)).all()
+        assert (written == toybox.pixels(toy, scene=scene, seed=seed, size=sample.SIZE, supersample=3)).all()
     command = shlex.split(capsys.readouterr().out.splitlines()[-1])
     config = parse_args(command[3:])
     assert config.class_word == "cat" and config.instance_data_dir == str(folder / "photos")
@@ -86,7 +93,7 @@ def test_the_picture_follows_what_is_chosen(tmp_path):
     photographs = designer.photographs(tmp_path / "mine")
     written = np.asarray(Image.open(photographs / "01.png"))
     scene, seed = PICTURES["photos"][0]
-    assert (written == toybox.pixels(designer.toy, scene=scene, seed=seed, size=SIZE, supersample=3)).all()
+    assert (written == toybox.pixels(designer.toy, scene=scene, seed=seed, size=sample.SIZE, supersample=3)).all()
 
 
 def test_a_colour_that_is_none_is_told_and_changes_nothing():
