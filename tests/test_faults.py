@@ -295,8 +295,8 @@ def test_a_clock_set_back_does_not_change_which_checkpoint_is_newest(state, tmp_
 
 
 _COMMAND = (
-    "-m dbnb --resolution 64 --max_train_steps 60 --num_class_images 4 --num_validation_images 0 "
-    "--num_inference_steps 2 --rank 2 --train_batch_size 1 --checkpointing_steps 25 --resume_from_checkpoint latest"
+    "-m dbnb --resolution 64 --max_train_steps 30 --num_class_images 4 --num_validation_images 0 "
+    "--num_inference_steps 2 --rank 2 --train_batch_size 1 --checkpointing_steps 12 --resume_from_checkpoint latest"
 ).split()
 
 
@@ -319,7 +319,7 @@ def test_ctrl_c_at_any_moment_loses_nothing_and_the_end_is_the_same(tmp_path):
     cache, log, rng, stopped = tmp_path / "cache", tmp_path / "stopped" / "log.jsonl", random.Random(0), 0
     assert "reloads to the same picture" in _start(tmp_path / "whole", cache).communicate(timeout=120)[0]
     # After any step; then while libraries load and class images are drawn.
-    for moment in [*sorted(rng.sample(range(1, 55), 3)), *(rng.uniform(1.0, 8.0) for _ in range(2))]:
+    for moment in [*sorted(rng.sample(range(1, 27), 3)), *(rng.uniform(1.0, 8.0) for _ in range(2))]:
         if isinstance(moment, float):
             shutil.rmtree(cache, ignore_errors=True)
         run, started = _start(tmp_path / "stopped", cache), time.monotonic()
@@ -335,7 +335,7 @@ def test_ctrl_c_at_any_moment_loses_nothing_and_the_end_is_the_same(tmp_path):
     assert stopped >= 3
     assert "reloads to the same picture" in _start(tmp_path / "stopped", cache).communicate(timeout=120)[0]
     assert _same_adapters(tmp_path / "whole", tmp_path / "stopped")
-    assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == list(range(1, 61))
+    assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == list(range(1, 31))
 
 
 def test_two_runs_share_one_class_cache_and_a_token_is_nowhere(tmp_path):
