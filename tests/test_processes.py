@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 # Where a gradient is as small as its rounding, AdamW's usual epsilon of 1e-8 makes a whole step of that rounding.
 _RUN = (
-    "--resolution 64 --num_class_images 6 --sample_batch_size 2 --num_validation_images 0 --num_inference_steps 2 "
+    "--resolution 64 --num_class_images 4 --sample_batch_size 2 --num_validation_images 0 --num_inference_steps 2 "
     "--rank 2 --train_text_encoder --random_flip --learning_rate 1e-4 --text_encoder_learning_rate 1e-4 "
     "--lr_scheduler constant --adam_epsilon 1e-6"
 ).split()
@@ -55,11 +55,11 @@ def _close(a, b):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Folders of the same eight steps, with a checkpoint after four, by the number of processes that took them."""
+    """Folders of the same four steps, with a checkpoint after two, by the number of processes that took them."""
     folders = {}
     for processes in (1, 2):
         folders[processes] = folder = tmp_path_factory.mktemp(f"of-{processes}")
-        launched = _launch(folder, "--max_train_steps", "8", "--checkpointing_steps", "4", processes=processes)
+        launched = _launch(folder, "--max_train_steps", "4", "--checkpointing_steps", "2", processes=processes)
         (folder / "said").write_text(_finish(launched))
     return folders
 
@@ -70,23 +70,23 @@ def _class_images(folder):
 
 def test_two_processes_give_the_adapter_and_the_class_images_of_one(runs):
     assert (runs[2] / "said").read_text().count("class images: generate") == 1  # the first alone speaks
-    assert _class_images(runs[2]) == _class_images(runs[1]) and len(_class_images(runs[1])) == 6
+    assert _class_images(runs[2]) == _class_images(runs[1]) and len(_class_images(runs[1])) == 4
     manifests = [json.loads(next((folder / "cache").rglob("manifest.json")).read_text()) for folder in runs.values()]
     assert manifests[0] == manifests[1]
     assert _close(_adapter(runs[2]), _adapter(runs[1]))
     logs = [(folder / "run" / "log.jsonl").read_text().splitlines() for folder in runs.values()]
     losses = [[json.loads(line)["loss"] for line in log] for log in logs]
-    assert losses[1] == pytest.approx(losses[0], abs=1e-5) and len(losses[1]) == 8
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5) and len(losses[1]) == 4
 
 
 @pytest.mark.parametrize("was, becomes", [(1, 2), (2, 1)])
 def test_a_checkpoint_goes_on_in_another_number_of_processes(runs, tmp_path, was, becomes):
     folder = tmp_path / "copy"
     shutil.copytree(runs[was], folder)
-    for path in (*(folder / "run").glob("*.safetensors"), folder / "run" / "checkpoint-8"):
+    for path in (*(folder / "run").glob("*.safetensors"), folder / "run" / "checkpoint-4"):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    output = _finish(_launch(folder, "--max_train_steps", "8", "--resume_from_checkpoint", "latest", processes=becomes))
-    assert output.count("Resuming from checkpoint-4") == 1
+    output = _finish(_launch(folder, "--max_train_steps", "4", "--resume_from_checkpoint", "latest", processes=becomes))
+    assert output.count("Resuming from checkpoint-2") == 1
     assert _close(_adapter(folder), _adapter(runs[1]))
 
 
@@ -108,7 +108,7 @@ def test_where_one_process_fails_all_end_and_it_is_said_why(tmp_path):
         "sys.exit(main())\n"
     )
     started = time.monotonic()
-    process = _launch(tmp_path, "--max_train_steps", "8", processes=2, script=(str(script),))
+    process = _launch(tmp_path, "--max_train_steps", "4", processes=2, script=(str(script),))
     output = process.communicate(timeout=240)[0]
     assert process.returncode != 0 and "dbnb: the second process fails" in output
     assert time.monotonic() - started < 120
