@@ -1,4 +1,4 @@
-"""Every cell that nbval runs is marked: `pytest -m "not notebook"` leaves the notebooks out."""
+"""Every cell that nbval runs is marked: `pytest -m "not notebook and not slow"` leaves the notebooks out."""
 
 from __future__ import annotations
 

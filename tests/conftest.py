@@ -34,6 +34,13 @@ settings.register_profile("search", derandomize=False)
 settings.load_profile("same")
 
 
+def pytest_collection_modifyitems(items):
+    """Mark what neither runs a notebook nor takes long: `pytest -m quick` runs these while one works."""
+    for item in items:
+        if item.path.suffix == ".py" and not any(item.get_closest_marker(name) for name in ("long", "slow")):
+            item.add_marker(pytest.mark.quick)
+
+
 @pytest.fixture
 def components() -> Components:
     """The miniature, loaded anew."""

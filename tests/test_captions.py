@@ -171,6 +171,7 @@ def test_shares_of_a_mixture_are_kept_in_every_round(concept, class_paths, tmp_p
         assert torch.equal(mixture[n]["instance_pixels"], parts[1][m]["instance_pixels"])
 
 
+@pytest.mark.long
 def test_several_concepts_from_a_file_are_trained_measured_and_told_apart(concept, tmp_path, monkeypatch, capsys):
     encoders = metrics.load_encoders(miniature.path())
     monkeypatch.setattr(metrics, "load_encoders", lambda base: encoders)

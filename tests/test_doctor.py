@@ -337,6 +337,7 @@ def test_a_file_for_another_family_is_told_so(tmp_path, naming, family):
     assert set(record.dropped) == set(load_file(tmp_path / "adapter.safetensors")) and record.pictures == []
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl", "alt", "if"])
 @pytest.mark.parametrize("lora_layers", ["attention", "all"])
 def test_what_the_workflow_saves_is_sound_on_every_base(tmp_path, family, lora_layers):

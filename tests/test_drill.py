@@ -16,6 +16,7 @@ def gpu(monkeypatch):
     return importlib.import_module("gpu")
 
 
+@pytest.mark.long
 def test_the_drill_measures_each_setting_on_each_base(gpu, tmp_path):
     bases = [(name, write(name, tmp_path / name), None) for name in ("sd1", "sdxl")]
     settings = (
@@ -32,6 +33,7 @@ def test_the_drill_measures_each_setting_on_each_base(gpu, tmp_path):
         assert row["steps a second"].startswith("refused: use_8bit_adam needs bitsandbytes")
 
 
+@pytest.mark.long
 def test_the_drill_ends_in_time_and_goes_on_after_a_setting_that_fails(gpu, tmp_path, monkeypatch):
     base = ("sd1", write("sd1", tmp_path / "sd1"), None)
     [row] = gpu.drill([base], (gpu.Setting("bf16"),), minutes=-1.0, steps=4, resolution=32)

@@ -205,6 +205,7 @@ def test_what_in_a_file_is_not_what_was_trained_is_named(components, concept, co
         export.verify_reload(components, path, concept, config.sampling)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_in_half_precision_a_right_file_is_right(concept, config, tmp_path, dtype):
     components = load_components("miniature", weight_dtype=dtype)

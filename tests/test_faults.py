@@ -315,6 +315,7 @@ def _same_adapters(*folders) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
+@pytest.mark.long
 def test_ctrl_c_at_any_moment_loses_nothing_and_the_end_is_the_same(tmp_path):
     cache, log, rng, stopped = tmp_path / "cache", tmp_path / "stopped" / "log.jsonl", random.Random(0), 0
     assert "reloads to the same picture" in _start(tmp_path / "whole", cache).communicate(timeout=120)[0]
@@ -338,6 +339,7 @@ def test_ctrl_c_at_any_moment_loses_nothing_and_the_end_is_the_same(tmp_path):
     assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == list(range(1, 31))
 
 
+@pytest.mark.long
 def test_two_runs_share_one_class_cache_and_a_token_is_nowhere(tmp_path):
     token = "hf_" + "aSecretThatNobodyMayEverReadAnywhere"
     cache = tmp_path / "cache"
@@ -351,6 +353,7 @@ def test_two_runs_share_one_class_cache_and_a_token_is_nowhere(tmp_path):
     assert len(files) > 15 and not [path for path in files if token.encode() in path.read_bytes()]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["Ctrl-C", "SIGTERM"])
 def test_whoever_ends_a_training_finds_its_step_saved_and_an_exit_code_that_says_so(tmp_path, number, code):
     folder, log = tmp_path / "run", tmp_path / "run" / "log.jsonl"

@@ -49,6 +49,7 @@ def _outside(folder):
     return sorted(folder.iterdir())
 
 
+@pytest.mark.long
 def test_renders_are_inside_and_what_the_base_never_met_is_outside(components, drawn, tmp_path):
     strange, renders = _outside(tmp_path), sorted((SAMPLE_DIR / "photos").iterdir())
     renders += sorted((SAMPLE_DIR / "references").iterdir())
@@ -62,6 +63,7 @@ def test_renders_are_inside_and_what_the_base_never_met_is_outside(components, d
     assert base_fit(components, renders, drawn, PROMPT, resolution=128).remark() == ""
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["cat", "car", "teapot"])
 def test_toys_of_other_kinds_are_inside(components, tmp_path, kind):
     paths = []
@@ -133,6 +135,7 @@ def test_a_run_remarks_on_pictures_outside_and_says_nothing_of_others(config, tm
     assert not any("far outside" in line for line in map(str, said))
 
 
+@pytest.mark.long
 def test_it_costs_less_than_sixteen_training_steps(components, drawn):
     # On two idle cores a step takes 0.11 s: that is 2 s at most.
     from dbnb.adapters import add_adapters

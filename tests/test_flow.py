@@ -62,6 +62,7 @@ def run(tmp_path_factory):
     return folder / "run", options, folder / "base"
 
 
+@pytest.mark.long
 def test_plain_diffusers_draws_with_what_is_shipped(run, tmp_path):
     code = (
         "import sys; from diffusers import StableDiffusion3Pipeline as P; "

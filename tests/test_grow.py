@@ -45,6 +45,7 @@ def test_a_grown_autoencoder_has_twice_the_side_and_most_of_the_small_one(base):
     assert torch.allclose(*inner, atol=1e-4)
 
 
+@pytest.mark.long
 def test_the_command_grows_a_base_resumes_and_ships(small_base, tmp_path):
     options = [
         "--start_from",
@@ -71,6 +72,7 @@ def test_the_command_grows_a_base_resumes_and_ships(small_base, tmp_path):
         grow.main([*options, "--steps", *"242", "--stages", "unet", "--seed", "1"])
 
 
+@pytest.mark.long
 def test_the_judge_reads_large_photographs_of_the_same_toys(tmp_path):
     small, labels = photographs("test", 24, tmp_path)
     large, same = photographs("test", 24, tmp_path, size=grow.SIZE)

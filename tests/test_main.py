@@ -26,6 +26,7 @@ from dbnb.validation import from_references
 _SHORT = "--max_train_steps 4 --num_class_images 4 --num_validation_images 8 --num_inference_steps 2 --rank 2".split()
 
 
+@pytest.mark.long
 def test_the_command_writes_what_the_contract_names(tmp_path, capsys):
     assert main([*_SHORT, "--output_dir", str(tmp_path), "--checkpointing_steps", "2", "--validation_steps", "2"]) == 0
     output = capsys.readouterr().out
@@ -50,6 +51,7 @@ def test_no_validation_images_switches_images_and_metrics_off(tmp_path):
     assert list((tmp_path / "logs").rglob("events*"))
 
 
+@pytest.mark.long
 def test_a_cached_training_is_loaded_and_not_run_again(config, capsys):
     first = workflow.trained(config)
     capsys.readouterr()
@@ -89,6 +91,7 @@ def test_a_torn_cached_training_is_run_again(config):
     assert [line["loss"] for line in again.log] == [line["loss"] for line in first.log]
 
 
+@pytest.mark.long
 def test_one_validation_image_and_a_kohya_file(tmp_path):
     arguments = [*_SHORT, "--output_dir", str(tmp_path), "--num_validation_images", "1", "--export", "kohya"]
     assert main([*arguments, "--no_prior_preservation"]) == 0
@@ -188,6 +191,7 @@ def _files(folder):
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.long
 def test_a_second_run_puts_the_first_ones_results_aside_and_a_refused_one_changes_nothing(tmp_path, capsys):
     folder = tmp_path / "run"
     arguments = [*_SHORT, "--output_dir", str(folder), "--no_prior_preservation"]
@@ -241,6 +245,7 @@ def tiny(tmp_path_factory):
     return ["--base", str(base), "--no_prior_preservation", *numbers]
 
 
+@pytest.mark.long
 def test_runs_of_another_precision_follow_each_other_in_one_process(tiny, tmp_path):
     adapters = []
     for number, precision in enumerate(("no", "bf16", "no")):

@@ -65,6 +65,7 @@ def test_differences_are_paired_by_seed_and_a_single_one_borrows_the_others_spre
     assert metrics.paired_differences(alone, "default") == {"once": (2.0, float("inf"))}
 
 
+@pytest.mark.long
 def test_identity_encoder_tells_a_toy_from_others_of_its_kind(encoders):
     right = 0
     for kind in toybox.KINDS:
@@ -75,6 +76,7 @@ def test_identity_encoder_tells_a_toy_from_others_of_its_kind(encoders):
     assert right >= 30  # of 36; chance is 6
 
 
+@pytest.mark.long
 def test_real_photographs_score_as_the_measures_mean(encoders):
     toy, other = toybox.random_toy("dog", 1), [toybox.random_toy("dog", 50 + i) for i in range(16)]
     names = list(SCENES) * 2
@@ -111,6 +113,7 @@ def test_other_sentences_are_measured_against_the_training_prompts_own_gain(enco
     assert ratio == pytest.approx(after["sentence_fidelity"] / after["subject_fidelity"])
 
 
+@pytest.mark.long
 def test_the_identity_encoder_counts_what_an_eye_counts(encoders):
     rng = np.random.default_rng(5)
     falls = dict.fromkeys(DIFFERENCES, 0)

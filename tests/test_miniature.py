@@ -22,6 +22,7 @@ from dbnb.toybox.captions import IDENTIFIERS
 from dbnb.validation import SENTENCES
 
 
+@pytest.mark.long
 def test_plain_diffusers_draws_with_it_without_our_package(tmp_path):
     code = (
         "import sys; from diffusers import StableDiffusionPipeline as P; "
@@ -71,6 +72,7 @@ def test_folding_the_latents_scale_into_the_vae_changes_no_picture():
         assert torch.allclose(after.std * scale, before.std, rtol=1e-4)
 
 
+@pytest.mark.long
 def test_the_training_command_runs_resumes_and_ships(tmp_path):
     options = [
         "--output_dir",
@@ -94,6 +96,7 @@ def test_the_training_command_runs_resumes_and_ships(tmp_path):
         train.main([*options, "--steps", *"2222242", "--seed", "1"])
 
 
+@pytest.mark.long
 def test_training_goes_on_from_a_shipped_base(tmp_path):
     options = ["--photographs", "96", "--look_alikes", "4", "--batch_sizes", *"2888244"]
     train.main([*options, "--output_dir", str(tmp_path / "a"), "--steps", *"2222222", "--ship", str(tmp_path / "base")])
@@ -111,6 +114,7 @@ def test_training_goes_on_from_a_shipped_base(tmp_path):
     assert 0 < (before - after).abs().max() < 1e-2
 
 
+@pytest.mark.long
 def test_identity_encoder_and_words_of_a_shipped_base_are_mended_alone(tmp_path, small_base):
     options = ["--photographs", "96", "--look_alikes", "4", "--batch_sizes", *"2888244", "--steps", *"2222222"]
     further = [*options, "--output_dir", str(tmp_path / "run"), "--note", "Mended.", "--start_from", str(small_base)]
@@ -206,6 +210,7 @@ def test_measures_of_the_evaluation():
     assert 20 < evaluate.hue_errors_by_sector(reds, oranges)["0 to 30"] < 40
 
 
+@pytest.mark.long
 def test_the_evaluation_runs_on_few_pictures_and_the_card_tells_it(tmp_path):
     evaluation = tmp_path / "e.json"
     evaluate.main(["--count", "6", "--unseen", "48", "--output", str(evaluation)])
@@ -230,6 +235,7 @@ def test_the_evaluation_runs_on_few_pictures_and_the_card_tells_it(tmp_path):
         assert grid.width > 500
 
 
+@pytest.mark.long
 def test_pilots_compare_designs_and_the_card_takes_their_table(tmp_path):
     folder = tmp_path / "run"
     options = ["--output_dir", str(folder), "--photographs", "96"]

@@ -138,6 +138,7 @@ def test_the_plan_holds_in_resident_memory_within_15_percent(phase):
     assert numbers["planned"] == pytest.approx(numbers["measured"], rel=0.15)
 
 
+@pytest.mark.long
 def test_published_sizes_and_what_checkpointing_saves():
     base = BASES["Stable Diffusion 1.5"]
     plan = training_memory(base, batch=2)
@@ -168,6 +169,7 @@ def test_activations_grow_in_proportion_to_the_pictures(base, checkpointing):
     assert plans[1]["weights"] == plans[0]["weights"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("base", [SMALL, *SMALL_FLOWS], ids=lambda base: base.network)
 def test_what_rests_and_what_is_in_fewer_bits_is_not_counted_in_full(base):
     whole = training_memory(base, batch=2)

@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+pytestmark = pytest.mark.long
 # Where a gradient is as small as its rounding, AdamW's usual epsilon of 1e-8 makes a whole step of that rounding.
 _RUN = (
     "--resolution 64 --num_class_images 4 --sample_batch_size 2 --num_validation_images 0 --num_inference_steps 2 "

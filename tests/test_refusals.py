@@ -232,6 +232,7 @@ def test_help_and_refusals_are_said_on_any_console(environment):
     assert said.returncode == 2 and said.stderr.startswith(b"dbnb: export=") and said.stderr.count(b"\n") == 1
 
 
+@pytest.mark.long
 def test_a_run_in_other_letters_ends_well_on_any_console(tmp_path, concept):
     photographs = os.fsencode(tmp_path / "photos") + b"-\xe9"  # no UTF-8
     os.mkdir(photographs)

@@ -148,6 +148,7 @@ def test_patience_ends_a_run_and_the_best_checkpoint_stays(short):
     assert [line["step"] for line in again][-1] <= 8 and asked in ([], [6, 8])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("stop", [2, 3, 4])  # steps are counted from 0: before, at and behind a measured one
 def test_a_resumed_run_measures_and_chooses_as_one_that_ran_through(short, stop):
     whole, _, weights, log, _ = short("whole")
@@ -162,6 +163,7 @@ def test_a_resumed_run_measures_and_chooses_as_one_that_ran_through(short, stop)
     assert _lines(config) == _lines(whole) and best_step(again) == best_step(log)
 
 
+@pytest.mark.long
 def test_a_run_that_was_killed_before_it_measured_goes_on_with_that(short):
     whole, *_ = short("whole", checkpointing_steps=4)
     config, *_ = short("parts", checkpointing_steps=4, max_train_steps=4)
@@ -173,6 +175,7 @@ def test_a_run_that_was_killed_before_it_measured_goes_on_with_that(short):
     assert asked == [4, 6, 8, 10] and _lines(config) == _lines(whole)
 
 
+@pytest.mark.long
 def test_the_command_measures_holds_out_and_exports_the_best(tiny, tmp_path, capsys, monkeypatch):
     encoders = load_encoders(miniature.path())
     monkeypatch.setattr(progress.metrics, "load_encoders", lambda base: encoders)

@@ -30,6 +30,7 @@ def test_sizes_show_the_same_picture():
     assert np.abs(small - np.asarray(large, dtype=float)).mean() < 4
 
 
+@pytest.mark.long
 def test_bundled_sample_is_what_the_code_renders():
     for name, shots in PICTURES.items():
         for number, (scene, seed) in enumerate(shots, start=1):

@@ -169,6 +169,7 @@ def test_only_adapters_get_gradients_and_the_base_stays_bit_identical(config, da
         assert bool(grads) == (part != "vae")
 
 
+@pytest.mark.long
 def test_two_identical_runs_give_identical_adapters(config, dataset, tmp_path):
     runs = []
     for name in ("a", "b"):
@@ -180,6 +181,7 @@ def test_two_identical_runs_give_identical_adapters(config, dataset, tmp_path):
     assert not torch.equal(_weights(_trained(other, dataset)[0])[0], _weights(runs[0][0])[0])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("text_encoder", [False, True])
 def test_a_resumed_run_equals_the_uninterrupted_one(config, dataset, tmp_path, text_encoder):
     options = dict(
@@ -243,6 +245,7 @@ def test_a_checkpoint_of_another_run_is_refused_field_by_field(config, dataset):
         _trained(other, dataset)
 
 
+@pytest.mark.long
 def test_training_lowers_the_loss_on_held_out_noise(config, dataset):
     config = dataclasses.replace(config, max_train_steps=60, learning_rate=3e-3, checkpointing_steps=0)
     components = load_components("miniature")
@@ -351,6 +354,7 @@ def test_half_is_what_the_device_does_well(monkeypatch, cuda, bf16, expected):
     assert DreamBoothConfig().mixed_precision == "no"
 
 
+@pytest.mark.long
 def test_two_runs_cannot_write_into_one_folder(config, dataset):
     holder = "import sys; from pathlib import Path; from dbnb.training import alone\n"
     holder += "with alone(Path(sys.argv[1])):\n    print('held', flush=True); sys.stdin.read()"
@@ -552,6 +556,7 @@ def test_a_model_split_among_processes_is_refused_at_the_start(config, monkeypat
         check_start(config)
 
 
+@pytest.mark.long
 def test_runs_of_another_precision_follow_each_other_in_one_process(config, dataset, tmp_path):
     theirs = Accelerator(cpu=True, mixed_precision="bf16")  # one of the user's own, beside ours
     losses = []
