@@ -35,7 +35,7 @@ settings.load_profile("same")
 
 
 def pytest_collection_modifyitems(items):
-    """Mark what neither runs a notebook nor takes long: `pytest -m quick` runs these while one works."""
+    """Mark as quick every test that neither runs a notebook nor takes more than five seconds."""
     for item in items:
         if item.path.suffix == ".py" and not any(item.get_closest_marker(name) for name in ("long", "slow")):
             item.add_marker(pytest.mark.quick)
