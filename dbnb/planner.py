@@ -7,6 +7,7 @@ gradients on their way back, and with checkpointing the block that is just recom
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -157,23 +158,63 @@ def _tensors(values: Iterable) -> Iterator[torch.Tensor]:
             yield from _tensors(value)
 
 
+def _layout(tensor: torch.Tensor) -> tuple[torch.Size, tuple[int, ...], torch.dtype]:
+    return tensor.shape, tensor.stride(), tensor.dtype
+
+
+def _layouts(value: Any) -> tuple:
+    """An operation's argument as a key: each tensor as its layout, and 1, 1.0 and True as different things."""
+    if isinstance(value, torch.Tensor):
+        return _layout(value)
+    return tuple(map(_layouts, value)) if isinstance(value, (list, tuple)) else (type(value), value)
+
+
+def _without_storage(shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty_strided(shape, strides, dtype=dtype, device="meta")
+
+
+@functools.cache
+def _shares_no_storage(function: torch._ops.OpOverload) -> bool:
+    """Whether an operation makes all its results anew, and writes into none of its arguments."""
+    schema = function._schema
+    return all(value.alias_info is None for value in (*schema.arguments, *schema.returns))
+
+
 class LiveTensors(TorchDispatchMode):
     """Within it, every tensor that an operation makes is followed to its end; `peak` is the most bytes at once.
 
-    What was there before does not count.
+    What was there before does not count. On the meta device torch works the layout of every result out in Python, which
+    takes most of the time; a network repeats its layers, so most layouts are known from an earlier one.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.now = self.peak = 0
         self._known: dict[int, weakref.ref] = {}
+        self._results: dict[tuple, list[tuple]] = {}  # the layouts of an operation's results, by those of its arguments
 
     def __torch_dispatch__(self, function, types, arguments=(), options=None):
         options = options or {}
-        before = {t.untyped_storage()._cdata for t in _tensors((*arguments, *options.values()))}
-        result = function(*arguments, **options)
+        given = list(_tensors((*arguments, *options.values())))
+        before = {tensor.untyped_storage()._cdata for tensor in given}
+        if given and all(tensor.is_meta for tensor in given) and _shares_no_storage(function):
+            result = self._repeated(function, arguments, options)
+        else:
+            result = function(*arguments, **options)
         for tensor in _tensors((result,)):
             self._follow(tensor, before)
+        return result
+
+    def _repeated(self, function: torch._ops.OpOverload, arguments: tuple, options: dict) -> Any:
+        """What an operation on the meta device returns, without running it where it had such arguments before."""
+        key = (function, _layouts(arguments), _layouts(list(options.items())))
+        if key in self._results:
+            results = [_without_storage(*layout) for layout in self._results[key]]
+            return results[0] if len(function._schema.returns) == 1 else tuple(results)
+        result = function(*arguments, **options)
+        results = result if isinstance(result, tuple) else (result,)
+        if all(isinstance(one, torch.Tensor) and one.is_meta for one in results):
+            self._results[key] = [_layout(one) for one in results]
         return result
 
     def _follow(self, tensor: torch.Tensor, before: set[int]) -> None:
