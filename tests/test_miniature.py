@@ -72,40 +72,51 @@ def test_folding_the_latents_scale_into_the_vae_changes_no_picture():
         assert torch.allclose(after.std * scale, before.std, rtol=1e-4)
 
 
+OPTIONS = ["--photographs", "48", "--look_alikes", "4", "--batch_sizes", *"2888244"]
+
+
+@pytest.fixture(scope="module")
+def small_training(tmp_path_factory):
+    """A training of two steps a stage, each stage by a command of its own: its folder, and the base that it shipped."""
+    folder, done = tmp_path_factory.mktemp("training"), []
+    options = [*OPTIONS, "--steps", *"2222222", "--output_dir", str(folder / "run")]
+    for stage in train.STAGES:
+        train.main([*options, "--stages", stage])
+        done.append(stage)
+        assert sorted(p.stem for p in (folder / "run").glob("*.pt") if p.stem != "latents") == sorted(done)
+    train.main([*options, "--ship", str(folder / "base")])
+    return folder
+
+
+@pytest.fixture
+def run(small_training, tmp_path):
+    """A copy of the folder of `small_training`."""
+    return shutil.copytree(small_training / "run", tmp_path / "run")
+
+
 @pytest.mark.long
-def test_the_training_command_runs_resumes_and_ships(tmp_path):
-    options = [
-        "--output_dir",
-        str(tmp_path / "run"),
-        "--photographs",
-        "96",
-        "--look_alikes",
-        "4",
-        "--batch_sizes",
-        *"2888244",
-    ]
-    train.main([*options, "--steps", *"2222222", "--ship", str(tmp_path / "base")])
-    assert StableDiffusionPipeline.from_pretrained(tmp_path / "base").unet.config.sample_size == 16
-    first = torch.load(tmp_path / "run" / "unet.pt", weights_only=True)
+def test_the_training_command_runs_resumes_and_ships(small_training, run):
+    assert StableDiffusionPipeline.from_pretrained(small_training / "base").unet.config.sample_size == 16
+    first = torch.load(run / "unet.pt", weights_only=True)
     assert first["step"] == 2
-    train.main([*options, "--steps", *"2222242"])
-    resumed = torch.load(tmp_path / "run" / "unet.pt", weights_only=True)
+    options = [*OPTIONS, "--output_dir", str(run), "--steps", *"2222242"]
+    train.main(options)
+    resumed = torch.load(run / "unet.pt", weights_only=True)
     assert resumed["step"] == 4
     assert any(not torch.equal(first["models"][key], resumed["models"][key]) for key in first["models"])
     with pytest.raises(ValueError, match="was made from.*'seed': 0.*not.*'seed': 1"):
-        train.main([*options, "--steps", *"2222242", "--seed", "1"])
+        train.main([*options, "--seed", "1"])
 
 
 @pytest.mark.long
-def test_training_goes_on_from_a_shipped_base(tmp_path):
-    options = ["--photographs", "96", "--look_alikes", "4", "--batch_sizes", *"2888244"]
-    train.main([*options, "--output_dir", str(tmp_path / "a"), "--steps", *"2222222", "--ship", str(tmp_path / "base")])
-    further = [*options, "--output_dir", str(tmp_path / "b"), "--start_from", str(tmp_path / "base")]
+def test_training_goes_on_from_a_shipped_base(small_training, tmp_path):
+    base = small_training / "base"
+    further = [*OPTIONS, "--output_dir", str(tmp_path / "b"), "--start_from", str(base)]
     train.main([*further, "--steps", *"2222232", "--ship", str(tmp_path / "longer")])
-    shipped, longer = (json.loads((tmp_path / n / "training.json").read_text()) for n in ("base", "longer"))
+    shipped, longer = (json.loads((path / "training.json").read_text()) for path in (base, tmp_path / "longer"))
     assert [longer["stages"][name]["step"] for name in train.STAGES] == [2, 2, 2, 2, 2, 3, 2]
     assert longer["stages"]["vae"] == shipped["stages"]["vae"]
-    pipelines = [StableDiffusionPipeline.from_pretrained(tmp_path / name) for name in ("base", "longer")]
+    pipelines = [StableDiffusionPipeline.from_pretrained(path) for path in (base, tmp_path / "longer")]
     pictures = torch.rand(4, 3, 64, 64) * 2 - 1
     with torch.no_grad():
         latents = [pipeline.vae.encode(pictures).latent_dist.mean for pipeline in pipelines]
@@ -116,8 +127,8 @@ def test_training_goes_on_from_a_shipped_base(tmp_path):
 
 @pytest.mark.long
 def test_identity_encoder_and_words_of_a_shipped_base_are_mended_alone(tmp_path, small_base):
-    options = ["--photographs", "96", "--look_alikes", "4", "--batch_sizes", *"2888244", "--steps", *"2222222"]
-    further = [*options, "--output_dir", str(tmp_path / "run"), "--note", "Mended.", "--start_from", str(small_base)]
+    options = [*OPTIONS, "--steps", *"2222222", "--output_dir", str(tmp_path / "run")]
+    further = [*options, "--note", "Mended.", "--start_from", str(small_base)]
     train.main([*further, "--stages", "words", "--ship", str(tmp_path / "mended")])
     old, new = (StableDiffusionPipeline.from_pretrained(folder) for folder in (small_base, tmp_path / "mended"))
     assert not torch.equal(*(p.text_encoder.get_input_embeddings().weight for p in (old, new)))
@@ -213,7 +224,7 @@ def test_measures_of_the_evaluation():
 @pytest.mark.long
 def test_the_evaluation_runs_on_few_pictures_and_the_card_tells_it(tmp_path):
     evaluation = tmp_path / "e.json"
-    evaluate.main(["--count", "6", "--unseen", "48", "--output", str(evaluation)])
+    evaluate.main(["--count", "6", "--unseen", "24", "--output", str(evaluation)])
     result = json.loads(evaluation.read_text())
     assert result["judge"]["kind"] > 0.9 and set(result) >= {"autoencoder", "drawn", "composition", "frechet"}
     assert result["drawn_by_plain_diffusers"]["kind"] > 0.5 and list(result["sentences"]) == list(SENTENCES)
@@ -236,20 +247,12 @@ def test_the_evaluation_runs_on_few_pictures_and_the_card_tells_it(tmp_path):
 
 
 @pytest.mark.long
-def test_pilots_compare_designs_and_the_card_takes_their_table(tmp_path):
-    folder = tmp_path / "run"
-    options = ["--output_dir", str(folder), "--photographs", "96"]
-    sizes = ["--look_alikes", "4", "--batch_sizes", *"2888244"]
-    done = []
-    for stage in train.STAGES[:-2]:
-        train.main([*options, *sizes, "--steps", *"2222200", "--stages", stage])
-        done.append(stage)
-        assert sorted(path.stem for path in folder.glob("*.pt") if path.stem != "latents") == sorted(done)
-    pilots.main([*options, "--minutes", "0.01", "--count", "2"])
-    result = json.loads((folder / "pilots.json").read_text())
+def test_pilots_compare_designs_and_the_card_takes_their_table(run):
+    pilots.main(["--output_dir", str(run), *OPTIONS[:2], "--minutes", "0.01", "--count", "2"])
+    result = json.loads((run / "pilots.json").read_text())
     assert [design["predicts"] for design in result["designs"]] == list(pilots.DESIGNS)
     assert all(design["steps"] >= 1 for design in result["designs"])
-    assert "| v, min(SNR + 1, 5) |" in card.pilots(folder)
+    assert "| v, min(SNR + 1, 5) |" in card.pilots(run)
 
 
 def test_a_stage_counts_all_sittings_and_no_halts(tmp_path):
