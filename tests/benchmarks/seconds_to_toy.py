@@ -32,11 +32,12 @@ from dbnb.toybox.sample import write_toy
 from dbnb.validation import validation_images
 from dbnb.workflow import quiet_libraries, references
 
-TOYS = tuple((kind, 900 + number) for number, kind in enumerate(toybox.KINDS))
+TOYS = tuple((toybox.KINDS[number % len(toybox.KINDS)], 900 + number) for number in range(8))
 SEARCHED = (("dog", 501),)
-PEER = {"learning_rate": 6e-3, "lr_scheduler": "constant"}  # the first of the candidates to reach the goal
+PEER = {"learning_rate": 3e-3, "lr_scheduler": "constant"}  # the first of the candidates to reach the goal
 CANDIDATES = [{"learning_rate": rate, "lr_scheduler": "constant"} for rate in (1e-3, 3e-3, 6e-3)]
 GOAL, _PICTURES = 0.9, 16
+_COLUMNS = {"peer": "diffusers' script"}
 _EVERY, _PEER_EVERY, _PEER_STEPS = 25, 50, 400
 
 
@@ -133,7 +134,9 @@ def main() -> None:
             else:
                 points = {"peer": peers(args.peer, config, PEER, work), "ours": ours(config, work)}
         curves[f"{kind} {seed}"] = points
-        rows.append({"toy": f"{kind} {seed}"} | {name: reached(found) for name, found in points.items()})
+        rows.append(
+            {"toy": f"{kind} {seed}"} | {_COLUMNS.get(name, name): reached(found) for name, found in points.items()}
+        )
         print(rows[-1], flush=True)
         print(json.dumps(curves[f"{kind} {seed}"]), flush=True)
     if not args.search:
