@@ -184,7 +184,7 @@ class DreamBoothConfig:
     max_grad_norm: float = _option(1.0, "gradients are scaled down to this norm; 0 leaves them as they are", at_least=0)
     snr_gamma: float | None = _option(None, "min-SNR weighting of the loss, both halves; 5.0 is usual", above=0)
     noise_offset: float = _option(
-        0.0, "share of a constant shift in the noise, for darker and lighter pictures; 0.1", at_least=0
+        0.0, "share of a constant shift in the noise, for darker and lighter pictures; 0.1 is usual", at_least=0
     )
     weighting_scheme: str | None = _option(
         None,
@@ -197,12 +197,12 @@ class DreamBoothConfig:
     logit_std: float | None = _option(None, "of logit_normal (1 where left out)", above=0, at_most=10)
     mode_scale: float | None = _option(None, "of mode (1.29 where left out)", at_least=-1, at_most=1.75)
     precondition_outputs: bool = _option(
-        False, "flow matching: the error is that of the picture, not of the direction to it"
+        False, "flow matching: the error is that of the clean picture that follows from the answer, not of the velocity"
     )
     gradient_checkpointing: bool | None = _option(None, "recompute activations: less memory, half as much time again")
     mixed_precision: str | None = _option(
         None,
-        "half is what a CUDA device does well, else no; adapters stay in float32",
+        "half is bf16 or fp16, as the CUDA device supports, and no without one; adapters stay in float32",
         choices=("no", "fp16", "bf16", "half"),
     )
     quantization: str | None = _option(
@@ -223,7 +223,7 @@ class DreamBoothConfig:
         None, "steps between validation images during training; 0 for none", at_least=0
     )
     num_validation_images: int | None = _option(
-        None, "images a prompt set before and after; 0 switches images and metrics off", at_least=0
+        None, "images of each prompt set, before and after; 0 switches images and metrics off", at_least=0
     )
     select: str = _option(
         "last", "which step's adapter is exported: the last, or the best trade-off measured", choices=("last", "best")

@@ -175,7 +175,7 @@ def _without_storage(shape: torch.Size, strides: tuple[int, ...], dtype: torch.d
 
 @functools.cache
 def _shares_no_storage(function: torch._ops.OpOverload) -> bool:
-    """Whether an operation makes all its results anew, and writes into none of its arguments."""
+    """Whether all results of an operation are new storage, and it writes into none of its arguments."""
     schema = function._schema
     return all(value.alias_info is None for value in (*schema.arguments, *schema.returns))
 

@@ -281,19 +281,25 @@ def curves(
     return figure
 
 
+def _three_digits(value: float) -> str:
+    """A number over a bar: three digits, and no more than three decimals."""
+    return f"{round(value, 3):.3g}"
+
+
 @_all_text_is_text
 def bars(
     groups: Mapping[str, Mapping[str, float]], *, ylabel: str, title: str = "", marks: Mapping[str, float] | None = None
 ) -> Figure:
     """Groups of bars: name of a group -> name of a bar -> height; `marks` are heights to compare with, by name."""
     names = list(dict.fromkeys(name for values in groups.values() for name in values))
-    figure, axis = _plot("", ylabel, title, size=(max(4.8, 1.1 * len(groups) + 1.5), 3.0))
+    inches = min(9.0, max(4.8, 1.5 + len(groups) * max(1.1, 0.45 * len(names))))  # room for a number over each bar
+    figure, axis = _plot("", ylabel, title, size=(inches, 3.0))
     width = 0.8 / len(names)
     for i, name in enumerate(names):
         x = [g + (i - (len(names) - 1) / 2) * width for g in range(len(groups))]
         heights = [values.get(name, np.nan) for values in groups.values()]
         drawn = axis.bar(x, heights, width, color=PALETTE[i % len(PALETTE)], label=name)
-        axis.bar_label(drawn, fmt="%.3g", fontsize=SMALL)
+        axis.bar_label(drawn, fmt=_three_digits, fontsize=SMALL)
     _mark(axis, marks)
     axis.set_xticks(range(len(groups)), list(groups), fontsize=LABEL)
     axis.margins(y=0.14)
@@ -362,16 +368,16 @@ def plane(
     """Named points in a plane, and what moves among them: each path from its first place, a ring, to its last."""
     figure, axis = _plot(xlabel, ylabel, title, size=(7.2, 4.4))
     for i, (name, (x, y)) in enumerate(sorted(points.items(), key=lambda point: point[1][1])):
-        side = (
-            dict(ha="left", xytext=(6, 0)) if i % 2 else dict(ha="right", xytext=(-6, 0))
-        )  # neighbours do not collide
+        # By turns to the left and to the right, and away from the points: neighbours do not collide.
+        side = dict(ha="left", xytext=(22, 0)) if i % 2 else dict(ha="right", xytext=(-22, 0))
+        side |= dict(arrowprops=dict(arrowstyle="-", lw=0.5, color="0.6", shrinkA=1, shrinkB=3))
         axis.plot(x, y, "o", ms=5, color="0.45")
         axis.annotate(name, (x, y), textcoords="offset points", va="center", fontsize=SMALL, color="0.3", **side)
     for i, (name, places) in enumerate(paths.items()):
         style = dict(color=PALETTE[i % len(PALETTE)], label=name)
         axis.plot(*zip(*places, strict=True), marker=MARKERS[i % len(MARKERS)], ms=6, lw=1.5, **style)
         axis.plot(*places[0], "o", ms=11, mfc="none", color=style["color"])
-    axis.margins(0.12)
+    axis.margins(0.2)
     axis.grid(alpha=0.3)
     figure.legend(loc="outside right center", frameon=False, fontsize=LABEL)
     return figure
@@ -645,7 +651,7 @@ def course_map(here: str) -> Figure:
 
 def you_are_here(number: str) -> None:
     """Display the course's map in a notebook, with the place of that notebook marked."""
-    name = "the whole way" if number == "00" else " ".join(_COURSE[number][0].split())
+    name = "the whole course" if number == "00" else " ".join(_COURSE[number][0].split())
     alt = (
         "The course as boxes: photographs and class images make the dataset, the base gets adapters, both meet in "
         f"training, after which come pictures, the adapter file and measures. You are here: {number}, {name}"
@@ -717,7 +723,7 @@ def _ways_in(axis: Any, places: Sequence[tuple[float, float]], kinds: Sequence[s
     key = (
         (dot, "the timestep, as an embedding,\nenters each block's convolutions"),
         (square, "the prompt's hidden states\nenter in cross-attention"),
-        (diamond, "adapters: on attention (filled),\nor on all layers (hollow, too)"),
+        (diamond, "can have adapters: on attention\n(filled) or on other layers only"),
     )
     for i, (mark, text) in enumerate(key):
         axis.plot(0.3 + 2.9 * i, 0.3, **mark)

@@ -41,7 +41,7 @@ def _answer(module: nn.Module, x: torch.Tensor, kind: str) -> torch.Tensor:
     except Exception as error:
         raise Wrong(f"on {kind} `forward` stops with {type(error).__name__}: {error}") from error
     if found is None:
-        raise NotWritten("`forward` returns nothing. Replace the `...` by your lines.")
+        raise NotWritten("`forward` returns nothing. Replace the `...` with your own lines.")
     return found
 
 

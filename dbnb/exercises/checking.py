@@ -49,11 +49,11 @@ def call(function: Callable[..., Any], *arguments: Any, copies: bool = True) -> 
     try:
         found = function(*(copy.deepcopy(arguments) if copies else arguments))
     except NotImplementedError as error:
-        raise NotWritten(f"`{name}` is empty. Replace its `...` by your lines.") from error
+        raise NotWritten(f"`{name}` is empty. Replace its `...` with your own lines.") from error
     except Exception as error:
         raise Wrong(f"`{name}` stops with {type(error).__name__}: {error}") from error
     if found is None or found is Ellipsis:
-        raise NotWritten(f"`{name}` returns nothing. Replace its `...` by your lines, and return the result.")
+        raise NotWritten(f"`{name}` returns nothing. Replace its `...` with your own lines, and return the result.")
     return found
 
 
