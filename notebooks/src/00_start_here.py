@@ -50,7 +50,7 @@ importlib.import_module("dbnb")  # before torch, whose threads it keeps from spi
 
 # %% [markdown]
 # The module of this notebook is `dbnb.workflow`, which runs the seven steps in a row. Notebooks 01 to 07 explain one
-# step each, and the other imports below come from there. The map shows the whole way; it returns in every notebook,
+# step each, and the other imports below come from there. The map shows the whole course; it returns in every notebook,
 # with the place of that notebook marked.
 
 # %%
@@ -112,7 +112,7 @@ Table(
 # **Choose here.** Set `BASE = "sd15"` and give a folder with photographs of your own dog, and the cells below run on
 # Stable Diffusion 1.5. One setting depends on the memory of your GPU rather than on the base, so it is set here:
 # gradient checkpointing, which recomputes activations and so saves memory at the cost of time. A real base is a
-# download of several gigabytes, needs a GPU, and takes minutes where the miniature takes seconds. (Notebook 10
+# download of several gigabytes, needs a GPU, and takes minutes even there. (Notebook 10
 # computes what fits on which GPU.)
 
 # %%
@@ -213,7 +213,7 @@ session = workflow.trained(config, tell=print)
 
 # %%
 figure = plots.loss_curves(session.log)
-figure.axes[0].set_title("A step's loss tells mostly how noisy its pictures were")
+figure.axes[0].set_title("A step's loss mostly shows how noisy its pictures were")
 plots.show(figure, alt="Two clouds of single steps with their means: the instance loss falls, the prior loss stays")
 
 # %% [markdown]

@@ -135,9 +135,9 @@ plots.show(
 # ## A denoiser
 #
 # The network sees a noisy point, the timestep and the word, and answers with the noise that it believes to be in the
-# point. The timestep is given as sines and cosines of several frequencies, as in the UNet. The point is given in the
-# same way here, since this helps a small network to draw sharp lines. The word is given as a vector, an *embedding*. A
-# third "word" stands for no word at all; it will be needed below.
+# point. The timestep is given as sines and cosines of several frequencies, as in Stable Diffusion's denoiser. The
+# point is given in the same way here, since this helps a small network to draw sharp lines. The word is given as a
+# vector, an *embedding*. A third "word" stands for no word at all; it will be needed below.
 
 
 # %%
@@ -201,9 +201,11 @@ plots.show(
 )
 
 # %% [markdown]
-# **What you should see**: a fast fall, then a slow one that ends far above zero (the axis does not begin at 0). In
-# the last panel above, a noisy point can come from anywhere on the ring, and no network can know from where. Which
-# answer, then, has the smallest error?
+# **What you should see**: a fast fall, then a slow one that ends far above zero (the axis does not begin at 0). The
+# noise cannot be known exactly. At a small $t$, a point of the ring that was moved a little *along* the ring is again a
+# point of the ring: this part of the noise leaves no trace, and no network can find it. At a large $t$ the noise is easy
+# to name, since it is nearly all there is; but there the *clean point* cannot be known, which may have been anywhere on
+# the ring. Which answer, then, has the smallest error?
 #
 # ## Why the answer is blurred
 #
@@ -229,7 +231,7 @@ plots.show(
     plots.clouds(
         [beliefs], groups=words.numpy(), titles=[f"t = {t}" for t in levels], title="What it believes", inches=2.0
     ),
-    alt="Four panels: ring and cross sharp at first, then shrinking towards the middle, at last a small cloud in the centre",
+    alt="Four panels: ring and cross, whose middle is blurred, then shrinking towards the middle, at last a small cloud in the centre",
 )
 
 # %%
@@ -239,9 +241,10 @@ assert spread == sorted(spread, reverse=True), spread
 print("the more noise, the nearer the belief is to the mean:", spread[-1] < 0.5 * spread[0])
 
 # %% [markdown]
-# **What you should see**: with little noise, the beliefs lie on ring and cross. With much noise, they shrink towards
-# the centre, the mean of the shape. No point of the ring lies there. With pictures, the mean of many possible dogs is a
-# blurred dog. That is why a diffusion model does not draw in one step.
+# **What you should see**: with little noise, the beliefs lie on ring and cross, except near the middle of the cross,
+# where either arm is possible. With much noise, they shrink towards the centre, the mean of the shape. No point of
+# the ring lies there. With pictures, the mean of many possible dogs is a blurred dog. That is why a diffusion model
+# does not draw in one step.
 #
 # ## Drawing, step by step
 #
@@ -297,7 +300,7 @@ plots.show(
 #
 # $$\hat\epsilon = \hat\epsilon_{\varnothing} + w\,(\hat\epsilon_{word} - \hat\epsilon_{\varnothing})$$
 #
-# **Predict**: at $w = 0$? At 1? At 8?
+# **Predict**: what will be drawn at $w = 0$, at 1 and at 8?
 
 # %%
 scales = (0.0, 1.0, 3.0, 8.0)
@@ -319,8 +322,10 @@ plots.show(
 #
 # ## The same loop, on the miniature
 #
-# Pictures need nothing new. The point becomes a latent of 12 x 16 x 16 numbers, the network becomes a UNet, and the
-# word becomes the hidden states of a prompt. There is one difference: this UNet answers with $v =
+# Pictures need nothing new. An autoencoder (VAE) first makes a picture smaller, so the point becomes a
+# *[latent](../docs/glossary.md#latents)* of 12 x 16 x 16 numbers. The network becomes a *[UNet](../docs/glossary.md#unet)*,
+# the denoiser of Stable Diffusion, and the word becomes the prompt's *[hidden states](../docs/glossary.md#hidden-state)*,
+# one vector for each token. Notebook 03 takes these parts one by one. There is one difference: this UNet answers with $v =
 # \sqrt{\bar\alpha_t}\,\epsilon - \sqrt{1 - \bar\alpha_t}\,x_0$ (Salimans and Ho, 2022), a mixture from which both
 # noise and picture can be computed. This is its version of `belief` and of the noise:
 
@@ -371,8 +376,9 @@ plots.show(
 )
 
 # %% [markdown]
-# **What you should see**: the first belief, from pure noise, is a blurred red dog on a beach. It is the mean of all
-# pictures that the prompt allows, in the pose that most of them share. The steps turn it into one of them: place,
+# **What you should see**: the first belief, from pure noise, is a blurred red dog on a beach. It is close to
+# the mean of all pictures that the prompt allows, in the pose that most of them share (guidance pushes it a little
+# further, which makes the red redder). The steps turn it into one of them: place,
 # colour and the coarse outline are there from the first step, and details come last. A slider shows every step:
 
 # %%
@@ -441,9 +447,9 @@ print("the same picture, up to rounding:", difference.max() <= 2)
 #
 # **2. Why does the training loss stop falling well above zero?**
 #
-# <details><summary>A. Because the clean point cannot be known from a very noisy one.</summary>
+# <details><summary>A. Because the noise cannot be known exactly from the noisy point.</summary>
 #
-# Right: many points fit the same noisy one, and an answer that is right on average is wrong for each of them.
+# Right: several pairs of point and noise give the same noisy point; the best answer is wrong for each of them.
 # </details>
 #
 # <details><summary>B. Because the learning rate is too high near the end of training.</summary>

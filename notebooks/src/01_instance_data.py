@@ -46,6 +46,7 @@ importlib.import_module("dbnb")  # before torch, whose threads it keeps from spi
 # The new module is `dbnb.concept`, which makes a `Concept` of photographs and words.
 
 # %%
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -96,7 +97,7 @@ plots.show(
 #
 # ## A folder from real life
 #
-# Photographs come from telephones, messengers and screenshots. Let us make a folder with the problems of such folders:
+# Photographs come from phones, messaging apps and screenshots. Let us make a folder with the problems of such folders:
 # a picture that is only *marked* as rotated, a copy under another name, a file that was cut off during transfer, a
 # thumbnail, a small picture, and a file that a file browser left behind.
 
@@ -266,7 +267,9 @@ drawn = class_images(
 ).paths
 rng = np.random.default_rng(0)
 Image.fromarray(rng.integers(0, 256, (256, 256, 3), dtype=np.uint8)).save(folder / "noise.png")
-three = [concept.paths[0], own.paths[0], folder / "noise.png"]
+three = [folder / name for name in ("sample.png", "mytoy.png", "noise.png")]
+for path, name in zip((concept.paths[0], own.paths[0]), three, strict=False):
+    shutil.copy(path, name)
 fit = base_fit(components, three, drawn, concept.class_prompt, resolution=config.resolution)
 fit
 
@@ -275,10 +278,10 @@ fit
 print(fit.remark())
 
 # %% [markdown]
-# **What you should see**: the two renders have a higher loss and a lower PSNR than the base's own drawings, since they
-# are new to it; the noise is far beyond both. The distance is given in standard deviations of the class images, and
-# beyond 8 a run prints this sentence. Real photographs are far outside as well (try one): they need another base, such as
-# `sd15`.
+# **What you should see**: the two renders have a higher loss and a lower PSNR than the base's own drawings: those
+# have already come out of this decoder, and hold nothing that it cannot paint. The noise is far beyond both. The
+# distance is given in standard deviations of the class images, and beyond 8 a run prints this sentence. Real
+# photographs are far outside as well (try one): they need another base, such as `sd15`.
 #
 # ## The identifier
 #
@@ -404,7 +407,8 @@ assert min(moved["sks"].values()) > 0.5 * min(moved["red"].values()), moved
 print("'sks' moves both states at least half as far as 'red' does")
 
 # %% [markdown]
-# **What you should see**: bars of the same order for identifiers and for words. The second bar matters as much as the
+# **What you should see**: the identifiers' bars are the highest: both of their states move roughly twice as far as
+# those of a known word. The second bar matters as much as the
 # first: the UNet looks at all positions, and most positions of a short prompt come after its last word. A text encoder
 # that ignores an unknown word gives the subject and the class the same states, and then the adapters on the UNet
 # cannot tell them apart. Stable Diffusion's text encoder, a CLIP, has seen almost every string of letters in captions

@@ -128,7 +128,7 @@ print(f"{config.max_train_steps} steps with {len(kept.prior.paths)} class images
 
 # %% [markdown]
 # This model has seen the five photographs exactly as often as the one that was trained without class images.
-# **Predict**: the same three prompts, from the same noise?
+# **Predict**: what will the same three prompts give, from the same noise?
 
 # %%
 with_prior = {prompt: draw(kept.components, [prompt] * 10, config.sampling) for prompt in prompts}
@@ -145,9 +145,10 @@ plots.show(
 # **What you should see**: the subject in the first row; in the second row dogs that are not the toy and that differ
 # from each other. Compare the cats with those of the base above, column by column: most have changed their colour,
 # but they are still cats of many colours and not the toy, although no class image shows a cat. Look at the places as
-# well: nights and the moon have given way to grass, snow, a room and the beach. Class images keep the animals varied
-# and unlike the toy; they do not keep each picture as it was, and the measure below does not see places. How much of
-# the drift the [prior loss](../docs/glossary.md#prior-loss) prevents, for dogs and for cats, is measured below.
+# well: nights and the moon have given way to grass, snow and a room, and the city and some of the snow to the beach.
+# Class images keep the animals varied and unlike the toy; they do not keep each picture as it was, and the measure
+# below does not see places. How much of the drift the [prior loss](../docs/glossary.md#prior-loss) prevents, for dogs
+# and for cats, is measured below.
 #
 # ## The class images
 #
@@ -175,14 +176,15 @@ browse({f"{number:04d}": picture for number, picture in enumerate(class_pictures
 #
 # Two questions, both asked in the space of the identity encoder (notebook 08 explains it). How varied are the pictures
 # of one prompt: how far apart are any two of them, on average? And how similar are they to the photographs of the toy?
-# The same is asked of the cats, which no class image shows. **Predict**: four groups of three bars.
+# The same is asked of the cats, which no class image shows. **Predict** the heights
+# of the bars, in four groups of three.
 
 # %%
 encoders = metrics.load_encoders(base.base)
 toy = encoders.identity_features(kept.concept.images())
 drift = {}
 for animal in ("dog", "cat"):
-    for name, drawn in (("base", before), ("with class images of dogs", with_prior), ("without", without)):
+    for name, drawn in (("base", before), ("with class images of dogs", with_prior), ("without class images", without)):
         features = encoders.identity_features(drawn[f"a photo of a {animal}"])
         drift.setdefault(f"{animal}s:\ndistance", {})[name] = metrics.diversity(features)
         drift.setdefault(f"{animal}s:\nlike the toy", {})[name] = metrics.subject_fidelity(features, toy)
@@ -199,8 +201,9 @@ plots.show(
 
 # %% [markdown]
 # **What you should see**: with class images, the dogs' bars are nearly those of the base; without them, dogs are
-# nearly all alike, and as like the toy as its own pictures are. The cats, too, become more like each other, and more
-# like the toy, though far less than the dogs do. Ten pictures give rough numbers, but the order is not in doubt:
+# nearly all alike, and as like the toy as pictures of the toy itself (notebook 00). The cats, too, become more like
+# each other, and more like the toy, though far less than the dogs do. Ten pictures give rough numbers, but the order
+# is not in doubt:
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -221,7 +224,8 @@ for animals in ("dogs", "cats"):
 
 # %% [markdown]
 # Class images of dogs have kept the toy away from the cats too: neither became more like it. The prior loss asks the
-# model to keep its answers to a prompt without `sks`, and so the adapters learn to respond to the identifier. This
+# model to keep its answers to `a photo of a dog`. Presumably the adapters therefore learn to respond to the identifier,
+# and leave other prompts without it alone. This
 # was measured for one other class on one base. Measure it for a class that matters to you; `class_data_dir` takes
 # class images that show several.
 
@@ -418,7 +422,7 @@ check_02b(to_draw)
 # No: every instance picture keeps the instance prompt, in every step.
 # </details>
 #
-# <details><summary>B. The autoencoder is trained along and paints every dog in the toy's colours.</summary>
+# <details><summary>B. The autoencoder is trained as well and paints every dog in the toy's colours.</summary>
 #
 # No: the autoencoder is frozen, and so are all other weights of the base.
 # </details>
@@ -481,7 +485,7 @@ check_02b(to_draw)
 #
 # **5. A cache that only counts its files has a hundred pictures and needs a hundred. What is wrong with reusing them?**
 #
-# <details><summary>A. Nothing: the prompt stands in the name of the folder, and that is enough.</summary>
+# <details><summary>A. Nothing: the prompt is in the name of the folder, and that is enough.</summary>
 #
 # No: the name does not give the model, the size or the steps, nor whether a file was edited.
 # </details>

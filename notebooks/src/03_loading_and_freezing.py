@@ -106,11 +106,11 @@ plots.show(
 )
 
 # %% [markdown]
-# ## What a base says of itself
+# ## What a base says about itself
 #
 # A folder written by diffusers (Hugging Face's library of diffusion models) contains an index of the parts and their
 # classes. There the workflow reads whether the base has a VAE (DeepFloyd IF has none). If it tried to download one and
-# took failure for an answer, every network error would look like a model without a VAE.
+# took every failure to mean that there is none, a network error would look like a model without a VAE.
 
 # %%
 index = json.loads((components.base / "model_index.json").read_text())
@@ -118,7 +118,7 @@ Table({"part": name, "class": " . ".join(map(str, value))} for name, value in in
 
 # %% [markdown]
 # The config of the text encoder says which architecture it is. The table of known architectures is short; a new family
-# is one more row.
+# is one more row. (Where the second column is empty, the workflow puts no adapters on that text encoder.)
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -237,7 +237,8 @@ assert words[nearest[0]] == "red car" and words[nearest[2]] == "dog"
 # %% [markdown]
 # **What you should see**: `sks dog` is a prompt of its own, nearer to `dog` than to the coloured dogs, and clearly not
 # the same as `dog`. The printed line names the nearest prompt of each: `red dog` is nearer to `red car` than to `dog`,
-# so a colour counts for more than a kind. (Notebook 01 looked at the same states one by one.)
+# so a colour counts for more than a kind. (`dog` is even nearest to `teapot`: these two have no word before the noun.
+# Notebook 01 looked at the same states one by one.)
 #
 # ## The UNet: from noise to a picture
 #
@@ -262,13 +263,13 @@ plots.show(
 # look at neighbouring places. In **self-attention** each place looks at all others, so that a dog's left side knows
 # of its right side. In **cross-attention** each place looks at the words of the prompt; this is the only way in for
 # the prompt. The **timestep** is turned into a vector, as in notebook 00b, and added inside every block. Adapters
-# will sit beside layers of these blocks: on the miniature beside all layers of the last two, *up 1* and *up 2*
-# (notebook 04 says why).
+# will sit beside layers of these blocks. The diamonds show where they *can* sit; on the miniature they sit beside all
+# layers of the last two, *up 1* and *up 2* (notebook 04 says why).
 #
-# How much does one word in the prompt change the answer? Take the same noisy latents, the same timestep, and one more
-# word. The bars show how far the word moves the last hidden state of the prompt, and how far it moves the UNet's
-# answer, both as a share of what `red` does. **Predict**: `sks` moves the states at least as far as `red` does. And
-# the answer?
+# How much does one word in the prompt change the answer? Take what drawing begins with, pure noise at the last timestep,
+# and one more word. The bars show how far the word moves the last hidden state of the prompt, and how far it moves the
+# UNet's answer, both as a share of what `red` does. **Predict**: `sks` moves the states at least as far as `red` does.
+# How far will it move the answer?
 
 # %%
 added = ["red", "spotted", "sks", "zwx"]
@@ -277,7 +278,7 @@ with torch.no_grad():
     noise = torch.randn(1, *latents.shape[1:], generator=torch.Generator().manual_seed(0)).expand(
         len(hidden), -1, -1, -1
     )
-    answers = components.unet(noise, 500, encoder_hidden_states=hidden).sample
+    answers = components.unet(noise, 999, encoder_hidden_states=hidden).sample
 heard, used = ((values[1:] - values[:1]).flatten(1).norm(dim=1) for values in (hidden[:, -1], answers))
 shares = {
     word: {"last hidden state": (heard[i] / heard[0]).item(), "UNet's answer": (used[i] / used[0]).item()}
@@ -298,7 +299,8 @@ assert shares["sks"]["UNet's answer"] < 0.3 < shares["sks"]["last hidden state"]
 print("'sks' reaches the text encoder's states and hardly changes the UNet's answer")
 
 # %% [markdown]
-# **What you should see**: two bars for a colour, and hardly more than the first for an identifier. What the
+# **What you should see**: two equal bars for `red`, a lower pair for `spotted`, and for an identifier a high first bar
+# and almost no second one. What the
 # identifier adds to the states lies in directions to which the UNet's cross-attention hardly responds: the
 # miniature's text encoder was trained to put unknown names there, and on another base you would have to measure it.
 # So the base draws any dog for `sks dog`, and an adapter on the UNet can learn to respond to exactly these directions
@@ -363,11 +365,11 @@ plots.show(
 
 # %% [markdown]
 # **What you should see**: in the upper row there is noise for a long time, and then quickly a cat. The lower row
-# shows why: there is a guess from the first step on. Step 0 has seen nothing but noise, so its guess is a mean of all
-# that the prompt allows: a blurred purple shape in front of snow. Colour, place and a coarse outline are there within
-# the first steps; tail, shadow and the edges of the trees follow. (Not everything turns out well: this cat never gets
-# a clear eye.) Noisy steps decide what is there, late steps how it looks. Training draws its timesteps at random and
-# so learns both.
+# shows why: there is a guess from the first step on. Step 0 has seen nothing but noise, so its guess is close to the
+# mean of all that the prompt allows (guidance pushes it a little further): a blurred purple shape in front of snow.
+# Colour, place and a coarse outline are there within the first steps; tail, shadow and the edges of the trees follow.
+# (Not everything turns out well: this cat never gets a clear eye.) Noisy steps decide what is there, late steps how
+# it looks. Training draws its timesteps at random and so learns both.
 #
 # All guesses, one at a time (in a live notebook):
 

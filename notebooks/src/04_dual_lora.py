@@ -14,7 +14,7 @@
 # equals peft's.
 #
 # **What you will learn**: [rank](../docs/glossary.md#rank), [alpha](../docs/glossary.md#alpha) and target layers, and
-# what adapters on [attention](../docs/glossary.md#attention) alone cannot paint; why nothing changes at first; why
+# what adapters on [attention](../docs/glossary.md#attention) alone paint less well; why nothing changes at first; why
 # trainable weights are `float32` whatever the base is; what "dual" means. Afterwards you can say of any adapter how
 # large it is, where it sits and how much it changes.
 #
@@ -177,7 +177,7 @@ print("B after A is one kernel:", torch.allclose(two_steps, one_kernel, atol=1e-
 # ## Where the adapters sit
 #
 # In diffusion models, LoRA is usually applied to the **attention** layers. There, each place of the picture compares
-# its *query* with the *keys* of all other places, and takes up a mixture of their *values*. The matrices that make
+# its *query* with the *keys* of all places, and takes up a mixture of their *values*. The matrices that make
 # these three, and the output, get the adapters. In [cross-attention](../docs/glossary.md#cross-attention), keys and
 # values come from the prompt: here the adapters can respond to the rare word, to which the base's own layers hardly
 # respond (notebook 03).
@@ -196,7 +196,7 @@ print("suggested:", {base: suggested(base)["lora_layers"] for base in ("miniatur
 print("text encoder:", ", ".join(components.architecture.lora_targets))
 
 # %% [markdown]
-# (Among UNets, only that of DeepFloyd IF has `add_k_proj` and `add_v_proj`.)
+# (`add_k_proj` and `add_v_proj` occur in a few UNets only, such as that of DeepFloyd IF; the miniature has none.)
 #
 # **Dual** means that there is one set of adapters on the UNet and, if you ask for it, another on the text encoder,
 # each with its own rank and alpha. By default the miniature and the large bases leave the text encoder frozen: where
@@ -239,7 +239,7 @@ def kind_of(layer: str, part: str = "unet") -> str:
     """What a layer does, by its name."""
     if part != "unet" or "attn" in layer:
         return "cross-attention" if "attn2" in layer else "self-attention"
-    is_convolution = any(name in layer for name in ("conv", "sampler"))
+    is_convolution = any(name in layer for name in ("conv", "sampler", "proj_in", "proj_out"))
     return "convolutions" if is_convolution else "other linear layers"
 
 
@@ -253,7 +253,10 @@ for row in rows:
     )
     counts = blocks.setdefault(block, dict.fromkeys(KINDS, 0.0))
     counts[kind_of(row["layer"], row["part"])] += int(row["parameters"].replace(",", "")) / 1000
-blocks = {name: blocks[name] for name in sorted(blocks, key=lambda name: (name.startswith("text"), name))}
+blocks = {
+    name: {kind: round(count) for kind, count in blocks[name].items() if count}
+    for name in sorted(blocks, key=lambda name: (name.startswith("text"), name))
+}
 
 # %%
 plots.show(
@@ -262,9 +265,9 @@ plots.show(
 )
 
 # %% [markdown]
-# **What you should see**: convolutions have the largest share in every block of the UNet, since their $A$ has nine
-# numbers where that of a linear layer has one. A block without attention has adapters only because `lora_layers` is
-# `all`. All of the text encoder's adapters are in its self-attention, the only kind it has.
+# **What you should see**: convolutions have the largest share in every block of the UNet, since the $A$ of a 3 x 3
+# convolution has nine numbers where that of a linear layer has one. A block without attention has adapters only
+# because `lora_layers` is `all`. All of the text encoder's adapters are in its self-attention, the only kind it has.
 #
 # Has nothing changed in the whole model either? **Predict** both answers.
 
@@ -370,7 +373,8 @@ print(f"with rank {rank} nothing of the change is missing, and some of W is")
 # %% [markdown]
 # The end of the curve holds by construction: a product of thin matrices has no more directions than its rank. The
 # beginning of the curve was learned: in this layer a single direction carries nearly the whole change. Is this so in
-# every layer? For each layer, count the directions that carry nine tenths of the squared change, and measure how
+# every layer? For each layer, count the directions that carry nine tenths of the squared change (on the curve above:
+# until the missing share falls below $\sqrt{0.1} \approx 0.32$), and measure how
 # large the change is beside the weights (`flatten` writes a convolution's weights as matrices):
 
 # %%
@@ -383,7 +387,9 @@ for part, module in adapted_modules(session.components).items():
             needed[f"{part}: {name}"] = int(np.argmax(missing((B @ A).numpy()) ** 2 <= 0.1)) + 1
             adapted_layers[f"{part}: {name}"] = sub
 few = list(needed.values())
-print(f"directions for nine tenths of the change, of {rank}: {min(few)} to {max(few)}, median {int(np.median(few))}")
+print(
+    f"directions for nine tenths of the squared change, of {rank}: {min(few)} to {max(few)}, median {int(np.median(few))}"
+)
 
 # %% [markdown]
 # How many of these directions does the toy need? Let us cut the trained adapter down to its largest directions, in
@@ -417,7 +423,7 @@ plots.show(
 
 # %% [markdown]
 # **What you should see**: one direction in each layer already gives most of the toy, and the labels say how little
-# each further one adds. All rows stand in places that were photographed. Why train with a higher rank, then? Before
+# each further one adds. In all rows the dogs stand in places that were photographed. Why train with a higher rank, then? Before
 # training, nobody knows which directions are needed. A higher rank offers more of them to start from, and training
 # finds the good ones in the same number of steps. So cutting down afterwards is not the same as training with a low
 # rank: notebook 08 trains with several ranks and measures what each is worth.
@@ -492,8 +498,8 @@ plots.show(
 # **What you should see**: one block brings most of the toy, its colours and its spots together: the last. It is the
 # one that paints the details, from all that the others hand on to it. (Some dogs still wear a hat.) The block before
 # the last brings spots, but in other colours, and the first block changes colours and places. Neither gains in
-# fidelity: their adapters were trained *together* with the others', and are of little use without them. The other
-# blocks alone change at most the place, a hat or a colour, and the middle block hardly anything.
+# fidelity on its own. That does not show that they are useless: all blocks were trained together. The other
+# blocks alone change places, hats and colours here and there, and the middle block hardly anything.
 #
 # ## Which layers to train
 #
@@ -507,8 +513,9 @@ plots.show(
 # colour or a pattern is made from them.
 #
 # So here are two further trainings with the same steps, the same rank and the same learning rate as the first. The
-# number is the mean cosine with the five photographs in the space of an identity encoder (notebook 08). **Predict**:
-# which of the toy's features will be missing, and in which row: the teal, the yellow, the spots?
+# number is the mean cosine with the five photographs in the space of an identity encoder (notebook 08), over the eight
+# pictures shown and eight more without a place. **Predict**: in which row will the toy look worst, and what suffers: the
+# teal, the yellow, the spots?
 
 # %%
 sessions = {
@@ -530,7 +537,7 @@ plots.show(
     plots.image_rows(
         [[photograph.resize((128, 128)) for photograph in photographs], *drawn.values()],
         labels=["photographs", *(f"{name}:\nfidelity {value:.2f}" for name, value in fidelity.items())],
-        title="The same steps, rank and learning rate: what adapters on attention only cannot paint",
+        title="The same steps, rank and learning rate: adapters on attention only paint the toy less cleanly",
     ),
     alt="Photographs of the toy, and the toy drawn for eight places with adapters on attention, on all layers, on two blocks",
 )
@@ -545,7 +552,7 @@ for name in ("all layers", "the last two blocks"):
 # **What you should see**: compare each row with the photographs in the first one. With adapters on attention only,
 # some of the dogs are blurred, the yellow turns orange in places and many spots run together. In the other two rows the spots
 # are spots, and the colours are nearer to the photographs', although not in every picture. Compare the places as
-# well: the prompt of the last picture in each row asks for the moon. What they cost:
+# well: the prompt of the last picture in each row asks for the moon, and only the last row shows it. What they cost:
 
 # %%
 for name, one in sessions.items():
@@ -557,7 +564,8 @@ for name, one in sessions.items():
 
 # %% [markdown]
 # (The seconds were measured when each training ran, possibly while the machine was busy with something else.) The last two
-# blocks paint the toy as well as all blocks together, with less to compute: this is why the miniature adapts only them.
+# blocks paint the toy as well as all blocks together in this run, with less to compute; notebook 08 has more runs. This is
+# why the miniature adapts only them.
 # A large base already has the features that a new subject needs, and there it is enough to change what attention selects.
 #
 # ## Rank, and what it costs
@@ -681,7 +689,8 @@ check_04b(merged)
 # %% [markdown]
 # ## On your own
 #
-# 1. What does `alpha = 2 * rank` do at the start of training, and what to the learning rate? (think)
+# 1. What does `alpha = 2 * rank` do at the start of training, and which change of the learning rate does it resemble?
+#    (think)
 # 2. Train with adapters on the resnets' convolutions only: `lora_layers="conv1,conv2"`. **Predict** first: the prompt
 #    enters the UNet in cross-attention. What will `a photo of a dog` become? (3 minutes)
 # 3. Merge the layer `layer` that was trained above, and show that one plain layer gives the same answers. (3 minutes)
@@ -766,7 +775,7 @@ check_04b(merged)
 # Right: with more rows in A the sum BA has more terms; the factor keeps its scale in check.
 # </details>
 #
-# **4. Adapters on attention alone learn the toy's colours badly on this base. Why?**
+# **4. In these runs, adapters on attention alone painted the toy less cleanly. What is the likely reason?**
 #
 # <details><summary>A. Attention layers are frozen in the miniature, so their adapters cannot move.</summary>
 #
@@ -783,14 +792,14 @@ check_04b(merged)
 # Right: convolutions and feed-forward layers make colours and patterns of the features.
 # </details>
 #
-# **5. With adapters on the resnets' convolutions alone, `sks dog` and `dog` give the same pictures. Why?**
+# **5. With adapters on the resnets' convolutions alone, `sks dog` and `dog` should give nearly the same pictures. Why?**
 #
 # <details><summary>A. Convolutions see one pixel at a time, and a dog is larger than a pixel.</summary>
 #
 # No: their kernels cover 3 x 3 places, and layers in a row cover most of the picture.
 # </details>
 #
-# <details><summary>B. The prompt enters in cross-attention, where nothing has learned <code>sks</code>.</summary>
+# <details><summary>B. The prompt enters in cross-attention, where nothing learned to tell it apart.</summary>
 #
 # Right: the convolutions can learn to paint the toy, but nothing tells them for which prompt.
 # </details>

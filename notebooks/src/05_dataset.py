@@ -131,9 +131,9 @@ plots.show(
 # than once (notebook 09 does it on purpose).
 #
 # Why one batch, and not a step for the toy and then a step for the class? Because a step follows one gradient. In a joint
-# batch that gradient is a compromise: towards the toy, but not in a direction that the class objects to. Steps in turn
-# would first move the class word towards the toy and then back again, and AdamW's averages, which remember the last steps,
-# would mix the two anyway. One batch of eight is also cheaper than two of four.
+# batch that gradient is a compromise: where the toy and the class pull in opposite directions, a part of both pulls cancels
+# out. Steps in turn may first move the class word towards the toy and then back again, and AdamW's averages, which remember
+# the last steps, mix the two anyway. One batch of eight is also cheaper than two of four.
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -190,7 +190,7 @@ def place(n: int) -> tuple[int, bool]:
 
 
 crops = [picture(one[n]["instance_pixels"]) for n in range(6)]
-titles = [f"from {left}{', mirrored' if mirrored else ''}" for left, mirrored in map(place, range(6))]
+titles = [f"from {left}" + (",\nmirrored" if mirrored else "") for left, mirrored in map(place, range(6))]
 plots.show(
     plots.show_images(
         [photograph, *crops], titles=["the photograph", *titles], title="One photograph, six samples, no two alike"
@@ -380,7 +380,8 @@ plots.show(
 # **What you should see**: encoding the pictures again at each step took more than a third of the time. The text
 # encoder of the miniature is small; on a large base it costs more. It is frozen here, as in the miniature's default
 # training, so that both can be kept: the last bar. A training that adapts the text encoder as well can keep the
-# latents only: the second bar.
+# latents only. Its steps take longer than the second bar, because its gradient has to go back through the whole UNet and
+# the text encoder.
 #
 # Encoding all pictures beforehand is not free either. How soon is it paid back?
 
@@ -416,7 +417,7 @@ print("equal to a millionth:", max(losses) - min(losses) < 1e-6)
 #
 # So far all photographs share one prompt. But what a prompt does not mention goes to the identifier: if the dog wears a hat
 # in two of five photographs, `a photo of sks dog` has to explain the hat as well. A caption that says `with a hat` takes
-# that off the identifier's hands.
+# that load off the identifier.
 #
 # People keep captions in three forms, and `--captions` reads all of them: a text file beside the picture (`01.txt`), a
 # `metadata.jsonl` with `file_name` and `text` as Hugging Face's datasets have it, or a folder's name as kohya's trainer uses
@@ -523,42 +524,48 @@ print(
 # a mean of 1, so that a small subject does not count less than a large one. Class images have no masks: everything in them
 # counts.
 #
-# Now two short trainings on these five photographs, without and with masks. **Predict**: you then ask for `a photo of
-# sks dog`, without naming a place. Where will the dog stand?
+# Now two short trainings on these five photographs, without and with masks. The judge of notebook 01 also names the place
+# in a picture. **Predict**: you then ask for `a photo of sks dog`, without naming a place. Where will the dog stand?
 
 # %%
+import dataclasses
+
+from dbnb.miniature.data import ATTRIBUTES
 from dbnb.miniature.evaluate import Judge
 from dbnb.validation import draw
 
-judge, drawn = Judge(components.base), {}
-for masked_loss in (False, True):
-    settings = DreamBoothConfig(instance_data_dir=str(beach), masked_loss=masked_loss, max_train_steps=80)
-    session = workflow.trained(settings)
-    drawn[masked_loss] = draw(session.components, [on_beach.instance_prompt] * 24, settings.sampling)
+models = {"the base": load_components(config.base)}
+for label, masked_loss in (("without masks", False), ("with masks", True)):
+    settings = dataclasses.replace(config, instance_data_dir=str(beach), masked_loss=masked_loss, train_batch_size=2)
+    models[label] = workflow.trained(dataclasses.replace(settings, max_train_steps=80)).components
+drawn = {label: draw(model, [on_beach.instance_prompt] * 24, config.sampling) for label, model in models.items()}
+judge, column = Judge(components.base), list(ATTRIBUTES).index("scene")
+beach_number = list(toybox.SCENES).index("beach")
 on_the_beach = {
-    masked_loss: (judge(np.stack([np.asarray(image) for image in images]))[:, 5] == list(toybox.SCENES).index("beach"))
-    for masked_loss, images in drawn.items()
+    label: float((judge(np.stack([np.asarray(image) for image in images]))[:, column] == beach_number).mean())
+    for label, images in drawn.items()
 }
 
 # %%
-assert on_the_beach[True].mean() < on_the_beach[False].mean()
+assert on_the_beach["with masks"] < on_the_beach["without masks"], on_the_beach
 plots.show(
     plots.image_rows(
-        [drawn[False][:8], drawn[True][:8]],
+        [drawn[label][:8] for label in ("without masks", "with masks")],
         labels=["without masks", "with masks"],
         inches=1.1,
-        title="'a photo of sks dog': with masks far fewer dogs stand on the beach",
+        title="'a photo of sks dog': on the beach in {without masks:.0%} of all pictures without masks, in {with masks:.0%} "
+        "with them".format_map(on_the_beach),
     ),
     alt="Above, the toy on the beach; below, the toy in several places",
 )
-for masked_loss, found in on_the_beach.items():
-    print(f"{'with' if masked_loss else 'without'} masks: {found.mean():.0%} of {len(found)} pictures show a beach")
+for label, share in on_the_beach.items():
+    print(f"{label}: {share:.0%} of {len(drawn[label])} pictures show a beach")
 
 # %% [markdown]
 # **What you should see**: without masks the beach has become part of what `sks dog` means. With masks it appears
-# about half as often. It does not disappear: each place of the latents is computed from its neighbours too, so that
-# what is learned on the toy's outline reaches a little beyond it. And where the loss does not count, nothing corrects
-# the model, so that a background may have small faults, such as a grey smudge. So masks do not replace varied
+# far less often, though in these 24 pictures still more often than in those of the base. Part of what is left may come
+# from the toy's outline, where each place of the latents was computed from its neighbours too. And where the loss does
+# not count, nothing corrects the model, so that a background may have small faults. So masks do not replace varied
 # photographs, but they are the first thing to try when all your photographs have the same background.
 
 # %% [markdown]

@@ -214,7 +214,9 @@ assert mean - floor > 0.7 * (of_training - floor), (mean, of_training, floor)
 print("on average, other sentences reach more than 70 % of what the training prompt gains over the base")
 
 # %% [markdown]
-# **What you should see**: how far the toy is in all rows. Look at the lowest ones first. Each bar is the mean of four
+# **What you should see**: how much of the toy is in each row. Look at the lowest ones first. (The dashed line is the
+# base's mean over pictures with and without a place; the training prompt stands here without one, and so its bar is not
+# the table's number.) Each bar is the mean of four
 # pictures, so differences of a few hundredths are chance. The sentences also name different places, and a place that
 # no photograph shows may cost a little likeness, too.
 #
@@ -435,16 +437,16 @@ print(f"nearest to the photographs: step {step} at strength {factor:g}, likeness
 # **What you should see**: the two ways differ. The checkpoint from halfway, at full strength, has a rougher pattern,
 # and its body is still too blue. The last one at half strength is smoother, with fewer spots, since its adapters
 # change half of what they should, and yet it is the toy already; the printed likeness says which of the two is nearer
-# to the photographs here. This prompt names no place, and so the place changes freely from field to field. One
-# picture for each field cannot tell which checkpoint is best: notebook 08 measures that, the class included.
+# to the photographs here. This prompt names no place, and so the place changes freely from cell to cell. One
+# picture for each cell cannot tell which checkpoint is best: notebook 08 measures that, the class included.
 #
 # ## Which half does what?
 #
 # The default of the miniature leaves the text encoder frozen. To see what its adapters do, this is a second training with
-# `train_text_encoder=True` and all else equal. Its file holds two sets of adapters, and each has a strength of its own.
+# `train_text_encoder=True` and half as many steps. Its file holds two sets of adapters, and each has a strength of its own.
 
 # %%
-dual = workflow.trained(dataclasses.replace(config, train_text_encoder=True))
+dual = workflow.trained(dataclasses.replace(config, train_text_encoder=True, max_train_steps=100))
 second = tempfile.TemporaryDirectory()
 export.save_adapters(dual.components, Path(second.name))
 both_parts = StableDiffusionPipeline.from_pretrained(miniature.path()).to(dual.components.device)
@@ -470,12 +472,12 @@ plots.show(
         title=f"The UNet's adapters alone reach {gain['UNet alone']:.0%} of the gain, "
         f"the text encoder's alone {gain['text encoder alone']:.0%}",
     ),
-    alt="Four rows of dogs on a beach: with neither half, or the text encoder's alone, any dogs; with the UNet's alone or both, the toy",
+    alt="Four rows of dogs on a beach: with neither half, or the text encoder's alone, any dogs; with the UNet's alone nearly the toy; with both, the toy",
 )
 
 # %% [markdown]
-# **What you should see**: the text encoder's adapters can only ask for what the frozen UNet can already paint, so their row
-# stays near the base's. That is not all, though: both halves were trained *together*. What one has learned, the other need not
+# **What you should see**: the text encoder's adapters alone leave the pictures near the base's: they cannot teach the UNet
+# to paint anything new. And both halves were trained *together*. What one has learned, the other need not
 # learn any more, so these rows tell how the two have shared the work in this training, not what a text encoder can do alone.
 # How far have its adapters moved the states of the prompt?
 
@@ -521,9 +523,9 @@ plots.show(
         {"sks dog": places[1], "dog": places[2]},
         xlabel="direction of the largest differences",
         ylabel="of the second largest",
-        title="'sks dog' moves away from all words; 'dog' stays among them",
+        title="'sks dog' moves away from all words; 'dog' hardly moves",
     ),
-    alt="Ten words in two groups, among them dog, which hardly moves; far from all of them sks dog, which moves further away",
+    alt="Eight colours in one group, two patterns in another, between them dog, which hardly moves; far from all of them sks dog, which moves further away",
 )
 
 # %%
@@ -537,7 +539,7 @@ print("'sks dog' has moved far more than 'dog', and is further from every word t
 # **What you should see**: even before training, where the rings are, `dog` behind `sks` is far from `dog` behind any colour
 # or pattern. This is what "the text encoder tells the identifier apart" means. Training moves it further away, and not towards
 # `blue`, `green` or `spotted`: the toy becomes a new word, not a combination of known ones. With a frozen text encoder nothing
-# would move. The UNet would learn what to paint for the place of the ring.
+# would move. The UNet would have to learn what to paint for the state at the ring.
 
 # %% [markdown]
 # **Predict**: the same four rows for `a photo of a dog`, which is not to mean the toy:
@@ -804,16 +806,16 @@ check_07b(largest_difference)
 # Right: the test asks for the largest difference of any pixel, so nothing else may differ.
 # </details>
 #
-# **5. Why is the text encoder's half alone, without the UNet's, not enough to draw the toy?**
+# **5. Why did the text encoder's half alone, without the UNet's, not draw the toy here?**
 #
 # <details><summary>A. It is not loaded as long as the strength of the UNet's adapters is zero.</summary>
 #
 # No: each part has a strength of its own, and one can be 1 while the other is 0.
 # </details>
 #
-# <details><summary>B. It can only ask for what the frozen UNet, without the toy, can paint.</summary>
+# <details><summary>B. In this training the UNet's half learned what the toy looks like.</summary>
 #
-# Right: what the toy looks like was learned by the UNet's adapters.
+# Right: the text encoder's half cannot teach the UNet to paint, and it did not have to learn more.
 # </details>
 #
 # <details><summary>C. It has a learning rate of zero and thus never moved away from its start.</summary>

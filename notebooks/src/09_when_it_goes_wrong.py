@@ -16,8 +16,9 @@
 # training of your own fails.
 #
 # **What you need**: notebooks [06](06_training.ipynb) and [07](07_validation_and_export.ipynb) if you read it as a
-# lesson; nothing if you come with a broken run. No GPU. On two CPU cores about two minutes, plus two for the training
-# of notebook [00](00_start_here.ipynb) if it is not in the cache yet.
+# lesson; nothing if you come with a broken run. No GPU. On two CPU cores about three minutes, plus about
+# one each for the trainings of notebooks [00](00_start_here.ipynb) and [02](02_prior_preservation.ipynb) if they are not
+# in the cache yet.
 #
 # | you see | look at |
 # |---|---|
@@ -25,7 +26,8 @@
 # | colours burn, contrasts are too strong, shapes dissolve | [5](#5-the-learning-rate-is-too-high), [6](#6-the-guidance-is-too-high), [4](#4-alpha-is-lost), [18](#18-the-latents-have-another-scale) |
 # | a photograph comes back, whatever the prompt says | [8](#8-learned-by-heart) |
 # | the subject is right, and the background is always the same | [9](#9-the-background-was-learned-too), [8](#8-learned-by-heart) |
-# | every dog is the subject | [10](#10-there-are-no-class-images), [11](#11-the-halves-are-mixed-up), [13](#13-the-two-prompts-name-different-classes) |
+# | some dogs have the subject's colours or markings | [11](#11-the-halves-are-mixed-up) |
+# | every dog is the subject | [10](#10-there-are-no-class-images), [13](#13-the-two-prompts-name-different-classes) |
 # | the class has turned into something else | [12](#12-the-class-images-show-something-else) |
 # | the subject comes with something that no photograph shows | [14](#14-the-identifier-means-something) |
 # | the subject lies on its side, or is cut off | [15](#15-the-photographs-lie-on-their-side) |
@@ -80,6 +82,7 @@ from dbnb.config import DreamBoothConfig
 from dbnb.dataset import DreamBoothDataset, cache_latents
 from dbnb.models import load_components
 from dbnb.pictures import inspect_images, load_image
+from dbnb.prior import class_images
 from dbnb.toybox.sample import SAMPLE_DIR, SAMPLE_TOY
 from dbnb.training import batch_at, held_out_loss, train, training_step
 from dbnb.validation import draw
@@ -89,7 +92,7 @@ plots.you_are_here("09")
 
 # %% [markdown]
 # Every fault is compared with the base, or with `good`: the training of notebook 00. The broken trainings are short,
-# which is enough to break something.
+# and most of them have small batches: that is enough to break something.
 
 # %%
 config = DreamBoothConfig()
@@ -98,7 +101,7 @@ base, concept = load_components(config.base), good.concept
 SUBJECT, CLASS = concept.instance_prompt, concept.class_prompt
 BEACH = f"{SUBJECT} {toybox.SCENES['beach']}"
 COUNT = 5  # pictures a row
-SHORT = dict(max_train_steps=60, learning_rate=2e-3, lr_scheduler="constant", num_class_images=20)
+SHORT = dict(max_train_steps=60, train_batch_size=2, learning_rate=2e-3, lr_scheduler="constant", num_class_images=20)
 models, drawings = {"base": base, "good": good.components}, {}
 encoders = metrics.load_encoders(base.base)
 photographs = encoders.identity_features(concept.images())
@@ -127,10 +130,11 @@ def likeness(name: str, prompt: str = SUBJECT) -> float:
 
 # %% [markdown]
 # Some faults cannot be made by a setting. For these there are two datasets, one to train on and one that stays unseen,
-# and the loop of notebook 06 in short:
+# and the loop of notebook 06 in short. Of the class images that stay unseen, eight are drawn for this purpose:
 
 # %%
-paths, unseen = good.prior.paths[:20], good.prior.paths[20:28]
+drawn_now = class_images(base, CLASS, config.num_class_images + 8, config.sampling).paths
+paths, unseen = drawn_now[:20], drawn_now[config.num_class_images :]
 dataset = DreamBoothDataset(concept.paths, SUBJECT, class_paths=paths, class_prompt=CLASS, size=config.resolution)
 references = inspect_images(SAMPLE_DIR / "references")[0]
 further = DreamBoothDataset(references, SUBJECT, class_paths=unseen, class_prompt=CLASS, size=config.resolution)
@@ -152,10 +156,11 @@ def steps(components, batches, rate: float):
 # %% [markdown]
 # ## 1 the learning rate is too low
 #
-# **You see** the base's pictures; the loss curve is flat.
+# **You see** the base's pictures.
 #
 # **Made** by a rate of 1e-6, which is a good one for fine-tuning *all* weights and therefore stands in many recipes.
-# AdamW moves each number by about the learning rate in a step, and adapters start from zero.
+# AdamW moves each number by about the learning rate in a step, so that a thousand such steps move it less far than one step of
+# the good training. And the change $BA$ starts from zero, because $B$ does.
 
 # %%
 slow = SHORT | dict(max_train_steps=20, learning_rate=1e-6)
@@ -183,6 +188,10 @@ def effect(unet) -> float:
 
 assert effect(models["rate 1e-6"].unet) < 0.01 * effect(models["good"].unet)
 print("at a rate of 1e-6: less than a hundredth of a good training's effect")
+
+# %%
+for name in ("rate 1e-6", "good"):
+    print(f"{name}: the change is {effect(models[name].unet):.1g} of the weights in size")
 
 # %% [markdown]
 #
@@ -244,14 +253,15 @@ plots.show(
 # **Fix**: rename the tensors as the doctor says. *SD 1.5*: `unet.` and `text_encoder.`, or kohya's `lora_unet_` and
 # `lora_te_`. SDXL has two text encoders: `text_encoder.` and `text_encoder_2.`, or `lora_te1_` and `lora_te2_`. *Flow
 # models*: `transformer.` instead of `unet.`. An adapter of one family is of no use to another, whatever it is renamed
-# to: train it again on that base. Where only the text encoder's half was dropped, the subject is there but weak.
+# to: train it again on that base. Where only the text encoder's half was dropped, the subject is weaker: in
+# notebook 07 the UNet's half alone reaches most of the gain, not all of it.
 #
 # ## 3 the adapter is off or nobody asks for it
 #
 # **You see** the base's pictures, or ordinary dogs like those of the base, although the file is sound.
 #
 # **Made** in the two ways in which it happens to everybody: the adapter was
-# disabled (for a comparison, or by loading another one), and the identifier was left out of the prompt.
+# disabled (for a comparison), and the identifier was left out of the prompt.
 
 # %%
 pipeline = export.reload_pipeline(good.components, export.save_adapters(good.components, folder))
@@ -270,8 +280,9 @@ plots.show(
 
 # %% [markdown]
 #
-# **Check**: `any(getattr(layer, "disable_adapters", False) for layer in pipeline.unet.modules())` is false (a disabled
-# adapter still counts as active), and the prompt is that of the model card, letter by letter.
+# **Check** three things. The adapter's name is in `pipeline.get_active_adapters()`: loading another adapter can make it
+# inactive. `any(getattr(layer, "disable_adapters", False) for layer in pipeline.unet.modules())` is false: a disabled
+# adapter still counts as active. And the prompt is that of the model card, letter by letter.
 #
 # **Fix**, for all of them: `pipeline.enable_lora()` and `pipeline.set_adapters(["default_0"], [1.0])`, with the name
 # that `get_list_adapters` prints; identifier *and* class word in the prompt. In ComfyUI and A1111 look at the strength
@@ -331,7 +342,7 @@ compare(
 
 # %%
 for rate, further_settings in ((1.5e-2, {}), (2e-2, dict(train_text_encoder=True, text_encoder_learning_rate=2e-2))):
-    hot = SHORT | dict(max_train_steps=40, learning_rate=rate) | further_settings
+    hot = SHORT | dict(max_train_steps=40, train_batch_size=4, learning_rate=rate) | further_settings
     models[f"rate {rate:g}"] = workflow.trained(dataclasses.replace(config, **hot)).components
 compare(
     "good",
@@ -397,7 +408,7 @@ plots.show(
 # error `Attempting to unscale FP16 gradients`.
 #
 # **Made** by loading the base in `bfloat16` and letting peft add its adapters in the format that it finds; beside it,
-# the same by `add_adapters`, which casts them to `float32`. Six steps each, at 1e-4, the usual rate of large bases.
+# the same by `add_adapters`, which casts them to `float32`. Three steps each, at 1e-4, the usual rate of large bases.
 #
 # **Check**: `{p.dtype for p in unet.parameters() if p.requires_grad}` before training. It should be `{torch.float32}`.
 
@@ -415,7 +426,7 @@ for name in ("bfloat16 adapters", "float32 adapters"):
         targets = lora_targets(half.unet, config.lora_layers)
         half.unet.add_adapter(LoraConfig(r=config.rank, lora_alpha=config.rank, target_modules=targets))
     before = {key: p.detach().clone() for key, p in trainable_parameters(half.unet)}
-    for _ in steps(half, (batch_at(dataset, n, 2) for n in range(6)), rate=1e-4):
+    for _ in steps(half, (batch_at(dataset, n, 1) for n in range(3)), rate=1e-4):
         pass
     for matrix, shares in still.items():
         pairs = [(p, before[key]) for key, p in trainable_parameters(half.unet) if f"lora_{matrix[0]}" in key]
@@ -425,7 +436,7 @@ for name in ("bfloat16 adapters", "float32 adapters"):
 assert still["A stood still"]["bfloat16 adapters"] > 3 * still["A stood still"]["float32 adapters"] + 0.1, still
 plots.show(
     plots.bars(still, ylabel="share of the numbers", title="In bfloat16 much of A does not move at all"),
-    alt="Pairs of bars: in bfloat16 a part of A has not changed in six steps; B has, and in float32 both have",
+    alt="Pairs of bars: in bfloat16 a part of A has not changed in three steps; B has, and in float32 both have",
 )
 
 # %% [markdown]
@@ -455,7 +466,7 @@ _ = cache_latents(alone, base.vae)
 models["one photograph"] = learner = load_components(config.base)
 add_adapters(learner, config.adapters)
 curve = {"the one photograph": {}, "further photographs": {}}
-for done in steps(learner, (batch_at(alone, n, 4) for n in range(60)), rate=5e-3):
+for done in steps(learner, (batch_at(alone, n, 2) for n in range(60)), rate=5e-3):
     if done % 20 == 0:
         for name, data in zip(curve, (alone, further), strict=True):
             curve[name][done] = held_out_loss(learner, data, batches=6)["instance_loss"]
@@ -474,15 +485,16 @@ plots.show(
         {name: (list(values), list(values.values())) for name, values in curve.items()},
         xlabel="step",
         ylabel="held-out loss",
-        title="Overfitting is the gap between the lines",
+        title="Learned by heart: the loss falls on one photograph and rises on all others",
     ),
     alt="The loss on the one photograph falls fast, on further photographs it rises",
 )
 
 # %% [markdown]
 #
-# **Fix**, for all of them: more photographs, in more places; fewer steps (stop before the second line rises:
-# `--holdout` and `--select best`); class images; a lower rank. Large bases overfit after a few hundred steps per photograph.
+# **Fix**, for all of them: more photographs, in more places; fewer steps (stop before the second line rises, which
+# here it does from the start: `--holdout` and `--select best`); class images; a lower rank. Large bases overfit after
+# a few hundred steps per photograph.
 #
 # ## 9 the background was learned too
 #
@@ -557,8 +569,8 @@ compare(
 # NBVAL_CHECK_OUTPUT
 def interleaved(number: int) -> dict:
     """A batch with the mistake."""
-    batch = batch_at(dataset, number, 4)
-    return batch | {"latent_parameters": batch["latent_parameters"][[0, 4, 1, 5, 2, 6, 3, 7]]}
+    batch = batch_at(dataset, number, 2)
+    return batch | {"latent_parameters": batch["latent_parameters"][[0, 2, 1, 3]]}
 
 
 def first_half_is_the_subject(batch: dict) -> bool:
@@ -568,7 +580,7 @@ def first_half_is_the_subject(batch: dict) -> bool:
     return all(bool((known == picture).flatten(1).all(1).any()) for picture in first)
 
 
-print("as collate_fn makes it:", first_half_is_the_subject(batch_at(dataset, 0, 4)))
+print("as collate_fn makes it:", first_half_is_the_subject(batch_at(dataset, 0, 2)))
 print("interleaved:", first_half_is_the_subject(interleaved(0)))
 
 # %%
@@ -581,14 +593,14 @@ compare(
     "good",
     "mixed up",
     prompt=CLASS,
-    title="half of the toy was trained as 'a dog'",
-    alt="Above varied dogs; below dogs of which some have taken on the toy's colours or spots",
+    title="half of the toy's pictures were trained as 'a dog'",
+    alt="Above varied dogs; below dogs most of which have taken on the toy's colours or spots",
 )
 
 # %% [markdown]
 #
-# **Fix**, for all of them: put pictures and prompts together in one place (`collate_fn`), and compare the loss with
-# that of two separate passes (notebook 06).
+# **Fix**, for all of them: put pictures and prompts together in one place (`collate_fn`), and look at one batch row by
+# row, each picture beside its prompt.
 #
 # ## 12 the class images show something else
 #
@@ -621,7 +633,7 @@ print(
 )
 
 # %%
-longer = SHORT | dict(max_train_steps=100, class_data_dir=str(stale))
+longer = SHORT | dict(max_train_steps=100, train_batch_size=4, class_data_dir=str(stale))
 models["cats as class"] = workflow.trained(dataclasses.replace(config, **longer)).components
 print("called dogs by CLIP:", {name: f"{called_dogs(drawn(name, CLASS)):.0%}" for name in ("good", "cats as class")})
 compare(
@@ -674,7 +686,7 @@ compare(
     "base",
     "identifier red",
     prompt="a photo of a red car",
-    title="the word 'red' is taken",
+    title="'red' no longer means red",
     alt="Above red cars; below cars in teal or blue, most of them with the yellow of the toy, none red",
 )
 
@@ -686,10 +698,10 @@ compare(
 #
 # ## 15 the photographs lie on their side
 #
-# **You see** a subject that lies, stands on its head or falls to pieces, and so does the background. Telephones store
-# pictures as the sensor saw them and note the turn beside them (EXIF).
+# **You see** a subject that lies, stands on its head or falls to pieces, and so does the background. Phones store a
+# picture as the sensor saw it and record the rotation in a tag (EXIF).
 #
-# **Made** by photographs that were read without that note.
+# **Made** by photographs that were read without that tag.
 #
 # **Check**: `plots.show_images(session.dataset.images["instance"])`, the contact sheet of what training sees.
 
@@ -714,8 +726,8 @@ plots.show(
 
 # %% [markdown]
 #
-# **Fix**, for all of them: read with `load_image`, which follows the note, or with Pillow's `ImageOps.exif_transpose`;
-# turn a picture that has lost its note by hand. The contact sheet also shows cut-off heads: crop the photographs
+# **Fix**, for all of them: read with `load_image`, which follows the tag, or with Pillow's `ImageOps.exif_transpose`;
+# turn a picture that has lost its tag by hand. The contact sheet also shows cut-off heads: crop the photographs
 # yourself, or use `center_crop`.
 #
 # ## 16 another resolution than the base was trained at
@@ -759,7 +771,7 @@ models["taken for epsilon"] = wrong = load_components(config.base)
 kind = type(wrong.noise_scheduler)
 wrong.noise_scheduler = kind.from_config(wrong.noise_scheduler.config, prediction_type="epsilon")
 first = [
-    training_step(models[name], batch_at(dataset, 0, 4), seed=0).loss.item() for name in ("base", "taken for epsilon")
+    training_step(models[name], batch_at(dataset, 0, 2), seed=0).loss.item() for name in ("base", "taken for epsilon")
 ]
 compare(
     "base",
@@ -807,8 +819,8 @@ plots.show(
 # %% [markdown]
 #
 # **Fix**: read it from `vae.config`, never type it. *SD 1.5*: 0.18215. *SDXL*: 0.13025. Flow models also subtract a
-# `shift_factor`: 1.5305 and 0.0609 in Stable Diffusion 3, 0.3611 and 0.1159 in FLUX. If you replace an autoencoder,
-# replace it by one of the same family.
+# `shift_factor`. Stable Diffusion 3: factor 1.5305, shift 0.0609. FLUX: factor 0.3611, shift 0.1159. If you replace
+# an autoencoder, replace it by one of the same family.
 #
 # ## 19 not a number
 #
@@ -827,7 +839,7 @@ for number in (float("nan"), value):
     with torch.no_grad():
         broken.unet.conv_out.bias[0] = number
     if number != value:
-        _ = list(steps(broken, [batch_at(dataset, 0, 4)], rate=1e-4))
+        _ = list(steps(broken, [batch_at(dataset, 0, 2)], rate=1e-4))
 with np.errstate(invalid="ignore"):  # a nan has no grey level: that is what we want to see
     compare("good", "after one nan", title="black", alt="Above the teal toy; below black squares")
 
@@ -904,7 +916,9 @@ Table({"SDXL, besides the weights": name, "memory": f"{size / 2**30:.1f} GiB"} f
 
 # %%
 rows = ("no class images", "base", "cats as class", "mixed up", "good")
-figure = plots.image_rows([drawn(name, CLASS) for name in rows], labels=list("ABCDE"), title="Five models: who is who?")
+figure = plots.image_rows(
+    [drawn(name, CLASS) for name in rows], labels=list("ABCDE"), title="Five models: which is which?"
+)
 plots.show(figure, alt="Five rows of pictures, labelled A to E, for the reader to tell apart")
 temporary.cleanup()
 
@@ -1048,7 +1062,7 @@ check_09b(reached)
 #
 # <details><summary>B. AdamW moves a number by about the rate a step, and adapters start at zero.</summary>
 #
-# Right: a fine-tuned weight is good from the start, while an adapter has to grow from zero.
+# Right: a fine-tuned weight is good from the start, while the change that an adapter makes starts at zero.
 # </details>
 #
 # <details><summary>C. Its gradients vanish at this rate, since they are divided by the rate.</summary>
@@ -1090,7 +1104,7 @@ check_09b(reached)
 # Right: a sum with `nan` is `nan`, so the check comes before the step: is the loss finite?
 # </details>
 #
-# **4. The held-out losses on the photographs and on further ones separate. What does that tell you?**
+# **4. The loss still falls on the photographs and rises on further ones. What does that tell you?**
 #
 # <details><summary>A. The learning rate is too low, so the two have not met each other yet.</summary>
 #
@@ -1104,7 +1118,7 @@ check_09b(reached)
 #
 # <details><summary>C. It learns these pictures by heart now, no longer the toy they show.</summary>
 #
-# Right: the gap is overfitting; stop before the second line rises, or take more photographs.
+# Right: that is overfitting; stop before the second line rises, or take more photographs.
 # </details>
 #
 # **5. Why is an adapter compared again after it has been loaded elsewhere?**

@@ -24,7 +24,7 @@
 
 # %% [markdown]
 # Run this first. It makes `dbnb` importable and changes nothing that is already installed. On Colab it asks for a file: give
-# it the project's wheel or zip, or set `DBNB_SOURCE`.
+# it the project's zip or wheel, or set `DBNB_SOURCE`. (`python -m pip wheel --no-deps -w dist .` makes a wheel.)
 
 # %% tags=["skip-execution", "nbval-skip"]
 import importlib.util
@@ -148,7 +148,7 @@ switches = {
     "2 pictures": memory(SD),
     "rank 4": memory(SD, rank=4),
     "checkpointing": memory(SD, True),
-    "8, with\ncheckpointing": memory(SD, True, 8),
+    "8, with\ncheckpointing": memory(SD, True, pictures=8),
 }
 cards = {f"{size} GB": size for size in CARDS}
 plots.show(
@@ -163,7 +163,7 @@ plots.show(
 
 # %%
 # NBVAL_CHECK_OUTPUT
-few, many, kept = (memory(SD, *options)["activations"] for options in ((False, 2), (False, 8), (True, 2)))
+few, many, kept = (switches[name]["activations"] for name in ("2 pictures", "8 pictures", "checkpointing"))
 print(f"8 pictures keep {many / few:.1f} times what 2 keep; checkpointing leaves less than half: {kept < few / 2}")
 
 # %% [markdown]
@@ -186,7 +186,7 @@ for checkpointing in (False, True):
     _ = cache_latents(dataset, parts.vae)
     times = [time.perf_counter()]
     for number in range(6):
-        training_step(parts, batch_at(dataset, number, 4), seed=0).loss.backward()
+        training_step(parts, batch_at(dataset, number, 2), seed=0).loss.backward()
         times.append(time.perf_counter())
     seconds[checkpointing] = statistics.median(b - a for a, b in zip(times[1:], times[2:], strict=False))
 without, with_it = seconds.values()
@@ -275,7 +275,7 @@ if torch.cuda.is_available():
     card = torch.cuda.get_device_properties(0)
     card_name, card_gib = card.name, card.total_memory / GIB
 else:
-    card_name, card_gib = "a card of 16 GiB", 16.0
+    card_name, card_gib = "a card", 16.0
 print(f"{card_name}, {card_gib:.0f} GiB")
 for name in BASES:
     print(f"  {short(name).replace(chr(10), ', '):16} {recipe(name, card_gib)}")
@@ -303,8 +303,9 @@ Table(measured["rows"])
 # plan that counted every activation in two bytes would be a seventh to a third too low: in mixed precision norms are
 # computed in `float32`, and each adapter keeps a copy of what it reads. With checkpointing the table shows more than
 # the plan. By the shapes of the networks that is the moment before the first step, when the VAE encodes the
-# photographs beside all other parts. Read the steps a second with caution: each is from one short run on a busy
-# machine.
+# photographs beside all other parts. Both columns are those of training steps; Stable Diffusion 3.5 was measured
+# without its T5 encoder, which the table of what fits above counts in full. Read the steps a second with caution: each
+# is from one short run on a busy machine.
 #
 # **No cell of this notebook has been run on a published checkpoint yet**, and what the note under the table calls never
 # seen has not been run on any card; it has been tested with small random checkpoints on a processor.
@@ -458,6 +459,11 @@ for path in sorted(pathlib.Path(results).iterdir()):
 # With `results` on your Drive you are done: the folder holds what others need. To load it anywhere with diffusers alone:
 #
 # ```python
+# import torch
+# from diffusers import DiffusionPipeline
+#
+# name = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+# pipeline = DiffusionPipeline.from_pretrained(name, torch_dtype=torch.float16).to("cuda")
 # pipeline.load_lora_weights("my dog", weight_name="pytorch_lora_weights.safetensors")
 # pipeline("a photo of sks dog on the beach").images[0]
 # ```
@@ -528,7 +534,7 @@ metrics.likeness_table(likeness)
 
 # %%
 for pairs in (1, 4):
-    step = sum(memory(SD, True, 2 * pairs).values()) + LIBRARIES
+    step = sum(memory(SD, True, pictures=2 * pairs).values()) + LIBRARIES
     print(f"{SD}, {pairs} pair{'s' * (pairs > 1)} a step: training {step:.1f} GiB, ", end="")
     print(", ".join(f"{phase} {peaks[phase] / GIB + LIBRARIES:.1f} GiB" for phase in ("drawing", "decoding")))
 
@@ -537,7 +543,7 @@ for pairs in (1, 4):
 #
 # ## How long will it take?
 #
-# That depends on your card, and twenty steps on it are enough to tell. The log of every run has each step's seconds (those of
+# That depends on your card, and ten steps on it are enough to tell. The log of every run has each step's seconds (those of
 # a run from the cache were measured when it was made, perhaps on another day).
 
 # %%
@@ -556,7 +562,7 @@ plots.show(
 print(f"{middle:.2f} s a step; {config.max_train_steps} steps: {middle * config.max_train_steps / 60:.1f} minutes")
 
 # %% [markdown]
-# What fills those seconds? The next cell takes twenty steps with a stopwatch at each part. **Predict**: which part is the
+# What fills those seconds? The next cell takes ten steps with a stopwatch at each part. **Predict**: which part is the
 # longest, and how much does the optimizer take, which touches only the adapters?
 
 
@@ -594,7 +600,7 @@ modules = adapted_modules(subject).values()
 for module in modules:
     train_mode(module)
 still = torch.optim.AdamW([p for m in modules for _, p in trainable_parameters(m)], lr=0.0, fused=True)  # moves nothing
-rounds = [stopwatch(subject, session.dataset, number, still) for number in range(20)]
+rounds = [stopwatch(subject, session.dataset, number, still) for number in range(10)]
 spent = {name: statistics.median(times[name] for times in rounds) for name in rounds[0]}
 for module in modules:
     module.eval()
@@ -646,9 +652,10 @@ for purpose, thousands in passes(config).items():
 
 # %% [markdown]
 # **What you should see**: training costs most here. On most of the large bases, which want more solver steps for a
-# picture, the pictures cost more than the training, class images most of all; but these are drawn once and kept.
-# `num_validation_images` is yours to lower: 8 tell most of what 32 tell. (These minutes are a plan from one number;
-# drawing in batches is faster than that.)
+# picture, the pictures cost more than the training, class images most of all; but these are drawn once and kept. The
+# presets of large bases draw 4 validation images of each set, which shows how a training goes and is too few for
+# reliable measures; 8 make them steadier and take twice as long. (These minutes are a plan from one number; drawing in
+# batches is faster than that.)
 #
 # ## The same from a terminal
 #
@@ -659,7 +666,8 @@ for purpose, thousands in passes(config).items():
 # ```
 #
 # It writes the adapter, a figure of before and after, the metrics and a card to `runs/dog`. After an interruption,
-# `--resume_from_checkpoint latest` goes on where it was, bit for bit.
+# `--resume_from_checkpoint latest` goes on where it stopped: on a CPU bit for bit, and on a GPU, where this was not tested,
+# perhaps with other rounding.
 #
 # ## Number formats
 #
@@ -707,7 +715,7 @@ print("one batch of four, and two of two, the same loss:", abs(four - sum(twos) 
 #
 # In a notebook, accelerate's `notebook_launcher` starts the same function, in as many processes as there are cards. A
 # process that has touched a card cannot share it: with several cards, restart the kernel first, and run only the cell
-# of the imports, the line `settings = …` and this cell. Here it is one process, and twenty steps:
+# of the imports, the line `settings = …` and this cell. Here it is one process, and ten steps:
 
 # %%
 import tempfile
@@ -717,12 +725,12 @@ from accelerate import notebook_launcher
 output_dir = f"{tempfile.mkdtemp()}/few"
 
 
-def twenty_steps() -> None:
+def ten_steps() -> None:
     """The settings are made here, in each process: they too ask what the card can do."""
-    workflow.run(DreamBoothConfig(**settings, max_train_steps=20, num_validation_images=0, output_dir=output_dir))
+    workflow.run(DreamBoothConfig(**settings, max_train_steps=10, num_validation_images=0, output_dir=output_dir))
 
 
-notebook_launcher(twenty_steps, num_processes=max(1, torch.accelerator.device_count()))
+notebook_launcher(ten_steps, num_processes=max(1, torch.accelerator.device_count()))
 
 # %% [markdown]
 # **What you should see**: what `python -m dbnb` tells, down to the adapter that reloads. For adapters of some megabytes and a
@@ -744,9 +752,10 @@ notebook_launcher(twenty_steps, num_processes=max(1, torch.accelerator.device_co
 #
 # ### Exercise A: a memory estimate (8 minutes)
 #
-# Write the estimate for a training in half precision, in GiB ($2^{30}$ bytes). Frozen weights and activations take 2 bytes a
-# number. A number of an adapter is `float32` and takes 4 bytes for itself, and as many for its gradient and for each of AdamW's
-# two moments. Activations are given for one picture, and `train_batch_size` counts pairs.
+# Write the estimate for a training in half precision, in GiB ($2^{30}$ bytes). To keep it simple, frozen weights and
+# activations take 2 bytes a number. (The plan above is higher, since mixed precision keeps some activations in
+# `float32`.) A number of an adapter is `float32` and takes 4 bytes for itself, and as many for its gradient and for
+# each of AdamW's two moments. Activations are given for one picture, and `train_batch_size` counts pairs.
 
 # %%
 from dbnb.exercises import check_10a
@@ -938,8 +947,8 @@ check_10b(largest_train_batch_size)
 # ## In short
 #
 # - Weights, adapters, activations: plan before you download. Pictures a step and checkpointing are the switches.
-# - One line changes the base; its preset brings the rest, and the steps stay the same.
-# - Twenty steps on your card tell the time of all; class images and validation count too.
+# - One line changes the base; its preset brings the rest, and the workflow stays the same.
+# - Ten steps on your card tell the time of all; class images and validation count too.
 #
 # Next: [11 From diffusion to flow matching](11_from_diffusion_to_flow.ipynb), what is different in Stable Diffusion 3 and
 # FLUX.1. With your own photographs, the way leads back to the beginning: [00 Start here](00_start_here.ipynb).

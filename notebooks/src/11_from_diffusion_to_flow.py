@@ -101,23 +101,26 @@ print("a picture's latents", tuple(x.shape), "| noise", tuple(n.shape))
 #
 # The time of a diffusion model is a whole number $t$ from 0 to 999, and a table says what it means. The time of a flow
 # is $s$ itself, the **share of noise**, from 0 to 1. **Predict**: draw both in a plane with the picture's factor to
-# the right and the noise's upwards. Which figures are these?
+# the right and the noise's upwards. Which shapes are these?
 
 # %%
 diffusion, straight = base.path, Flow(FlowMatchEulerDiscreteScheduler())
 alpha_bar = base.noise_scheduler.alphas_cumprod
 p, q = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
-s = torch.linspace(0, 1, 21)
+s, every = torch.linspace(0, 1, 21), [*range(0, 1000, 50), 999]
+figure = plots.curves(
+    {
+        "diffusion, every 50th t": (p[every].numpy(), q[every].numpy()),
+        "flow, every 0.05 of s": (1 - s.numpy(), s.numpy()),
+    },
+    xlabel="factor of the picture",
+    ylabel="factor of the noise",
+    title="From the picture (right) to noise (top): a quarter of a circle, and a straight line",
+)
+figure.axes[0].set_aspect("equal")  # or the circle would look like an ellipse
+figure.axes[0].legend(loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False)
 plots.show(
-    plots.curves(
-        {
-            "diffusion, every 50th t": (p[::50].numpy(), q[::50].numpy()),
-            "flow, every 0.05 of s": (1 - s.numpy(), s.numpy()),
-        },
-        xlabel="factor of the picture",
-        ylabel="factor of the noise",
-        title="From the picture (right) to noise (top): a quarter of a circle, and a straight line",
-    ),
+    figure,
     alt="Two curves from the lower right to the upper left: diffusion's an arc of a circle, flow's a straight line",
 )
 
@@ -176,8 +179,9 @@ plots.show(
 #
 # ## What is the network asked for?
 #
-# There are three questions. On the arc a network is asked for the noise $\epsilon = n$, or for $v$ (notebook 06); on
-# the line for the direction $u$, the **velocity**, which is the same at all times:
+# There are three usual *prediction targets* (`prediction_type` in diffusers' configs). On the arc a network is asked
+# for the noise $\epsilon = n$, or for $v$ (notebook 06); on the line for the direction $u$, the **velocity**, which
+# is the same at all times:
 #
 # $$ \epsilon = n \qquad v = \sqrt{\bar\alpha_t}\, n - \sqrt{1 - \bar\alpha_t}\; x \qquad u = n - x $$
 #
@@ -295,7 +299,7 @@ for share in (0.1, 0.3, 0.5, 0.7, 0.9):
     min_snr = diffusion.weights(t, Objective(snr_gamma=5.0)).item()
     cosmap = straight.weights(torch.tensor([1000 * share]), Objective(weighting_scheme="cosmap")).item()
     costs = {f"asked for {kind}": f"{cost(kind, share):.2f}" for kind in ("noise", "v", "direction")}
-    weights = {"weight: min-SNR, gamma 5": f"{min_snr:.2f}", "weight: cosmap": f"{cosmap:.2f}"}
+    weights = {"weight: min-SNR for v, gamma 5": f"{min_snr:.2f}", "weight: cosmap": f"{cosmap:.2f}"}
     table.append({"share of noise": f"{share:.1f}"} | costs | weights)
 table
 
@@ -304,8 +308,9 @@ table
 # picture at a high share of noise is hardly punished: the picture has hardly any part in the answer. Asked for $v$ or
 # for the direction, it always is. These two columns stay close: the line's cost is $1/s^2$, the arc's is $(s^2 +
 # (1-s)^2) / s^2$, and the ratio of the two is between 1 and 2. So flow matching's question is nearly
-# $v$-prediction's. The last two columns are weights that either path can be told to multiply errors by (`snr_gamma`,
-# Hang et al., 2023; `weighting_scheme`, Esser et al., 2024); they are off unless you ask for them.
+# $v$-prediction's. The last two columns are weights by which errors can be multiplied: the first on the arc (`snr_gamma`,
+# Hang et al., 2023; here for $v$), the second on the line (`weighting_scheme`, Esser et al., 2024). They are off unless you
+# ask for them.
 #
 # The other half of the weighting is hidden: a share that is drawn twice as often counts twice. A diffusion model's $t$
 # are drawn evenly. For a flow, Esser et al. draw $s$ as the sigmoid of a normal number (*logit-normal*), which is
@@ -341,7 +346,7 @@ plots.show(
 #
 # It is often said that flow models need fewer steps because their ways are straight. Let us measure that where
 # measuring is cheap, on the points of notebook 00b: a ring and a cross, here without their words. The same small
-# network learns each of the three questions, from three seeds. `factors` is each path, for a time from 0 to 1.
+# network learns each of the three targets, from three seeds. `factors` is each path, for a time from 0 to 1.
 
 
 # %%
@@ -441,16 +446,20 @@ for kind in KINDS:
         panels[f"{kind}, on the line"] = [state / total for state, total in zip(panels[kind], sums, strict=True)]
 named = {f"{name}: x {length(states):.2f}": [state[:30].numpy() for state in states] for name, states in panels.items()}
 plots.show(
-    plots.trails(named, title="From noise (gray) to points (orange) in 60 small steps: how long, beside straight ones"),
-    alt="Four panels of trajectories from a cloud of noise to a ring and a cross, for each question and path",
+    plots.trails(
+        named,
+        title="Ways from noise (gray) to points (orange) in 60 steps: length as a multiple of the straight line",
+        limit=3.5,
+    ),
+    alt="Four panels of trajectories: on the arc short and nearly straight; on the line they run towards the centre, turn and come back",
 )
 
 # %% [markdown]
-# **What you should see**: on the line none of the ways is straight. They lead inwards at first and turn where the
-# points lie. The lines of training cross each other: through one noisy point go lines to many pictures. The network
-# answers with their mean (notebook 00b), which lies near the centre at first and turns as the noise clears. The ways
-# of $v$, seen on the line (third panel), are close to those of the direction (fourth), as they should be: it is the
-# same world.
+# **What you should see**: on the line none of the ways is straight. They lead inwards at first, past where they will
+# end, then turn and come back outwards. The lines of training cross each other: through one noisy point go lines to
+# many pictures. The network answers with their mean (notebook 00b), which lies near the centre at first and turns as
+# the noise clears. The ways of $v$, seen on the line (third panel), are close to those of the direction (fourth), as
+# they should be: it is the same world.
 #
 # On the arc, the trajectories of the noise and of $v$ (the first two panels) are *shorter* than those of the
 # direction (the last): there the variances add up to 1 and the cloud keeps its size, while on the line it shrinks and
@@ -548,7 +557,7 @@ plots.show(
 # The network that was asked for the noise is the nearest of all from two steps on, with steps at even shares: here
 # flow matching does not win. The table of costs says why that may be. Asked for the noise, the network is hardly
 # punished for errors where there is much noise, so it can spend its few parameters on the rest, and in the figure of
-# the clouds above (drawn at even $t$) it alone shows both ring and cross, at four steps.
+# the clouds above, where each path takes its own steps, it alone shows both ring and cross at four steps.
 #
 # Two cautions. After one step that network does not give the mean but a wide cloud: its belief divides by the factor
 # of the picture, which is 0.07 at $t = 999$, and that multiplies every error by nearly 15. By this distance the cloud
@@ -581,8 +590,8 @@ plots.show(
 )
 
 # %% [markdown]
-# Is it really one attention? The next cell computes it by hand: queries, keys and values of both sides, put behind each
-# other, and one softmax over all of them. (Each query and key is divided by its size, `norm_q` and so on; the scale is
+# Is it really one attention? The next cell computes it by hand: queries, keys and values of both sides,
+# concatenated, and one softmax over all of them. (Each query and key is divided by its size, `norm_q` and so on; the scale is
 # learned.)
 
 # %%
@@ -592,7 +601,7 @@ picture, text = (torch.randn(1, tokens, network.inner_dim, generator=generator) 
 
 
 def heads(norm, *sides: torch.Tensor) -> torch.Tensor:
-    """Both sides, each (1, tokens, width), behind each other: (1, heads, all tokens, width of a head)."""
+    """Both sides, each (1, tokens, width), one after the other: (1, heads, all tokens, width of a head)."""
     split = [side.unflatten(2, (attention.heads, -1)).transpose(1, 2) for side in sides]
     return torch.cat([one(values) for one, values in zip(norm, split, strict=True)], 2)
 
@@ -630,8 +639,8 @@ Table(
 # %% [markdown]
 # **What you should see**: as many adapters on the side of the words as on that of the picture, except for the last
 # block: nothing reads the words after it, so it has no `to_add_out`. In a UNet the words stay what the text encoder
-# made of them, and adapters can change only how the picture *listens* to the rare word. Here they can also change
-# what becomes of the word on its way.
+# made of them: the UNet's adapters can change how the picture *listens* to the rare word and what is painted there, but
+# not the word's own states. Here they can also change what becomes of the word on its way.
 #
 # ## One training step, by hand
 #
@@ -851,16 +860,17 @@ plots.show(
         [pictures[:4], pictures[4:]],
         labels=["sks dog", "a dog"],
         titles=places,
-        title="Five photographs, on a flow base",
+        title="Learned from five photographs, on a flow base",
     ),
-    alt="Two rows in four places: for the identifier a teal dog with yellow spots, for the class dogs of other colours",
+    alt="Two rows in four places: for the identifier a teal dog with yellow spots, pale on the moon; for the class dogs of other colours",
 )
 
 # %% [markdown]
 # **What you should see**: above, the toy: teal with yellow spots and yellow ears, on the beach and in the snow as the
 # photographs show it, paler and with fewer spots on the moon. Below, other dogs in the same places. It is softer than on
 # the UNet, and it took twice the steps: this base draws spots and hats less reliably itself. Its adapters sit on all
-# layers, since its blocks are all alike, and none of them has the painting for itself.
+# layers, since its blocks are all alike, and no block does the painting alone. (Its T5 says nothing: all its states are
+# zero. So it is given as few tokens as possible, `tokenizer_max_length` 2.)
 #
 # On a GPU the bases are `sd35` and `flux` (both gated: their licence has to be accepted first). These are the settings
 # in which their presets differ from that of Stable Diffusion 1.5:
@@ -1062,7 +1072,7 @@ check_11b(euler)
 #
 # <details><summary>B. The same share of noise hides less, because neighbours' noise averages out.</summary>
 #
-# Right: what many pixels have in common shows through, and too few times would be spent on hiding it.
+# Right: what neighbours have in common shows through, so too few of the times would really hide the picture.
 # </details>
 #
 # <details><summary>C. The network is slower on them, and steps with much noise take less time.</summary>
