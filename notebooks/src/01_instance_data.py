@@ -46,7 +46,6 @@ importlib.import_module("dbnb")  # before torch, whose threads it keeps from spi
 # The new module is `dbnb.concept`, which makes a `Concept` of photographs and words.
 
 # %%
-import shutil
 import tempfile
 from pathlib import Path
 
@@ -255,21 +254,12 @@ from dbnb.fit import base_fit
 from dbnb.prior import class_images
 
 components = load_components(config.base)
-drawn = class_images(
-    components,
-    concept.class_prompt,
-    16,
-    resolution=config.resolution,
-    guidance_scale=config.guidance_scale,
-    num_inference_steps=config.num_inference_steps,
-    batch_size=config.sample_batch_size,
-    seed=config.seed,
-).paths
+drawn = class_images(components, concept.class_prompt, 16, config.sampling).paths
 rng = np.random.default_rng(0)
 Image.fromarray(rng.integers(0, 256, (256, 256, 3), dtype=np.uint8)).save(folder / "noise.png")
+for name, one in (("sample.png", concept), ("mytoy.png", own)):
+    load_image(one.paths[0]).save(folder / name)
 three = [folder / name for name in ("sample.png", "mytoy.png", "noise.png")]
-for path, name in zip((concept.paths[0], own.paths[0]), three, strict=False):
-    shutil.copy(path, name)
 fit = base_fit(components, three, drawn, concept.class_prompt, resolution=config.resolution)
 fit
 

@@ -253,14 +253,12 @@ for row in rows:
     )
     counts = blocks.setdefault(block, dict.fromkeys(KINDS, 0.0))
     counts[kind_of(row["layer"], row["part"])] += int(row["parameters"].replace(",", "")) / 1000
-blocks = {
-    name: {kind: round(count) for kind, count in blocks[name].items() if count}
-    for name in sorted(blocks, key=lambda name: (name.startswith("text"), name))
-}
+blocks = {name: blocks[name] for name in sorted(blocks, key=lambda name: (name.startswith("text"), name))}
 
 # %%
+rounded = {name: {kind: round(n) for kind, n in counts.items() if n} for name, counts in blocks.items()}
 plots.show(
-    plots.bars(blocks, ylabel="thousand parameters", title="Most of the adapters' parameters belong to convolutions"),
+    plots.bars(rounded, ylabel="thousand parameters", title="Most of the adapters' parameters belong to convolutions"),
     alt="Groups of four bars for the UNet's blocks, the convolutions' bar the highest, and one bar for the text encoder",
 )
 

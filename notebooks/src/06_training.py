@@ -143,9 +143,7 @@ noised = dict(zip(x, decode(torch.cat(list(x.values()))), strict=True))
 few = list(noised)[::4]
 plots.show(
     plots.show_images(
-        [noised[t] for t in few],
-        titles=[f"t = {t}" for t in few],
-        title="Up to about t = 300 the dog can be recognised",
+        [noised[t] for t in few], titles=[f"t = {t}" for t in few], title="Recognisable up to about t = 300"
     ),
     alt="The toy under growing noise: clear at t = 0, an outline at about t = 300, coloured noise at the end",
 )

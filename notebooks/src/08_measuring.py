@@ -572,12 +572,7 @@ for corner, title in (
     ({}, f"Best is the upper right; '{poorest}' keeps the least of the class"),
     (dict(xlim=(0.75, 1.02), ylim=(0.88, 1.1)), "The upper right corner, enlarged"),
 ):
-    figure = plots.scatter(
-        points,
-        xlabel="subject fidelity (0 the base, 1 real photographs)",
-        ylabel="class diversity, after / before",
-        title=title,
-    )
+    figure = plots.scatter(points, xlabel="normalised subject fidelity", ylabel="class diversity ratio", title=title)
     for name, (x, y) in points.items():
         spreads = [over_seeds(name, column)[1] for column in (columns[0], columns[2])]
         own = len(rows[name]) > 1

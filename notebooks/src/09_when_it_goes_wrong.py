@@ -76,13 +76,12 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from dbnb import export, metrics, plots, toybox, workflow
+from dbnb import export, metrics, plots, prior, toybox, workflow
 from dbnb.adapters import adapted_modules, add_adapters, trainable_parameters
 from dbnb.config import DreamBoothConfig
 from dbnb.dataset import DreamBoothDataset, cache_latents
 from dbnb.models import load_components
 from dbnb.pictures import inspect_images, load_image
-from dbnb.prior import class_images
 from dbnb.toybox.sample import SAMPLE_DIR, SAMPLE_TOY
 from dbnb.training import batch_at, held_out_loss, train, training_step
 from dbnb.validation import draw
@@ -133,7 +132,7 @@ def likeness(name: str, prompt: str = SUBJECT) -> float:
 # and the loop of notebook 06 in short. Of the class images that stay unseen, eight are drawn for this purpose:
 
 # %%
-drawn_now = class_images(base, CLASS, config.num_class_images + 8, config.sampling).paths
+drawn_now = prior.class_images(base, CLASS, config.num_class_images + 8, config.sampling).paths
 paths, unseen = drawn_now[:20], drawn_now[config.num_class_images :]
 dataset = DreamBoothDataset(concept.paths, SUBJECT, class_paths=paths, class_prompt=CLASS, size=config.resolution)
 references = inspect_images(SAMPLE_DIR / "references")[0]
@@ -174,7 +173,6 @@ compare("base", "rate 1e-6", "good", title="nothing has changed", alt="Two equal
 
 
 # %%
-# NBVAL_CHECK_OUTPUT
 @torch.no_grad()
 def effect(unet) -> float:
     """Mean size of the change that a UNet's adapters make, as a share of the weights they sit on."""
@@ -187,9 +185,6 @@ def effect(unet) -> float:
 
 
 assert effect(models["rate 1e-6"].unet) < 0.01 * effect(models["good"].unet)
-print("at a rate of 1e-6: less than a hundredth of a good training's effect")
-
-# %%
 for name in ("rate 1e-6", "good"):
     print(f"{name}: the change is {effect(models[name].unet):.1g} of the weights in size")
 

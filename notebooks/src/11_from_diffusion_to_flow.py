@@ -446,11 +446,7 @@ for kind in KINDS:
         panels[f"{kind}, on the line"] = [state / total for state, total in zip(panels[kind], sums, strict=True)]
 named = {f"{name}: x {length(states):.2f}": [state[:30].numpy() for state in states] for name, states in panels.items()}
 plots.show(
-    plots.trails(
-        named,
-        title="Ways from noise (gray) to points (orange) in 60 steps: length as a multiple of the straight line",
-        limit=3.5,
-    ),
+    plots.trails(named, title="From noise (gray) to points (orange): length beside straight ways", limit=3.5),
     alt="Four panels of trajectories: on the arc short and nearly straight; on the line they run towards the centre, turn and come back",
 )
 
