@@ -20,6 +20,7 @@ def _weights(base: Path, part: str) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.long
+@pytest.mark.commands
 def test_the_command_trains_the_unet_alone_resumes_and_ships(tmp_path):
     options = ["--output_dir", str(tmp_path / "run"), "--photographs", "24", "--batch_size", "4"]
     further.main([*options, "--steps", "2", "--note", "A test.", "--ship", str(tmp_path / "base")])

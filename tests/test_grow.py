@@ -46,6 +46,7 @@ def test_a_grown_autoencoder_has_twice_the_side_and_most_of_the_small_one(base):
 
 
 @pytest.mark.long
+@pytest.mark.commands
 def test_the_command_grows_a_base_resumes_and_ships(small_base, tmp_path):
     options = [
         "--start_from",

@@ -27,6 +27,7 @@ _SHORT = "--max_train_steps 4 --num_class_images 4 --num_validation_images 8 --n
 
 
 @pytest.mark.long
+@pytest.mark.commands
 def test_the_command_writes_what_the_contract_names(tmp_path, capsys):
     assert main([*_SHORT, "--output_dir", str(tmp_path), "--checkpointing_steps", "2", "--validation_steps", "2"]) == 0
     output = capsys.readouterr().out
@@ -52,6 +53,7 @@ def test_no_validation_images_switches_images_and_metrics_off(tmp_path):
 
 
 @pytest.mark.long
+@pytest.mark.commands
 def test_a_cached_training_is_loaded_and_not_run_again(config, capsys):
     first = workflow.trained(config)
     capsys.readouterr()
@@ -92,6 +94,7 @@ def test_a_torn_cached_training_is_run_again(config):
 
 
 @pytest.mark.long
+@pytest.mark.commands
 def test_one_validation_image_and_a_kohya_file(tmp_path):
     arguments = [*_SHORT, "--output_dir", str(tmp_path), "--num_validation_images", "1", "--export", "kohya"]
     assert main([*arguments, "--no_prior_preservation"]) == 0
@@ -192,6 +195,7 @@ def _files(folder):
 
 
 @pytest.mark.long
+@pytest.mark.commands
 def test_a_second_run_puts_the_first_ones_results_aside_and_a_refused_one_changes_nothing(tmp_path, capsys):
     folder = tmp_path / "run"
     arguments = [*_SHORT, "--output_dir", str(folder), "--no_prior_preservation"]

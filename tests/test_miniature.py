@@ -95,6 +95,7 @@ def run(small_training, tmp_path):
 
 
 @pytest.mark.long
+@pytest.mark.commands
 def test_the_training_command_runs_resumes_and_ships(small_training, run):
     assert StableDiffusionPipeline.from_pretrained(small_training / "base").unet.config.sample_size == 16
     first = torch.load(run / "unet.pt", weights_only=True)
@@ -222,6 +223,7 @@ def test_measures_of_the_evaluation():
 
 
 @pytest.mark.long
+@pytest.mark.commands
 def test_the_evaluation_runs_on_few_pictures_and_the_card_tells_it(tmp_path):
     evaluation = tmp_path / "e.json"
     evaluate.main(["--count", "6", "--unseen", "24", "--output", str(evaluation)])

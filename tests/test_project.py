@@ -64,7 +64,8 @@ def test_ci_runs_the_commands_of_the_readme():
     for command in (
         "pip install -c constraints/linux-cpu.txt -e . && python -m dbnb",
         'pip install -c constraints/linux-cpu.txt -e ".[test]" && pytest -n auto --dist loadfile',
-        'pip install -c constraints/colab.txt -e ".[test]" && pytest tests -n auto --dist loadfile --cov',
+        'pip install -c constraints/colab.txt -e ".[test]" && '
+        'pytest tests -n auto --dist loadfile -m "quick or commands" --cov',
     ):
         assert command in readme
         assert command.replace("pip install", "pip install --quiet") in ci

@@ -176,6 +176,7 @@ def test_a_run_that_was_killed_before_it_measured_goes_on_with_that(short):
 
 
 @pytest.mark.long
+@pytest.mark.commands
 def test_the_command_measures_holds_out_and_exports_the_best(tiny, tmp_path, capsys, monkeypatch):
     encoders = load_encoders(miniature.path())
     monkeypatch.setattr(progress.metrics, "load_encoders", lambda base: encoders)

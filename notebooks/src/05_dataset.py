@@ -16,8 +16,8 @@
 # between steps, when, and what that saves; how captions and masks keep the background out of the identifier.
 # Afterwards you can rebuild any step of any run on its own.
 #
-# **What you need**: notebooks [01](01_instance_data.ipynb) to [03](03_loading_and_freezing.ipynb). About two minutes on two
-# CPU cores, most of it for two short trainings; half a minute later, when their results are kept.
+# **What you need**: notebooks [01](01_instance_data.ipynb) to [03](03_loading_and_freezing.ipynb). About a minute and a half on
+# two CPU cores, most of it for two short trainings; half a minute later, when their results are kept.
 #
 # ---
 
