@@ -179,9 +179,9 @@ plots.show(
 #
 # ## What is the network asked for?
 #
-# There are three usual *prediction targets* (`prediction_type` in diffusers' configs). On the arc a network is asked
-# for the noise $\epsilon = n$, or for $v$ (notebook 06); on the line for the direction $u$, the **velocity**, which
-# is the same at all times:
+# There are three usual *prediction targets*. On the arc a network is asked for the noise $\epsilon = n$, or for $v$
+# (notebook 06), as `prediction_type` in diffusers' configs says; on the line for the direction $u$, the **velocity**,
+# which is the same at all times:
 #
 # $$ \epsilon = n \qquad v = \sqrt{\bar\alpha_t}\, n - \sqrt{1 - \bar\alpha_t}\; x \qquad u = n - x $$
 #
