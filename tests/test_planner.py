@@ -11,6 +11,7 @@ from diffusers import AutoencoderKL
 from peft import LoraConfig
 from resident import measured_and_planned
 
+from dbnb import planner
 from dbnb.adapters import lora_targets
 from dbnb.denoisers import NETWORKS, Told
 from dbnb.planner import BASES, CARDS, Base, LiveTensors, drawing_memory, peak_memory, training_memory, weight_memory
@@ -136,6 +137,13 @@ def test_a_network_that_is_told_its_guidance_draws_with_one_prediction_a_picture
 def test_the_plan_holds_in_resident_memory_within_15_percent(phase):
     numbers = measured_and_planned(phase)
     assert numbers["planned"] == pytest.approx(numbers["measured"], rel=0.15)
+
+
+@pytest.mark.parametrize("base", [SMALL, *SMALL_FLOWS], ids=lambda base: base.network)
+def test_layouts_that_are_known_from_an_earlier_operation_change_no_number(monkeypatch, base):
+    plans = [training_memory(base, gradient_checkpointing=on) for on in (True, False)]
+    monkeypatch.setattr(planner, "_shares_no_storage", lambda function: False)
+    assert [training_memory(base, gradient_checkpointing=on) for on in (True, False)] == plans
 
 
 @pytest.mark.long
