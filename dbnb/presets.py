@@ -22,7 +22,7 @@ _MINIATURE = dict(
     num_inference_steps=6,
     guidance_scale=2.5,
     sample_batch_size=25,
-    num_validation_images=32,
+    num_validation_images=16,
     rank=32,
     # The blocks that paint, all of their layers: as good as all blocks, and no gradient goes back beyond them.
     lora_layers="up_blocks.1,up_blocks.2",

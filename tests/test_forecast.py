@@ -11,7 +11,7 @@ from dbnb.forecast import Forecast, duration, images_during
 
 
 def test_validation_fits_the_base():
-    assert DreamBoothConfig().num_validation_images == 32
+    assert DreamBoothConfig().num_validation_images == 16
     assert {DreamBoothConfig(base=base).num_validation_images for base in ("sd15", "sd21", "sdxl", "if")} == {4}
     assert images_during(DreamBoothConfig()) == 8 and images_during(DreamBoothConfig(base="sdxl")) == 4
 

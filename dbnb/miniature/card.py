@@ -55,9 +55,9 @@ By `python -m dbnb.miniature.evaluate`, on toys that training never saw, at {ste
 {figures}
 
 DreamBooth on it, each row one run of the defaults with five photographs of a toy it never saw, 32 images a prompt set
-(fidelity: 0 is the base without adapter, 1 other photographs of the toy; diversity: of the bare class prompt, after
-over before; sentences: the fidelity of twelve other sentences, mean and worst, as a share of that of the training
-prompt). The default rates and steps were chosen by runs on other toys than these:
+and 16 of each sentence (fidelity: 0 is the base without adapter, 1 other photographs of the toy; diversity: of the bare
+class prompt, after over before; sentences: the fidelity of twelve other sentences, mean and worst, as a share of that
+of the training prompt). The default rates and steps were chosen by runs on other toys than these:
 
 {subjects}
 

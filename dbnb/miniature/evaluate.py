@@ -44,7 +44,10 @@ from dbnb.miniature.data import (
 from dbnb.models import load_components
 from dbnb.toybox.captions import whole_content
 from dbnb.toybox.sample import SAMPLE_TOY
-from dbnb.validation import SENTENCES
+from dbnb.validation import SENTENCES, SETS, validation_images
+
+PER_SET = 32  # pictures of each prompt set of a subject
+PER_SENTENCE = 16  # of each sentence: the worst of twelve is one of chance where each has few pictures
 
 
 class Judge:
@@ -405,11 +408,22 @@ def identity_accuracy(encoders: metrics.Encoders, images: np.ndarray, labels: np
 
 
 def _metrics_of(config: DreamBoothConfig) -> dict:
-    return workflow.run(config).metrics
+    """What a run measures, from more pictures."""
+    session, base = workflow.trained(config), load_components(config.base)
+    before, after, said = (
+        validation_images(components, session.concept, config.sampling, count=count, sets=sets)
+        for components, count, sets in (
+            (base, PER_SET, SETS),
+            (session.components, PER_SET, SETS),
+            (session.components, PER_SENTENCE * len(SENTENCES), ("sentences",)),
+        )
+    )
+    after = dataclasses.replace(after, sentences=said.sentences, sentence_prompts=said.sentence_prompts)
+    return workflow.measured(session, before, after, metrics.load_encoders(base.base), workflow.references(config))
 
 
 def subject_experiment(base: str, folder: Path, count: int, **options) -> dict[str, dict]:
-    """Personalise the base to the sample toy and to `count` random ones: what `metrics.json` holds, by run.
+    """Personalise the base to the sample toy and to `count` random ones: what `metrics.json` would hold, by run.
 
     Each is run with the defaults, the sample also without prior preservation, with its text encoder trained and with
     adapters on attention alone. Each gets five photographs to learn from and six more as the ceiling. The runs share
@@ -440,7 +454,6 @@ def subject_experiment(base: str, folder: Path, count: int, **options) -> dict[s
                 class_word=toy.kind,
                 instance_data_dir=str(folder / name / "photos"),
                 reference_data_dir=str(folder / name / "references"),
-                output_dir=str(folder / name / variant),
                 **options | changed,
             )
     with ProcessPoolExecutor(
