@@ -38,6 +38,7 @@ def test_the_drill_ends_in_time_and_goes_on_after_a_setting_that_fails(gpu, tmp_
     base = ("sd1", write("sd1", tmp_path / "sd1"), None)
     [row] = gpu.drill([base], (gpu.Setting("bf16"),), minutes=-1.0, steps=4, resolution=32)
     assert row["steps a second"] == "not run"
+    assert gpu.drill([base], (gpu.Setting("bf16"),), minutes=60.0, seen=[row], steps=4, resolution=32) == []
     seen = row | {"base": "sdxl", "steps a second": "1.00"}
     table, note = gpu.shown([row, seen], "On a card.")
     assert table == [seen] and note == "On a card. Never seen on a card: bf16, 1 pair (sd1)."

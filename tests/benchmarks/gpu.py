@@ -3,8 +3,8 @@
 Random weights of the published sizes are made on the spot. Each setting trains through the whole workflow: a base that
 is loaded, adapters, cached latents, `train`. Measured are steps a second, the peak of the card's memory against the
 plan's, whether losses stay finite and adapters float32, and how far pictures of the reloaded adapter differ. What the
-time does not suffice for is named under the table. `--peer` takes diffusers' own scripts, one for each base, which
-train on the same weights right after the first setting.
+time does not suffice for is named under the table; a later call with `--unseen` goes on with that. `--peer` takes
+diffusers' own scripts, one for each base, which train on the same weights right after the first setting.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
-from results import record
+from results import RESULTS, record
 
 from dbnb import toybox
 from dbnb.adapters import adapted_modules, trainable_parameters
@@ -208,14 +208,24 @@ def peer_row(peer: Path, base: Path, setting: Setting, folder: Path, classes: Pa
 
 
 def drill(
-    bases: Sequence[tuple[str, Path, Base | None]], settings: Sequence[Setting], minutes: float, **further: object
+    bases: Sequence[tuple[str, Path, Base | None]],
+    settings: Sequence[Setting],
+    minutes: float,
+    seen: Sequence[dict[str, str]] = (),
+    **further: object,
 ) -> Table:
-    """All settings on all bases, (name, folder, plan), as long as the time suffices; `further` goes to `measure`."""
+    """All settings on all bases, (name, folder, plan), but those of the rows in `seen`, as long as the time suffices.
+
+    `further` goes to `measure`.
+    """
+    known = {(row["base"], row["setting"]) for row in seen}
     rows, end = Table(), time.monotonic() + 60 * minutes
     beside = ProcessPoolExecutor(1, get_context("spawn"))
     with beside, tempfile.TemporaryDirectory() as work:
         classes = class_folder(Path(work) / "class", 4)
         for setting, (name, base, plan) in itertools.product(settings, bases):
+            if (name, str(setting)) in known:
+                continue
             if time.monotonic() > end:
                 row = {"setting": str(setting), "steps a second": "not run", "peak": "", "plan": "", "reloaded": ""}
             else:
@@ -248,16 +258,18 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12, help="of each setting")
     parser.add_argument("--bases", nargs="+", default=list(PUBLISHED), choices=list(PUBLISHED))
     parser.add_argument("--note", default="", help="what else is to be known of the numbers")
+    parser.add_argument("--unseen", action="store_true", help="add to the table of an earlier call what it lacks")
     parser.add_argument("--peer", type=Path, nargs="*", default=[], help="diffusers' script for each of the bases")
     args = parser.parse_args()
     device, started = processes().device.type, time.monotonic()
+    seen = Table(json.loads(RESULTS.read_text())["gpu"]["rows"] if args.unseen else [])
     with tempfile.TemporaryDirectory() as work:
         bases = []
         for name in args.bases:
             folder = Path(work) / name.replace(" ", "-")
             write(name, folder, device=device)
             bases.append((name, folder, BASES[name]))
-        rows = drill(bases, SETTINGS[:1], args.minutes, steps=args.steps)
+        rows = Table(seen) + drill(bases, SETTINGS[:1], args.minutes, seen, steps=args.steps)
         classes = class_folder(Path(work) / "class", 4)
         for peer, (name, folder, _) in zip(args.peer, bases, strict=False):
             output = Path(work) / f"peer {name}"
@@ -265,7 +277,7 @@ def main() -> None:
             rows.append({"base": name, **peer_row(peer, folder, SETTINGS[0], output, classes, args.steps)})
             print(rows[-1], flush=True)
         left = args.minutes - (time.monotonic() - started) / 60
-        rows += drill(bases, SETTINGS[1:], left, steps=args.steps)
+        rows += drill(bases, SETTINGS[1:], left, seen, steps=args.steps)
     card = torch.cuda.get_device_name() if device == "cuda" else device
     note = f"On one {card}; weights of the published sizes, but random. {args.note}"
     record("gpu", *shown(rows, note))
