@@ -86,9 +86,10 @@ def load_encoders(base: Path) -> Encoders:
     if (base / "training.json").is_file() and not (base / "identity").is_dir():
         base = miniature.path()
     if (base / "identity").is_dir():
+        identity = AutoModel.from_pretrained(base / "identity").float().eval()
         return Encoders(
-            AutoModel.from_pretrained(base / "identity").float().eval(),
-            (64, _HALF),
+            identity,
+            (getattr(identity.config, "image_size", 64), _HALF),
             CLIPModel.from_pretrained(base / "clip").float().eval(),
             CLIPTokenizer.from_pretrained(base / "tokenizer"),
             (64, _HALF),

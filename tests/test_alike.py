@@ -50,7 +50,7 @@ def test_a_grey_body_has_no_hue_and_a_plain_one_no_patches():
 
 def test_groups_are_the_same_each_time_and_their_pictures_are_kept(tmp_path):
     images, alike = look_alikes("wild", 3, tmp_path, start=7)
-    assert images.shape == (3, ALIKE, SHOTS, 64, 64, 3) and alike.shape == (3, ALIKE, ALIKE)
+    assert images.shape == (3, ALIKE, SHOTS, 128, 128, 3) and alike.shape == (3, ALIKE, ALIKE)
     assert np.allclose(alike, alike.transpose(0, 2, 1)) and np.allclose(alike[:, range(ALIKE), range(ALIKE)], 1.0)
     again, _ = look_alikes("wild", 3, tmp_path, start=7)
     assert np.array_equal(images, again) and len(list(tmp_path.iterdir())) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import subprocess
@@ -14,9 +15,10 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
-from dbnb import miniature
+from dbnb import metrics, miniature
 from dbnb.miniature import card, evaluate, pilots, train
 from dbnb.miniature.fit import Stage, fit, generator
+from dbnb.models import load_components
 from dbnb.toybox import COLORS, KINDS
 from dbnb.toybox.captions import IDENTIFIERS
 from dbnb.validation import SENTENCES
@@ -151,6 +153,15 @@ def test_of_a_grown_base_the_identity_encoder_alone_is_mended(tmp_path, capsys):
     for part, same in (("identity", False), ("judge", True)):
         weights = [load_file(base / part / "model.safetensors") for base in (miniature.path(), tmp_path / "mended")]
         assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0]) is same
+
+
+@pytest.mark.long
+def test_the_shipped_identity_encoder_tells_a_toy_from_its_look_alikes():
+    encoders, components = metrics.load_encoders(miniature.path()), load_components("miniature")
+    ladder, among = evaluate.look_alike_tests(encoders, components, 2, evaluate.side_of(components))
+    order = ("photograph", "through the autoencoder", "hue 15° off", "hue 30° off", "another pattern", "another toy")
+    assert all(ladder[more] > ladder[less] for more, less in itertools.pairwise(order)), ladder
+    assert among == 1.0
 
 
 def test_identifiers_have_vectors_of_their_own():

@@ -23,6 +23,7 @@ SIZE = 64  # pixels to a side of a photograph
 SHOTS = 2  # photographs of each toy, in different places: pairs for the identity encoder
 CHUNK = 6000  # photographs a file
 ALIKE = 6  # a toy and its look-alikes, for the identity encoder
+ALIKE_SIZE = 128  # pixels to a side of their photographs: at half of that, spots are lost in the encoder's first layer
 SCENE_NAMES = tuple(toybox.SCENES)
 COLOR_NAMES = tuple(toybox.COLORS)
 UNNAMED = len(COLOR_NAMES)  # the label of a colour without a name
@@ -123,11 +124,11 @@ def group(split: str, number: int) -> tuple[list[toybox.Toy], np.random.Generato
 
 
 def look_alikes(split: str, count: int, folder: Path, *, start: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """(count, `ALIKE`, `SHOTS`, 64, 64, 3) uint8 photographs of groups, and (count, `ALIKE`, `ALIKE`) their likeness.
+    """(count, `ALIKE`, `SHOTS`, 128, 128, 3) uint8 photographs, and (count, `ALIKE`, `ALIKE`) their likeness.
 
-    Every shot has a scene and a view of its own. Rendered on all cores, then read from `folder`.
+    Every shot has a scene and a view of its own. Rendered on all cores, one ray a pixel, then read from `folder`.
     """
-    path = folder / f"alike-{split}-{start}-{count}-v{_WORLD}.npz"
+    path = folder / f"alike-{split}-{start}-{count}-{ALIKE_SIZE}px-v{_WORLD}.npz"
     groups = [group(split, number) for number in range(start, start + count)]
     if not path.exists():
         shots = [
@@ -136,18 +137,19 @@ def look_alikes(split: str, count: int, folder: Path, *, start: int = 0) -> tupl
             for member in members
             for scene in rng.choice(SCENE_NAMES, SHOTS, replace=False)
         ]
-        _keep(path, images=rendered(shots).reshape(count, ALIKE, SHOTS, 64, 64, 3))
+        pictures = rendered(shots, ALIKE_SIZE, supersample=1)
+        _keep(path, images=pictures.reshape(count, ALIKE, SHOTS, *pictures.shape[1:]))
     alike = np.array([[[likeness(a, b) for b in members] for a in members] for members, _ in groups], np.float32)
     with np.load(path) as file:
         return file["images"], alike
 
 
-def rendered(shots: Sequence[tuple[toybox.Toy, str, int]], size: int = SIZE) -> np.ndarray:
+def rendered(shots: Sequence[tuple[toybox.Toy, str, int]], size: int = SIZE, *, supersample: int = 2) -> np.ndarray:
     """(toy, scene, view seed) of each photograph -> (N, size, size, 3) uint8, on all cores."""
 
     def shoot(shot: tuple[toybox.Toy, str, int]) -> np.ndarray:
         toy, scene, seed = shot
-        return toybox.pixels(toy, scene=scene, seed=seed, size=size)
+        return toybox.pixels(toy, scene=scene, seed=seed, size=size, supersample=supersample)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # the compiled renderer releases the interpreter's lock
         return np.stack(list(pool.map(shoot, shots, chunksize=64)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
@@ -17,7 +18,7 @@ from transformers import (
     ResNetModel,
 )
 
-from dbnb.miniature.data import ATTRIBUTES
+from dbnb.miniature.data import ALIKE_SIZE, ATTRIBUTES
 from dbnb.toybox.captions import IDENTIFIERS
 
 RESOLUTION = 64
@@ -153,15 +154,15 @@ def scheduler() -> DDPMScheduler:
     )
 
 
-def _resnet(**labels) -> ResNetConfig:
+def _resnet(depths: Sequence[int] = (1, 1, 1, 1), **further) -> ResNetConfig:
     return ResNetConfig(
-        embedding_size=32, hidden_sizes=[48, 96, 128, 192], depths=[1, 1, 1, 1], layer_type="basic", **labels
+        embedding_size=32, hidden_sizes=[48, 96, 128, 192], depths=list(depths), layer_type="basic", **further
     )
 
 
 def identity() -> ResNetModel:
-    """Our DINO: pictures of one toy land close together, of two toys of a kind apart."""
-    return ResNetModel(_resnet())
+    """Our DINO: pictures of one toy land close together, of two toys of a kind apart. It reads 128 pixels to a side."""
+    return ResNetModel(_resnet(depths=[1, 2, 2, 2], image_size=ALIKE_SIZE))
 
 
 def judge() -> ResNetForImageClassification:

@@ -164,27 +164,32 @@ def train_clip(data: Photographs, stage: Stage):
 def jitter(pictures: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
     """Blur some pictures, (B, 3, H, W), and add noise: the encoders must judge drawings fairly, which are softer."""
     softer = F.interpolate(F.avg_pool2d(pictures, 2), scale_factor=2, mode="bilinear", align_corners=False)
-    amount = torch.rand(len(pictures), 1, 1, 1, generator=rng)
+    draws = dict(generator=rng, device=pictures.device)
+    amount = torch.rand(len(pictures), 1, 1, 1, **draws)
     mixed = pictures + amount * (softer - pictures)
-    return mixed + 0.08 * torch.rand(len(pictures), 1, 1, 1, generator=rng) * torch.randn(pictures.shape, generator=rng)
+    return mixed + 0.08 * torch.rand(len(pictures), 1, 1, 1, **draws) * torch.randn(pictures.shape, **draws)
 
 
 def _vary(pictures: torch.Tensor, group: int, rng: torch.Generator) -> torch.Tensor:
-    """Move each picture by up to 3 pixels, and turn the hue of all `group` pictures of some groups alike.
+    """Move each picture by up to a twentieth of its side, and turn the hue of all `group` pictures of some groups.
 
     So a group of look-alikes is another one each time it is seen: what differs between its toys stays.
     """
-    count = len(pictures) // group
-    angle = (torch.rand(count, generator=rng) < 0.7) * 2.0 * math.pi * torch.rand(count, generator=rng)
+    count, draws = len(pictures) // group, dict(generator=rng, device=pictures.device)
+    angle = (torch.rand(count, **draws) < 0.7) * 2.0 * math.pi * torch.rand(count, **draws)
     # A turn about the grey axis (Rodrigues).
-    axis, eye = torch.full((3, 3), 1.0 / 3.0), torch.eye(3)
-    cross = torch.tensor([[0.0, -1.0, 1.0], [1.0, 0.0, -1.0], [-1.0, 1.0, 0.0]]) / 3.0**0.5
+    axis, eye = torch.full((3, 3), 1.0 / 3.0, device=pictures.device), torch.eye(3, device=pictures.device)
+    cross = torch.tensor([[0.0, -1.0, 1.0], [1.0, 0.0, -1.0], [-1.0, 1.0, 0.0]], device=pictures.device) / 3.0**0.5
     cos, sin = (f(angle).view(-1, 1, 1) for f in (torch.cos, torch.sin))
     turns = (cos * eye + sin * cross + (1.0 - cos) * axis).repeat_interleave(group, 0)
     turned = torch.einsum("bij,bjhw->bihw", turns, pictures).clamp(-1.0, 1.0)
-    padded, side = F.pad(turned, (3, 3, 3, 3), mode="replicate"), pictures.shape[-1]
-    shifts = torch.randint(7, (len(pictures), 2), generator=rng).tolist()
-    return torch.stack([p[:, y : y + side, x : x + side] for p, (y, x) in zip(padded, shifts, strict=True)])
+    side = pictures.shape[-1]
+    most = side // 20
+    padded = F.pad(turned, (most,) * 4, mode="replicate")
+    first = torch.randint(2 * most + 1, (2, len(pictures), 1), **draws)
+    rows, columns = first + torch.arange(side, device=pictures.device)  # (N, side) each
+    each = torch.arange(len(pictures), device=pictures.device)[:, None, None]
+    return padded[each, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
 def read_look_alikes(folder: Path, count: int = LOOK_ALIKES) -> tuple[np.ndarray, np.ndarray]:
@@ -205,20 +210,23 @@ def train_identity(groups: np.ndarray, alike: np.ndarray, stage: Stage):
     similarities are drawn to `alike.likeness`, so that a hue or a smeared pattern counts for what an eye sees in it.
     All other toys are negatives. `stage.batch_size` counts toys, look-alikes among them.
     """
-    encoder = design.identity()
+    encoder = design.identity().to(memory_format=torch.channels_last)
+    known, wanted = (torch.from_numpy(array).to(stage.device) for array in (groups, alike))
 
     def loss_of_step(step: int) -> dict[str, torch.Tensor]:
-        rng = generator(stage.seed, step)
-        chosen = torch.randperm(len(groups), generator=rng)[: stage.batch_size // ALIKE].numpy()
-        toys = groups[chosen].reshape(-1, *groups.shape[2:])  # a look-alike is a toy like any other
-        pictures = _vary(to_tensor(toys.reshape(-1, *toys.shape[2:])), ALIKE * SHOTS, rng)
-        features = F.normalize(encoder(jitter(pictures, rng).to(stage.device)).pooler_output.flatten(1), dim=1)
+        rng = generator(stage.seed, step, stage.device)
+        chosen = torch.randperm(len(known), generator=rng, device=stage.device)[: stage.batch_size // ALIKE]
+        shots = known[chosen].flatten(0, 2).permute(0, 3, 1, 2).float() / 127.5 - 1.0
+        pictures = jitter(_vary(shots, ALIKE * SHOTS, rng), rng).contiguous(memory_format=torch.channels_last)
+        with torch.autocast(stage.device, torch.bfloat16, enabled=stage.mixed_precision == "bf16"):
+            features = encoder(pictures).pooler_output
+        features = F.normalize(features.float().flatten(1), dim=1)
         first, second = features[0::SHOTS], features[1::SHOTS]
         similarity = first @ second.T
-        target = torch.arange(len(toys), device=stage.device)
+        target = torch.arange(len(first), device=stage.device)  # a look-alike is a toy like any other
         contrast = 0.5 * (F.cross_entropy(similarity / 0.1, target) + F.cross_entropy(similarity.T / 0.1, target))
         of_group = torch.block_diag(*torch.ones(len(chosen), ALIKE, ALIKE, device=stage.device)).bool()
-        scale = F.mse_loss(similarity[of_group], torch.from_numpy(alike[chosen]).flatten().to(stage.device))
+        scale = F.mse_loss(similarity[of_group], wanted[chosen].flatten())
         hits = (similarity.argmax(1) == target).float().mean()
         return dict(loss=contrast + 4.0 * scale, contrast=contrast, scale=scale, hits=hits)
 

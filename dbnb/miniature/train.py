@@ -75,6 +75,8 @@ def adopt(base: Path, folder: Path, made_from: Callable[[str], dict[str, int]]) 
             UNet2DConditionModel.from_pretrained(base / "unet"), CLIPTextModel.from_pretrained(base / "text_encoder")
         ),
     }
+    if models["identity"].state_dict().keys() != design.identity().state_dict().keys():
+        del models["identity"]  # of another design, so it starts from nothing
     for name, model in models.items():
         if (folder / f"{name}.pt").exists() or name not in recipe["stages"]:
             continue
@@ -206,7 +208,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--start_from", type=Path, help="a shipped base, for stages of which no checkpoint is there")
     parser.add_argument("--stages", choices=STAGES, nargs="+", default=STAGES, help="the stages to run")
-    parser.add_argument("--mixed_precision", choices=("no", "bf16"), default="no", help="of the UNet's training")
+    parser.add_argument(
+        "--mixed_precision", choices=("no", "bf16"), default="no", help="of the UNet and the identity encoder"
+    )
     parser.add_argument("--ship", type=Path, help="write the finished base to this folder")
     parser.add_argument("--note", default="", help="what the card says besides of this training")
     args = parser.parse_args(argv)
@@ -242,7 +246,10 @@ def main(argv: list[str] | None = None) -> None:
     if args.start_from is not None:
         adopt(args.start_from, folder, made_from)
     if "identity" in args.stages:
-        train_identity(*read_look_alikes(folder / "data", args.look_alikes), stage("identity"))
+        train_identity(
+            *read_look_alikes(folder / "data", args.look_alikes),
+            stage("identity", mixed_precision=args.mixed_precision),
+        )
     data = None
     if set(args.stages) - {"identity"}:
         data, words = Photographs(args.photographs, folder / "data"), design.tokenizer()

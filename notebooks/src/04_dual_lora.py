@@ -495,8 +495,8 @@ plots.show(
 # %% [markdown]
 # **What you should see**: one block brings most of the toy, its colours and its spots together: the last. It is the
 # one that paints the details, from all that the others hand on to it. (Some dogs still wear a hat.) The block before
-# the last brings spots, but in other colours, and the first block changes colours and places. Neither gains in
-# fidelity on its own. That does not show that they are useless: all blocks were trained together. The other
+# the last brings spots, but in other colours, and the first block changes colours and places. Alone, each gains
+# only a little fidelity. That does not show that they are useless: all blocks were trained together. The other
 # blocks alone change places, hats and colours here and there, and the middle block hardly anything.
 #
 # ## Which layers to train

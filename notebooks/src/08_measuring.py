@@ -186,11 +186,11 @@ assert max(found, key=found.get) == "the same toy", found
 print("the identity encoder tells the toy from other dogs, and from every look-alike")
 
 # %% [markdown]
-# **What you should see**: the same toy first and every look-alike below it, one with other proportions only just. The
-# two bars of a pair would be equal in a perfect encoder. Ours keeps to its scale for the hue; it forgives another
-# pattern, another accessory and other proportions more than it should, and another accent and spots that have run
-# together less. So a fidelity near the upper bars does not prove that the pattern or the proportions are right: look
-# at the pictures as well.
+# **What you should see**: the same toy first, then the one whose hue is slightly off, and every other look-alike far
+# below. The two bars of a pair would be equal in a perfect encoder. Ours keeps to its scale for the accessory and the
+# larger turn of the hue; it forgives the smaller turn, and is stricter than the scale about the pattern and the
+# accent. So a fidelity near the first bar says that pattern, accessory and proportions are right. It does not prove
+# that the hue is: look at the pictures as well.
 #
 # ## Two functions
 #

@@ -299,13 +299,12 @@ print(measured["note"])
 Table(measured["rows"])
 
 # %% [markdown]
-# **What you should see**: without checkpointing the plan and the card's peak differ by a tenth of a GiB at most. A
-# plan that counted every activation in two bytes would be a seventh to a third too low: in mixed precision norms are
+# **What you should see**: without checkpointing the plan and the card's peak differ by 0.3 GiB at most. A plan that counted every activation in two bytes would be a seventh to a third too low: in mixed precision norms are
 # computed in `float32`, and each adapter keeps a copy of what it reads. With checkpointing the table shows more than
 # the plan. By the shapes of the networks that is the moment before the first step, when the VAE encodes the
 # photographs beside all other parts. Both columns are those of training steps; Stable Diffusion 3.5 was measured
 # without its T5 encoder, which the table of what fits above counts in full. Read the steps a second with caution: each
-# is from one short run on a busy machine.
+# is from one short run, some of them on a busy machine.
 #
 # **No cell of this notebook has been run on a published checkpoint yet**, and what the note under the table calls never
 # seen has not been run on any card; it has been tested with small random checkpoints on a processor.
