@@ -299,7 +299,8 @@ print(measured["note"])
 Table(measured["rows"])
 
 # %% [markdown]
-# **What you should see**: without checkpointing the plan and the card's peak differ by 0.3 GiB at most. A plan that counted every activation in two bytes would be a seventh to a third too low: in mixed precision norms are
+# **What you should see**: without checkpointing the plan and the card's peak differ by 0.3 GiB at most. A plan that
+# counted every activation in two bytes would be a seventh to a third too low: in mixed precision norms are
 # computed in `float32`, and each adapter keeps a copy of what it reads. With checkpointing the table shows more than
 # the plan. By the shapes of the networks that is the moment before the first step, when the VAE encodes the
 # photographs beside all other parts. Both columns are those of training steps; Stable Diffusion 3.5 was measured
