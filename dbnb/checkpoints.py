@@ -168,7 +168,10 @@ def _check_run(folder: Path, state: dict[str, Any], identity: dict[str, Any]) ->
         if state["run"].get(key) != value
     ]
     if different:
-        raise ValueError(f"Checkpoint {folder} belongs to another run: {'; '.join(different)}.")
+        raise ValueError(
+            f"Checkpoint {folder} belongs to another run: {'; '.join(different)}; use its settings, or leave "
+            "resume_from_checkpoint out."
+        )
 
 
 def _read_tensors(folder: Path, state: dict[str, Any]) -> dict[str, torch.Tensor]:

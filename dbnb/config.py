@@ -146,21 +146,23 @@ class DreamBoothConfig:
     sample_batch_size: int | None = _option(None, "images drawn at once", at_least=1)
     num_inference_steps: int | None = _option(None, "solver steps for every image that a run draws", at_least=2)
     guidance_scale: float | None = _option(
-        None, "classifier-free guidance for every image that a run draws", at_least=1
+        None, "guidance (classifier-free; FLUX.1's own input) for every image that a run draws", at_least=1
     )
 
     resolution: int | None = _option(None, "side of the square training images, pixels", at_least=1, at_most=8192)
     center_crop: bool = _option(True, "crop the middle; otherwise another random square each time")
     random_flip: bool = _option(False, "mirror half of the images, other ones each time")
     pre_compute_text_embeddings: bool = _option(True, "encode each prompt once, where the text encoder is frozen")
-    tokenizer_max_length: int | None = _option(None, "tokens a prompt is padded to", at_least=1)
+    tokenizer_max_length: int | None = _option(None, "tokens that a prompt is padded or cut to", at_least=1)
 
     lora_layers: str | None = _option(
         None,
         "which layers of the UNet or transformer get adapters: attention, all, or names of layers or blocks",
     )
     rank: int | None = _option(None, "rank of the UNet's adapters", at_least=1)
-    lora_alpha: float | None = _option(None, "scale of the UNet's adapters (default: the rank)", above=0)
+    lora_alpha: float | None = _option(
+        None, "alpha of the UNet's adapters, which count alpha / rank times (default: the rank)", above=0
+    )
     lora_dropout: float = _option(0.0, "dropout in the UNet's adapters", at_least=0, below=1)
     train_text_encoder: bool | None = _option(None, "adapters on the text encoder too")
     text_encoder_rank: int | None = _option(None, "default: the UNet's rank", at_least=1)
@@ -170,7 +172,9 @@ class DreamBoothConfig:
     use_dora: bool = _option(False, "train each adapted layer's magnitude apart from its direction (DoRA)")
     use_rslora: bool = _option(False, "scale adapters by alpha / sqrt(rank) instead of alpha / rank")
 
-    train_batch_size: int | None = _option(None, "instance images a step; as many class images come on top", at_least=1)
+    train_batch_size: int | None = _option(
+        None, "instance images a batch, in each process; as many class images come on top", at_least=1
+    )
     gradient_accumulation_steps: int = _option(1, "batches whose gradients make one step", at_least=1)
     max_train_steps: int | None = _option(None, "optimizer steps", at_least=1)
     learning_rate: float | None = _option(None, "for the UNet's adapters", above=0, at_most=1)
@@ -202,7 +206,7 @@ class DreamBoothConfig:
     gradient_checkpointing: bool | None = _option(None, "recompute activations: less memory, half as much time again")
     mixed_precision: str | None = _option(
         None,
-        "half is bf16 or fp16, as the CUDA device supports, and no without one; adapters stay in float32",
+        "half means bf16 where the CUDA device supports it, else fp16, and no without one; adapters stay in float32",
         choices=("no", "fp16", "bf16", "half"),
     )
     quantization: str | None = _option(
@@ -258,7 +262,7 @@ class DreamBoothConfig:
             plain = re.ASCII if sys.getfilesystemencoding() == "ascii" else re.UNICODE
             self.output_dir = "runs/" + re.sub(r"[^\w-]+", "-", self.class_word, flags=plain)
         if self.export == "kohya" and self.use_dora:
-            raise ValueError("export='kohya' has no place for DoRA's magnitudes: leave out one of them.")
+            raise ValueError("export='kohya' does not write DoRA's magnitudes: leave out export or use_dora.")
         if self.lr_warmup_steps >= self.max_train_steps:
             raise ValueError(
                 f"lr_warmup_steps={self.lr_warmup_steps} must be below max_train_steps={self.max_train_steps}: the "
@@ -307,7 +311,7 @@ class DreamBoothConfig:
             if value is None:
                 continue
             if choices and value not in choices:
-                raise ValueError(f"{name}={value!r} is none of {', '.join(choices)}.")
+                raise ValueError(f"{name}={value!r} must be one of {', '.join(choices)}.")
             if within is None:
                 continue
             kind, called = (numbers.Integral, "a whole number") if _KINDS[name] is int else (numbers.Real, "a number")
@@ -397,8 +401,8 @@ def _check_repository(repo_id: str) -> None:
         validate_repo_id(repo_id)
     except HFValidationError as error:
         raise ValueError(
-            f"hub_model_id={repo_id!r} is no repository on the hub: give owner/name in letters, digits, '-', '_' and "
-            "'.', with at most 96 characters."
+            f"hub_model_id={repo_id!r} is not a valid repository name: give owner/name in letters, digits, '-', '_' "
+            "and '.', with at most 96 characters."
         ) from error
 
 
@@ -415,10 +419,10 @@ def check_libraries(config: DreamBoothConfig) -> None:
             f"of {', '.join(schedules)}."
         )
     if config.lr_scheduler not in schedules:
-        raise ValueError(f"lr_scheduler={config.lr_scheduler!r} is none of {', '.join(schedules)}.")
+        raise ValueError(f"lr_scheduler={config.lr_scheduler!r} must be one of {', '.join(schedules)}.")
     trackers = ["none", "all", *LOGGER_TYPE_TO_CLASS]
     if config.report_to not in trackers:
-        raise ValueError(f"report_to={config.report_to!r} is none of {', '.join(trackers)}.")
+        raise ValueError(f"report_to={config.report_to!r} must be one of {', '.join(trackers)}.")
     if config.report_to not in ("none", "all", *(str(name) for name in get_available_trackers())):
         raise ValueError(
             f"report_to={config.report_to!r} needs a package that is not installed: pip install {config.report_to}, or "

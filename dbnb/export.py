@@ -95,7 +95,7 @@ def save_kohya(components: Components, output_dir: Path) -> Path:
     """Write the adapters under the names, and with the alphas, that ComfyUI and A1111 read; returns the path.
 
     They scale by alpha / rank and know no other way: rsLoRA's alpha / sqrt(rank) is written as alpha * sqrt(rank).
-    Raises ValueError for DoRA, whose magnitudes have no place there, and for transformers, which they read as diffusers
+    Raises ValueError for DoRA, whose magnitudes it does not write, and for transformers, which they read as diffusers
     names them.
     """
     if components.network.part != "unet":
@@ -103,7 +103,7 @@ def save_kohya(components: Components, output_dir: Path) -> Path:
     tensors: dict[str, torch.Tensor] = {}
     for part, module in adapted_modules(components).items():
         if module.peft_config["default"].use_dora:
-            raise ValueError("A kohya file has no place for DoRA's magnitudes: keep to save_adapters.")
+            raise ValueError("save_kohya does not write DoRA's magnitudes: use save_adapters.")
         prefix, weights = part if part == "unet" else f"{part}.text_model", get_peft_model_state_dict(module)
         for name, scale in _scales(module).items():
             halves = {f"{half}.weight": weights[f"{name}.{half}.weight"] for half in ("lora_A", "lora_B")}
@@ -340,7 +340,7 @@ def check_hub(repo_id: str) -> None:
         who = HfApi().whoami()
     except HFValidationError as error:
         raise ValueError(
-            f"--hub_model_id {repo_id!r} is no name on the hub ({_first_line(error)}): give owner/name."
+            f"--hub_model_id {repo_id!r} is not a valid repository name ({_first_line(error)}): give owner/name."
         ) from error
     except Exception as error:  # huggingface_hub and its HTTP library raise a dozen kinds
         raise OSError(

@@ -235,10 +235,10 @@ def _what_else(path: Path, tensors: Mapping[str, torch.Tensor]) -> str:
             return f"{path.name} is an adapter of the kind {kind} and no LoRA: look at it with the tool that made it."
     if any(key.startswith(("model.diffusion_model.", "first_stage_model.", "cond_stage_model.")) for key in keys):
         try:
-            family = f"of the family {one_file_family(path)}"
+            family = one_file_family(path)
         except ValueError:
-            family = "in one file"
-        return f"{path.name} is a whole checkpoint {family} and no adapter: it can be a --base."
+            return f"{path.name} is a checkpoint that --base cannot read, and no adapter: give the LoRA file itself."
+        return f"{path.name} is a whole checkpoint of the family {family} and no adapter: it can be a --base."
     if any(_IN_UNET.match(key) or _IN_TRANSFORMER.match(key) or _IN_TEXT_ENCODER.search(key) for key in keys):
         return f"{path.name} holds a network's own weights and no adapter: give the LoRA file that was trained on it."
     if keys and len(keys) <= 2 and all(tensor.ndim in (1, 2) for tensor in tensors.values()):

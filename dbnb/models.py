@@ -275,7 +275,9 @@ def text_architecture(base: Path, part: str = "text_encoder") -> tuple[str, Arch
     """Name and row of a base's text encoder. Raises ValueError that names an unknown one and lists the known."""
     names = read_config(base / part).get("architectures") or ["(none)"]
     if names[0] not in ARCHITECTURES:
-        raise ValueError(f"Text encoder {names[0]} of {base} is not known here; known are {', '.join(ARCHITECTURES)}.")
+        raise ValueError(
+            f"Text encoder {names[0]} of {base} is not supported: give a base with one of {', '.join(ARCHITECTURES)}."
+        )
     different = network_of(base).text.get(names[0], {})
     return names[0], dataclasses.replace(ARCHITECTURES[names[0]], **different)
 
@@ -304,7 +306,8 @@ def _index(base: Path) -> dict[str, Any]:
     network, pipeline = _network(index), index.get("_class_name")
     if network is None or not _has(index, "text_encoder") or pipeline not in (network.pipelines or (pipeline,)):
         raise ValueError(
-            f"{base} is a {pipeline}: known are text-to-image bases of a text encoder and one of {', '.join(NETWORKS)}."
+            f"{base} is a {pipeline}: give a text-to-image base that has a text encoder and one of "
+            f"{', '.join(NETWORKS)}."
         )
     return index
 
@@ -495,7 +498,7 @@ def load_components(
     seen = (components.vae.config.latent_channels if components.vae else 3) * network.packed
     if channels != seen and not components.upscales:
         raise ValueError(
-            f"The {network.word} of {folder} takes {channels} channels (inpainting?): known are text-to-image bases."
+            f"The {network.word} of {folder} takes {channels} channels (inpainting?): give a text-to-image base."
         )
     return components
 

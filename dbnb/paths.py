@@ -57,7 +57,7 @@ class Diffusion:
             return noise
         if kind == "v_prediction":
             return self.scheduler.get_velocity(latents, noise, timesteps)
-        raise ValueError(f"The base's scheduler predicts {kind!r}; known are epsilon and v_prediction.")
+        raise ValueError(f"The base's scheduler predicts {kind!r}: give a base that predicts epsilon or v_prediction.")
 
     def weights(self, timesteps: torch.Tensor, objective: Objective) -> torch.Tensor | None:
         """(B,) how much each sample's error counts, or None where all count the same.

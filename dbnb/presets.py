@@ -183,9 +183,7 @@ def one_file_family(path: Path) -> str:
             "1, 2 or XL in one file, or a diffusers folder."
         )
     if channels != 4:
-        raise ValueError(
-            f"--base {path} has a UNet of {channels} channels (inpainting?): known are text-to-image bases."
-        )
+        raise ValueError(f"--base {path} has a UNet of {channels} channels (inpainting?): give a text-to-image base.")
     return family
 
 

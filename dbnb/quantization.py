@@ -1,7 +1,7 @@
 """A frozen base in fewer bits, so that a large one fits on a small card: its linear layers hold most of its weights.
 
-QLoRA (Dettmers et al., 2023): weights are kept in 4 or 8 bits and taken apart for each product; adapters, and all that
-is computed, stay as they were. The libraries that do it are loaded only where it is asked for.
+As in QLoRA (Dettmers et al., 2023), the weights are stored in few bits, here 4 or 8, and dequantised for each product;
+adapters, and all that is computed, stay as they were. The libraries that do it are loaded only where it is asked for.
 """
 
 from __future__ import annotations

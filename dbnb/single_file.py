@@ -27,7 +27,7 @@ def _configs(repository: str, path: Path) -> Path:
         raise FileNotFoundError(
             f"--base {path} is one file without configs, and those of {repository} are neither on this machine nor to "
             f"be had from the hub ({type(error).__name__}): check the network, or run `hf download {repository} "
-            "--include '*.json' '*.txt'` where there is one."
+            "--include '*.json' --include '*.txt' --include '*.model'` where there is one."
         ) from error
 
 

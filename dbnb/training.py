@@ -177,15 +177,18 @@ def training_step(
 _TIMED = 10  # steps behind the first, which says how long the others take
 
 
-def _where(record: StepRecord) -> str:
-    """Where a step stopped being finite, and what to change."""
+def _not_finite(record: StepRecord, step: int) -> str:
+    """What of a step is not finite, and what to change."""
     if torch.isfinite(record.loss):
-        return "Another process met a loss that is not finite, and says what to change,"
-    if not torch.isfinite(record.latents).all():
-        return "The latents are not finite (an autoencoder in float16 overflows): use --mixed_precision bf16 or no,"
-    if not torch.isfinite(record.prediction).all():
-        return "The prediction is not finite: lower the learning rate, or use --mixed_precision no,"
-    return f"The loss is {record.loss.item()}: lower the learning rate or --prior_loss_weight,"
+        what, remedy = "Another process met a loss that is not finite", "see its message"
+    elif not torch.isfinite(record.latents).all():
+        what = "The latents are not finite (an autoencoder in float16 overflows)"
+        remedy = "use --mixed_precision bf16 or no"
+    elif not torch.isfinite(record.prediction).all():
+        what, remedy = "The prediction is not finite", "lower the learning rate, or use --mixed_precision no"
+    else:
+        what, remedy = f"The loss is {record.loss.item()}", "lower the learning rate or --prior_loss_weight"
+    return f"{what} at step {step}: {remedy}; the adapters are as they were before that step."
 
 
 def batch_at(dataset: DreamBoothDataset | Mixture, number: int, batch_size: int) -> dict[str, Any]:
@@ -508,7 +511,7 @@ def _gradients(run: _Run, step: int) -> tuple[dict[str, float], StepRecord]:
             )
         losses = run.shared_mean(record.loss, record.instance_loss, record.prior_loss)
         if not math.isfinite(losses[0]):
-            raise FloatingPointError(f"{_where(record)} at step {step + 1}; the adapters are as they were before it.")
+            raise FloatingPointError(_not_finite(record, step + 1))
         run.accelerator.backward(record.loss / accumulate)
         for name, value in zip(sums, losses, strict=True):
             sums[name] += value / accumulate

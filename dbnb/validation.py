@@ -184,7 +184,8 @@ def from_references(
     sampling = sampling_of(sampling, **changed)
     if not 1 <= int(sampling.num_inference_steps * strength) <= sampling.num_inference_steps:
         raise ValueError(
-            f"strength={strength} of {sampling.num_inference_steps} steps leaves none to take: raise it to 1."
+            f"strength={strength} must be at most 1 and leave at least one of {sampling.num_inference_steps} solver "
+            "steps to take."
         )
     if components.upscales:
         return draw(components, [prompt] * len(references), sampling, references=references)

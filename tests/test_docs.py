@@ -13,7 +13,9 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 GLOSSARY = (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8")
-ENTRY = re.compile(r"^## ([^\n]+)\n\n([^#]+?)\n\nTaught in \[[^]]+\]\(\.\./notebooks/(\d\d_\w+)\.ipynb\)\.$", re.M)
+ENTRY = re.compile(
+    r"^## ([^\n]+)\n\n([^#]+?)\n\nTaught in \[[^]]+\]\(\.\./notebooks/(\d\d[a-z]?_\w+)\.ipynb\)\.$", re.M
+)
 TERMS = {term: (sentence, notebook) for term, sentence, notebook in ENTRY.findall(GLOSSARY)}
 SCRIPTS = sorted((ROOT / "notebooks" / "src").glob("*.py"))
 

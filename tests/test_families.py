@@ -313,7 +313,7 @@ def test_an_unknown_architecture_is_named_with_what_is_known(family):
     config = json.loads(path.read_text())
     path.write_text(json.dumps(config | {"architectures": ["GPT2Model"]}))
     try:
-        with pytest.raises(ValueError, match="GPT2Model.*known are CLIPTextModel, .*T5EncoderModel"):
+        with pytest.raises(ValueError, match="GPT2Model.*give a base with one of CLIPTextModel, .*T5EncoderModel"):
             load_components(folder)
     finally:
         path.write_text(json.dumps(config))

@@ -172,9 +172,9 @@ def test_what_ends_a_run_is_said_in_one_sentence(monkeypatch, capsys, error, cod
     [
         (dict(text_encoder_rank=0), "text_encoder_rank=0 must be at least 1"),
         (dict(validation_steps=-1), "validation_steps=-1 must not be negative"),
-        (dict(mixed_precision="fp8"), "is none of no, fp16, bf16, half"),
-        (dict(export="zip"), "is none of diffusers, kohya"),
-        (dict(export="kohya", use_dora=True), "no place for DoRA"),
+        (dict(mixed_precision="fp8"), "must be one of no, fp16, bf16, half"),
+        (dict(export="zip"), "must be one of diffusers, kohya"),
+        (dict(export="kohya", use_dora=True), "does not write DoRA"),
         (dict(snr_gamma=0.0), "snr_gamma=0.0 must be above 0"),
     ],
     ids=str,

@@ -82,7 +82,7 @@ def test_a_missing_t5_is_said_and_another_task_is_named(tmp_path):
         _ = components.unet
     path = folder / "model_index.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"_class_name": "StableDiffusion3InpaintPipeline"}))
-    with pytest.raises(ValueError, match="is a StableDiffusion3InpaintPipeline: known are"):
+    with pytest.raises(ValueError, match="is a StableDiffusion3InpaintPipeline: give a text-to-image base"):
         load_components(folder)
 
 

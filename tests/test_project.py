@@ -55,7 +55,8 @@ def test_environment_takes_everything_from_pyproject_under_the_constraints():
     python = next(line for line in plain if line.startswith("python")).split("=")[1]
     assert Requirement(f"python{PROJECT['requires-python']}").specifier.contains(python)
     [pip] = [line["pip"] for line in environment["dependencies"] if isinstance(line, dict)]
-    assert pip == ["-c constraints/linux-cpu.txt", "-e .[jupyter]"]
+    index = "--extra-index-url https://download.pytorch.org/whl/cpu"
+    assert pip == ["-c constraints/linux-cpu.txt", index, "-e .[jupyter]"] and index in (ROOT / "README.md").read_text()
     assert "jupyter" in PROJECT["optional-dependencies"]
 
 

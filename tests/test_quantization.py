@@ -185,7 +185,7 @@ def test_adapters_that_could_not_be_loaded_again_are_refused(folders):
 
 
 def test_options_and_plans_name_what_there_is():
-    with pytest.raises(ValueError, match=re.escape("quantization='int4' is none of nf4, int8, fp8")):
+    with pytest.raises(ValueError, match=re.escape("quantization='int4' must be one of nf4, int8, fp8")):
         DreamBoothConfig(quantization="int4")
     for kind in QUANTIZATIONS:
         assert DreamBoothConfig(quantization=kind).quantization == kind

@@ -324,7 +324,7 @@ def test_another_version_of_a_library_is_named(config, dataset, capsys, monkeypa
 
 def test_what_would_stop_the_run_later_stops_it_now(config, tmp_path):
     for change, words in (
-        (dict(lr_scheduler="cosin"), "is none of linear"),
+        (dict(lr_scheduler="cosin"), "must be one of linear"),
         (dict(resume_from_checkpoint=str(tmp_path / "nowhere")), "does not exist"),
     ):
         with pytest.raises((ValueError, OSError), match=words):
