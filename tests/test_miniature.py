@@ -159,8 +159,7 @@ def test_of_a_grown_base_the_identity_encoder_alone_is_mended(tmp_path, capsys):
 def test_the_shipped_identity_encoder_tells_a_toy_from_its_look_alikes():
     encoders, components = metrics.load_encoders(miniature.path()), load_components("miniature")
     ladder, among = evaluate.look_alike_tests(encoders, components, 6, evaluate.side_of(components))
-    order = ("photograph", "through the autoencoder", "hue 15° off", "hue 30° off", "another pattern", "another toy")
-    assert all(ladder[more] > ladder[less] for more, less in itertools.pairwise(order)), ladder
+    assert all(more > less for more, less in itertools.pairwise(ladder.values())), ladder
     assert among >= 0.8
 
 

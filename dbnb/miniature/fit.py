@@ -113,9 +113,8 @@ def fit(
         if "optimizer" in state:
             optimizer.load_state_dict(state["optimizer"])
             ema.load_state_dict(state["ema"])
-        else:
+        else:  # a shipped part: the average is of the steps that follow
             ema = EMAModel(parameters, decay=ema_decay, use_ema_warmup=True, power=0.75, foreach=True)
-            ema.optimization_step = step
     started = saved = time.monotonic()
 
     def save() -> None:

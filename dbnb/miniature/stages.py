@@ -162,8 +162,12 @@ def train_clip(data: Photographs, stage: Stage):
 
 
 def jitter(pictures: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
-    """Blur some pictures, (B, 3, H, W), and add noise: the encoders must judge drawings fairly, which are softer."""
-    softer = F.interpolate(F.avg_pool2d(pictures, 2), scale_factor=2, mode="bilinear", align_corners=False)
+    """Blur some pictures, (B, 3, H, W), and add noise: the encoders must judge drawings fairly, which are softer.
+
+    The blur covers a 32nd of the side, whatever the resolution.
+    """
+    reach = max(2, pictures.shape[-1] // 32)
+    softer = F.interpolate(F.avg_pool2d(pictures, reach), scale_factor=reach, mode="bilinear", align_corners=False)
     draws = dict(generator=rng, device=pictures.device)
     amount = torch.rand(len(pictures), 1, 1, 1, **draws)
     mixed = pictures + amount * (softer - pictures)

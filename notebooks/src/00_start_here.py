@@ -82,8 +82,9 @@ plots.you_are_here("00")
 #
 # A *[diffusion model](../docs/glossary.md#diffusion-model)* like this one has learned to remove noise from pictures,
 # guided by their captions. To draw, it starts from pure noise and removes a little of it at each step, guided by your
-# prompt. The same noise and the same prompt always give the same picture. The model works on pictures made smaller by
-# an *autoencoder*, which also turns the result back into pixels. (Notebook 03 takes all of this apart.)
+# prompt. All random numbers come from a seed, so the same seed and the same prompt always give the same picture. The
+# model works on pictures made smaller by an *autoencoder*, which also turns the result back into pixels. (Notebook 03
+# takes all of this apart.)
 #
 # These are the things and the places that this base knows. It also knows eight colours, spots, stripes, hats and
 # scarves.
@@ -96,7 +97,7 @@ print(len(SCENES), "places:", ", ".join(SCENES.values()))
 # %% [markdown]
 # To use a larger base, give another name: a preset (`"sd15"`, `"sdxl"` …), an id on the Hugging Face hub, or a folder.
 # Each base needs different settings, so it **suggests** its own, and everything that you do not set yourself is taken
-# from there:
+# from there. (You need not know them yet: notebooks 04, 06 and 10 explain them. `half` means numbers of 16 bits.)
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -110,10 +111,10 @@ Table(
 
 # %% [markdown]
 # **Choose here.** Set `BASE = "sd15"` and give a folder with photographs of your own dog, and the cells below run on
-# Stable Diffusion 1.5. One setting depends on the memory of your GPU rather than on the base, so it is set here:
-# gradient checkpointing, which recomputes activations and so saves memory at the cost of time. A real base is a
-# download of several gigabytes, needs a GPU, and takes minutes even there. (Notebook 10
-# computes what fits on which GPU.)
+# Stable Diffusion 1.5. One setting depends on the memory of your GPU: gradient checkpointing, which recomputes
+# activations and so saves memory at the cost of time. The next cell switches it on for every base but the miniature;
+# set it to `False` if your GPU has room, and each step takes about half of the time. A real base is a download of
+# several gigabytes, needs a GPU, and takes minutes even there. (Notebook 10 computes what fits on which GPU.)
 
 # %%
 BASE = "miniature"
@@ -254,8 +255,8 @@ plots.show(
 # %% [markdown]
 # **What you should see**: the lower row shows the toy in every place. The place comes from the words, as before; the
 # toy comes from the five photographs. No photograph shows it on the beach, at night or on the moon. That the model can
-# still combine the two is what makes this useful. Coarse features are learned first: the two colours are more reliable
-# than the number and the position of the spots.
+# still combine toy and place is what makes this useful. Coarse features are learned first: the two colours are more
+# reliable than the number and the position of the spots.
 #
 # The same pairs, one at a time (in a live notebook):
 
@@ -287,8 +288,8 @@ plots.show(
 #
 # Pictures persuade, and numbers compare. An *identity encoder* compares what was drawn with the photographs; it was
 # trained to tell photographs of one toy from photographs of others, including look-alikes. Two references give its
-# numbers a meaning: the *floor* is the base before training, and the *ceiling* is what other real photographs of the
-# same toy reach.
+# numbers a meaning: the *floor* is the base before training, and the *ceiling* is what other photographs of the same
+# toy reach.
 
 # %%
 numbers = workflow.measured(
@@ -301,7 +302,8 @@ metrics.metrics_table(numbers)
 # pictures whose place a second encoder names correctly (a CLIP, trained to match pictures and captions). It asks only
 # which of the eight places comes nearest: a night without its moon still counts as a night, so look at the backgrounds
 # yourself. `class_diversity_ratio`: how varied `a photo of a dog` still is, where 1 is as varied as before. With eight
-# pictures in each set, these numbers are rough; notebook 08 measures properly.
+# pictures in each set, these numbers are rough; notebook 08 measures properly. (`clip_i` lies above its ceiling because
+# CLIP compares the places as well; notebook 08 says more.)
 
 # %%
 scores = ("normalized_subject_fidelity", "scene_recognised", "class_diversity_ratio")
@@ -312,9 +314,9 @@ plots.show(
 )
 
 # %% [markdown]
-# Three claims were made above. Here they are again, in a form that can fail: the pictures are nearer to real
-# photographs of the toy than to where the base was; at least half of the places are right; at least half of the dogs'
-# variety is left.
+# Three claims were made above. Here they are again, in a form that can fail: the pictures have come more than half of
+# the way from the base to other photographs of the toy; at least half of the places are right; at least half of the
+# dogs' variety is left.
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -393,8 +395,7 @@ check_00a(noise_of)
 #
 # ### Exercise B: a number with a scale (3 minutes)
 #
-# Write `normalized_subject_fidelity`: 0 where the base was before training, 1 where other real photographs of the toy
-# are.
+# Write `normalized_subject_fidelity`: 0 where the base was before training, 1 where other photographs of the toy are.
 
 # %%
 from dbnb.exercises import check_00b
@@ -499,7 +500,7 @@ check_00b(normalized)
 #
 # <details><summary>B. The adapters store a background for every place that the base has a caption for.</summary>
 #
-# No: they were trained on five photographs in five places, and the moon was not among them.
+# No: the base draws the places; no photograph of the toy on the moon was ever trained on.
 # </details>
 #
 # <details><summary>C. The class images were all taken on the moon, and they are half of each batch.</summary>
@@ -538,7 +539,7 @@ check_00b(normalized)
 #
 # <details><summary>C. Because 0.6 alone does not tell what would be bad and what would be good.</summary>
 #
-# Right: the base without training is the floor, real photographs of the toy are the ceiling.
+# Right: the base without training is the floor, other photographs of the toy are the ceiling.
 # </details>
 #
 # ## In short

@@ -101,7 +101,7 @@ plots.show(
 #
 # (Ho et al., 2020, equation 4). The number $\bar\alpha_t$ falls from nearly 1 at $t = 0$ to nearly 0 at $t = 999$: the
 # larger $t$ is, the less of the point is left. The thousand values are the **noise schedule**. Here it is the
-# miniature's, which is the same as Stable Diffusion's.
+# miniature's, which is the same as that of Stable Diffusion 1.5, 2.1 and XL.
 
 # %%
 alpha_bar = base.noise_scheduler.alphas_cumprod
@@ -169,9 +169,9 @@ print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
 # %% [markdown]
 # ## The loss
 #
-# Training is quickly described. Draw clean points, draw timesteps, draw noise, mix, ask, and compare the answer with the
-# noise that was put in: the mean of the squared differences. The UNet of Stable Diffusion is trained in the same way. One
-# point in four is shown without its word. **Predict**: can the loss reach zero?
+# Training is quickly described. Draw clean points, draw timesteps, draw noise, mix, ask, and compare the answer with
+# the noise that was put in: the mean of the squared differences. The UNet of Stable Diffusion 1.5 is trained in the
+# same way. One point in four is shown without its word. **Predict**: can the loss reach zero?
 
 # %%
 generator, steps, log = torch.Generator().manual_seed(2), 3000, []
@@ -203,9 +203,9 @@ plots.show(
 # %% [markdown]
 # **What you should see**: a fast fall, then a slow one that ends far above zero (the axis does not begin at 0). The
 # noise cannot be known exactly. At a small $t$, a point of the ring that was moved a little *along* the ring is again a
-# point of the ring: this part of the noise leaves no trace, and no network can find it. At a large $t$ the noise is easy
-# to name, since it is nearly all there is; but there the *clean point* cannot be known, which may have been anywhere on
-# the ring. Which answer, then, has the smallest error?
+# point of the ring: this part of the noise leaves no trace, and no network can find it. At a large $t$ the noise is
+# easy to name, since it is nearly all there is; but there the *clean point* cannot be known: it may have been anywhere
+# on the ring. Which answer, then, has the smallest error?
 #
 # ## Why the answer is blurred
 #
@@ -316,8 +316,8 @@ plots.show(
 
 # %% [markdown]
 # **What you should see**: at 0 the word has no effect; at 1 the model draws as it was trained. A larger value removes
-# the stray points but already bends the ring, which is pulled in on the diagonals, where the cross has its arms. At a
-# much larger value little is left except clumps far from the cross. Pictures drawn with too much guidance have the
+# nearly all stray points but already bends the ring, which is pulled in on the diagonals, where the cross has its arms.
+# At a much larger value little is left except clumps far from the cross. Pictures drawn with too much guidance have the
 # same fault: garish colours and little variety.
 #
 # ## The same loop, on the miniature
@@ -386,7 +386,9 @@ frames = {f"step {k + 1}, t = {t}": decoded(clean_latent)[0] for k, (t, _, clean
 browse(frames, "belief at")
 
 # %% [markdown]
-# Does diffusers draw the same picture? Its pipeline gets the same noise and the same scheduler.
+# Does diffusers draw the same picture? Its pipeline gets the same noise, and a *scheduler*, which holds the timesteps
+# and makes the DDIM step. (With `set_alpha_to_one=False` its last step ends at $t = 0$, as ours does, and not at a
+# picture that is entirely free of noise.)
 
 # %%
 # NBVAL_CHECK_OUTPUT

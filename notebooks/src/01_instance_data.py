@@ -196,9 +196,9 @@ plots.show(
 
 # %% [markdown]
 # Photographs that are not square are cropped: in the middle, or at a random place if `center_crop` is off. A long
-# picture can lose its subject in this way, and the notes above warn where one side is more than three times the other.
-# Here is a wide picture: the first photograph three times, side by side. **Predict**: which of the crops show one
-# whole dog?
+# picture can lose its subject in this way; `inspect_images` warns where one side is more than three times the other.
+# Here is a picture at that limit: the first photograph three times, side by side. **Predict**: which of the crops show
+# one whole dog?
 
 # %%
 Image.fromarray(np.hstack([np.asarray(photographs[0])] * 3)).save(folder / "wide.png")
@@ -268,8 +268,8 @@ fit
 print(fit.remark())
 
 # %% [markdown]
-# **What you should see**: the two renders have a higher loss and a lower PSNR than the base's own drawings: those
-# have already come out of this decoder, and hold nothing that it cannot paint. The noise is far beyond both. The
+# **What you should see**: the two renders have a higher loss and a lower PSNR than the base's own drawings, which came
+# out of this very decoder and so hold nothing that it cannot paint. The noise is far beyond both. The
 # distance is given in standard deviations of the class images, and beyond 8 a run prints this sentence. Real
 # photographs are far outside as well (try one): they need another base, such as `sd15`.
 #
@@ -321,7 +321,9 @@ print("identifiers:", ", ".join(IDENTIFIERS))
 
 # %% [markdown]
 # Another base splits the same words differently: Stable Diffusion has tens of thousands of tokens, and keeps many
-# words whole that are split here. So ask the tokenizer of *your* base, which is a small download of its own:
+# words whole that are split here. It also splits some that are whole here: of the six identifiers, `sks`, `ohwx` and
+# `hta` are single rare tokens in Stable Diffusion 1.5, while `zwx`, `pjf` and `vqz` are split. So ask the tokenizer of
+# *your* base, which is a small download of its own:
 # `token_report(AutoTokenizer.from_pretrained("stable-diffusion-v1-5/stable-diffusion-v1-5", subfolder="tokenizer"),
 # "sks")`, with `AutoTokenizer` from `transformers`.
 #
@@ -397,13 +399,13 @@ assert min(moved["sks"].values()) > 0.5 * min(moved["red"].values()), moved
 print("'sks' moves both states at least half as far as 'red' does")
 
 # %% [markdown]
-# **What you should see**: the identifiers' bars are the highest: both of their states move roughly twice as far as
-# those of a known word. The second bar matters as much as the
-# first: the UNet looks at all positions, and most positions of a short prompt come after its last word. A text encoder
-# that ignores an unknown word gives the subject and the class the same states, and then the adapters on the UNet
-# cannot tell them apart. Stable Diffusion's text encoder, a CLIP, has seen almost every string of letters in captions
-# from the web. The miniature's text encoder learned to pass on unknown names in a short training stage of its own,
-# with a new random vector for the identifier at every step.
+# **What you should see**: the identifiers' bars are the highest. The state of `dog` moves at least half as far again as
+# for a known word, and the last state about twice as far or more. The second bar matters as much as the first: the UNet
+# looks at all positions, and most positions of a short prompt come after its last word. A text encoder that ignores an
+# unknown word gives the subject and the class the same states, and then the adapters on the UNet cannot tell them
+# apart. Stable Diffusion's text encoder, a CLIP, has met nearly all of its tokens in captions from the web. The
+# miniature's text encoder learned to pass on unknown names in a short training stage of its own, with a new random
+# vector for the identifier at every step.
 #
 # ## Is the word really empty?
 #
@@ -593,7 +595,7 @@ check_01b(verdict)
 # ```
 #
 # 2. `hta` and `pjf` are two of the six identifiers: whole and rare. `kvj` is split into pieces. `toy` is whole and, on
-#    this base, rare as well: it would work here, and on no other base.
+#    this base, rare as well: it would work here, but not on Stable Diffusion, where it means toys.
 #
 # ```python
 # for word in ("hta", "pjf", "kvj", "toy"):

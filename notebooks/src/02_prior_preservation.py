@@ -223,11 +223,11 @@ for animals in ("dogs", "cats"):
     print(f"by {with_dogs - start:+.2f} with those of dogs")
 
 # %% [markdown]
-# Class images of dogs have kept the toy away from the cats too: neither became more like it. The prior loss asks the
-# model to keep its answers to `a photo of a dog`. Presumably the adapters therefore learn to respond to the identifier,
-# and leave other prompts without it alone. This
-# was measured for one other class on one base. Measure it for a class that matters to you; `class_data_dir` takes
-# class images that show several.
+# Class images of dogs have protected the cats too: they became a little more like the toy, but far less than without
+# class images. The prior loss asks the model to keep its answers to `a photo of a dog`; presumably the adapters
+# therefore tie the toy to the identifier. This was measured for one other class on one base, so measure it for a class
+# that matters to you. (Do not put cats among the class images of dogs for this: every class image is trained with the
+# one class prompt, and cats that are called `a photo of a dog` turn dogs into cats, as notebook 09 shows in entry 12.)
 
 # %% [markdown]
 # ## A cache that knows what it holds
@@ -265,9 +265,7 @@ eight = ask("a photo of a dog", 8)
 cats = ask("a photo of a cat", 2)
 
 # %% [markdown]
-# The third call drew only what was missing and left the first five as they were. This works because every picture has
-# its own seed, made from the run's seed and the picture's number. So picture 3 is the same whether you ask for five or
-# two hundred, and whatever the batch size is:
+# The third call drew only what was missing and left the files of the first five as they were:
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -283,7 +281,9 @@ manifest = json.loads((eight.paths[0].parent / "manifest.json").read_text())
 Table({"field": name, "value": str(value)} for name, value in manifest["recipe"].items())
 
 # %% [markdown]
-# What if somebody edits a picture? Its hash no longer matches, so this one is drawn again, and only this one:
+# What if somebody edits a picture? Its hash no longer matches, so this one is drawn again, and only this one. It comes
+# back because every picture has its own seed, made from the run's seed and the picture's number: up to rounding,
+# picture 3 is the same whether you ask for five or two hundred, and whatever the batch size is.
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -395,7 +395,7 @@ check_02b(to_draw)
 #
 # <details><summary>Answers</summary>
 #
-# 1. A small weight lets dogs drift; a large one also slows down learning the subject.
+# 1. A small weight lets dogs drift; a large one keeps them, but slows down learning the subject.
 #
 # ```python
 # rows = {}

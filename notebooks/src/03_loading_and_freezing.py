@@ -109,8 +109,9 @@ plots.show(
 # ## What a base says about itself
 #
 # A folder written by diffusers (Hugging Face's library of diffusion models) contains an index of the parts and their
-# classes. There the workflow reads whether the base has a VAE (DeepFloyd IF has none). If it tried to download one and
-# took every failure to mean that there is none, a network error would look like a model without a VAE.
+# classes. The workflow reads there whether the base has a VAE (DeepFloyd IF has none). If it tried to download one and
+# took every failure to mean that there is none, a network error would look like a model without a VAE. In the table,
+# `None . None` marks a part that such a pipeline may have and that this base does without.
 
 # %%
 index = json.loads((components.base / "model_index.json").read_text())
@@ -242,12 +243,12 @@ assert words[nearest[0]] == "red car" and words[nearest[2]] == "dog"
 #
 # ## The UNet: from noise to a picture
 #
-# The UNet gets noisy latents, a number that says how noisy they are (the timestep), and the prompt's hidden states.
-# Its answer tells which noise it believes to be in the latents, and therefore what the clean picture would be. (Some
-# bases answer with the noise itself. This one answers with a mix of noise and picture called $v$. The
-# *[scheduler](../docs/glossary.md#scheduler)*, the table of how much noise belongs to which step, has a setting that
-# says which; notebook 06 explains why.) Remove a little of that noise, ask again, and after some tens of steps there
-# is a picture. This is how the UNet is built, as its config tells:
+# The UNet gets noisy latents, a number that says how noisy they are (the timestep), and the prompt's hidden states. Its
+# answer says what noise it sees in the latents, and therefore what the clean picture would be. (Some bases answer with
+# the noise itself. This one answers with a mix of noise and picture called $v$. The
+# *[scheduler](../docs/glossary.md#scheduler)*, the table of how much noise belongs to which step, has a setting,
+# `prediction_type`, that says which; notebook 06 explains why.) Remove a little of that noise, ask again, and after
+# some tens of steps there is a picture. This is how the UNet is built, as its config tells:
 
 # %%
 plots.show(
@@ -261,15 +262,16 @@ plots.show(
 # larger part of the picture. The *up* blocks reverse this, and a **skip connection** hands each of them what the
 # block of the same size had found, so that details do not have to pass through the narrow middle. **Convolutions**
 # look at neighbouring places. In **self-attention** each place looks at all others, so that a dog's left side knows
-# of its right side. In **cross-attention** each place looks at the words of the prompt; this is the only way in for
-# the prompt. The **timestep** is turned into a vector, as in notebook 00b, and added inside every block. Adapters
+# of its right side. In **cross-attention** each place looks at the words of the prompt; here this is the only way
+# in for the prompt. (In SDXL a summary of the prompt, the *pooled* vector, is added to that of the timestep as well.)
+# The **timestep** is turned into a vector, as in notebook 00b, and added inside every block. Adapters
 # will sit beside layers of these blocks. The diamonds show where they *can* sit; on the miniature they sit beside all
 # layers of the last two, *up 1* and *up 2* (notebook 04 says why).
 #
-# How much does one word in the prompt change the answer? Take what drawing begins with, pure noise at the last timestep,
-# and one more word. The bars show how far the word moves the last hidden state of the prompt, and how far it moves the
-# UNet's answer, both as a share of what `red` does. **Predict**: `sks` moves the states at least as far as `red` does.
-# How far will it move the answer?
+# How much does one word in the prompt change the answer? Take pure noise at the highest timestep, where drawing begins,
+# and a prompt with one word added. The bars show how far the word moves the last hidden state of the prompt, and how
+# far it moves the UNet's answer, both as a share of what `red` does. **Predict**: `sks` moves the states at least as
+# far as `red` does. How far will it move the answer?
 
 # %%
 added = ["red", "spotted", "sks", "zwx"]
@@ -377,8 +379,8 @@ plots.show(
 browse({f"step {i}": picture for i, picture in enumerate(believed)}, "denoising")
 
 # %% [markdown]
-# How soon is the picture decided? This is the distance of each guess from the last one, as a share of the first
-# distance:
+# How soon is the picture decided? This is the distance of each guess from the final one, as a share of the distance at
+# step 0:
 
 # %%
 distances = [float((belief - beliefs[-1]).norm()) for belief in beliefs]
@@ -398,8 +400,8 @@ print(f"half of the distance is covered at step {half} of {len(distances) - 1}")
 # ## Which word paints what?
 #
 # In **cross-attention**, each token gets a share of the attention at every place of the latents, and the shares of a
-# place sum to 1 (Hertz et al., 2022). `attention_maps` draws one picture and records the shares, step by step. The
-# picture below is red where a word gets much attention. **Predict**: which pixels do `red`, `cat` and `of` paint?
+# place sum to 1 (Hertz et al., 2022). `attention_maps` draws one picture in six steps and records the shares. The
+# picture below is red where a word gets much attention. **Predict**: where do `red`, `cat` and `of` get the most?
 
 # %%
 from dbnb.config import Sampling
@@ -410,7 +412,7 @@ plots.show(
         [*attention_rows([found], slice(0, 2)), *attention_rows([found], slice(-2, None))],
         labels=["first two steps", "last two steps"],
         titles=["drawn", *found.words],
-        title="'cat' looks at the cat; most small words look at the rest",
+        title="The cat's places look at 'cat', the background at most small words",
     ),
     alt="Two rows: a red and yellow cat on a beach, then the same picture in grey with the share of each word of the prompt in red",
 )
@@ -419,8 +421,9 @@ plots.show(
 # **What you should see**: `cat` marks the cat most clearly; `red` marks its body too, more clearly in the first steps
 # than in the last. `beach` is spread over the whole picture. (Each map is scaled to its own range, so compare places
 # within a map, and not one word with another.) The small words mark the background as well: a share has to go
-# somewhere, and words that add nothing take what is left. A map says where a word gets attention, not what it does
-# there.
+# somewhere, and tokens that add nothing take what is left. (So do the tokens at the beginning, at the end and in the
+# padding, which are not shown: the shares of the words alone sum to less than 1.) A map says where a word gets
+# attention, not what it does there.
 #
 # ## How much guidance?
 #
@@ -450,7 +453,8 @@ print({base: suggested(base)["guidance_scale"] for base in ("miniature", "sd15")
 # **What you should see**: this base follows the prompt fairly well even at 1, because its captions were exact. More
 # guidance makes the purple purer, up to about 4, and removes what was not asked for, such as the grey spots of the
 # upper cat. Ears and tail change their colours on the way, and at 16 shapes begin to go wrong. A large base, whose
-# captions came from the web, hardly follows the prompt at 1, and therefore suggests a higher value.
+# captions came from the web, follows the prompt only loosely at 1, and so a higher value is suggested for it. (FLUX.1
+# [dev] does not work like this: it gets `guidance_scale` as an input and is asked once.)
 #
 # ## Freeze, cast
 #
@@ -476,9 +480,9 @@ for row in mixed.table():
 #
 # ### Exercise A: which class is the text encoder? (6 minutes)
 #
-# A part's `config.json` says under `architectures` from which class it was saved. Write the function that looks this
-# class up in the table of known ones. If the architecture is not in the table, raise a `ValueError` that names it and
-# lists the known ones, so that the reader knows what to do next.
+# A text encoder's `config.json` says under `architectures` from which class it was saved. Write the function that looks
+# this class up in the table of known ones. If the architecture is not in the table, raise a `ValueError` that names it
+# and lists the known ones, so that the reader knows what to do next.
 
 # %%
 from dbnb.exercises import check_03a
@@ -684,7 +688,7 @@ check_03b(less_noise)
 #
 # <details><summary>C. They are used only in the first step, and after that they are kept on disk.</summary>
 #
-# No: every step runs through all frozen weights of the UNet, forwards and backwards.
+# No: every step runs forwards through all frozen weights of the UNet, and backwards as far as the first adapter.
 # </details>
 #
 # ## In short

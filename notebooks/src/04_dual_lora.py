@@ -72,15 +72,16 @@ plots.you_are_here("04")
 # %% [markdown]
 # ## The idea, in ten lines
 #
-# A layer multiplies by a matrix $W$. Fine-tuning changes all of $W$, and the DreamBooth paper does this with every
-# layer of the network. It works, but the optimizer then needs memory for every weight, and the result is as large as
-# the base itself. **[LoRA](../docs/glossary.md#lora)** (Hu et al., 2021) leaves $W$ alone and adds a product of two
-# thin matrices:
+# A layer with $n$ inputs and $m$ outputs multiplies by a matrix $W$ of $m \times n$ numbers. Fine-tuning changes all of
+# $W$, and the DreamBooth paper does this with every layer of the network. It works, but the optimizer then needs memory
+# for every weight, and the result is as large as the base itself. **[LoRA](../docs/glossary.md#lora)** (Hu et al.,
+# 2021) leaves $W$ alone and adds a product of two thin matrices:
 #
 # $$ y = W x + \frac{\alpha}{r} \, B A x, \qquad A \in \mathbb{R}^{r \times n},\; B \in \mathbb{R}^{m \times r} $$
 #
-# The **rank** $r$ says how thin they are; $\alpha$ scales the product. (Notebook 06 trains both ways and compares
-# memory, size of the file and fidelity.)
+# The **rank** $r$ says how thin they are; $\alpha$ scales the product. Where you do not set it, $\alpha = r$ here, and
+# the factor is 1. (kohya's scripts default to $\alpha = 1$, a factor of $1/r$, so their learning rates do not carry
+# over.) Notebook 06 trains both ways and compares memory, size of the file and fidelity.
 
 
 # %%
@@ -142,7 +143,7 @@ print("difference before training:", (adapted(x) - layer(x)).abs().max().item())
 
 # %% [markdown]
 # It is exactly zero: training starts from the base as it is. Why is $A$ not zero as well? Then neither matrix would
-# ever get a gradient, because the gradient of each is a multiple of the other.
+# ever get a gradient, because the gradient of each has the other as a factor.
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -153,11 +154,12 @@ print("A gets one, at first:", bool(adapted.A.grad.abs().max() > 0))
 # %% [markdown]
 # ## The same for a convolution
 #
-# A UNet consists of convolutions as well as linear layers. A convolution with a kernel of $k \times k$ pixels has a
-# weight of $m \times n \times k \times k$ numbers. Its adapter is a pair of convolutions: $A$ has the same kernel size
-# and only $r$ output channels, and $B$ has a kernel of $1 \times 1$ and mixes these $r$ channels into $m$. Applied in
-# sequence, they are equal to a single convolution, whose kernel is the product of the two weights, written as matrices
-# of $m \times r$ and $r \times n k^2$. **Predict**: how many numbers does the adapter have, compared with the kernel?
+# A UNet consists of convolutions as well as linear layers. A convolution from $n$ to $m$ channels with a kernel of $k
+# \times k$ pixels has a weight of $m \times n \times k \times k$ numbers. Its adapter is a pair of convolutions: $A$
+# has the same kernel size and only $r$ output channels, and $B$ has a kernel of $1 \times 1$ and mixes these $r$
+# channels into $m$. Applied in sequence, they are equal to a single convolution, whose kernel is the product of the two
+# weights, written as matrices of $m \times r$ and $r \times n k^2$. **Predict**: how many numbers does the adapter
+# have, compared with the kernel?
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -184,8 +186,9 @@ print("B after A is one kernel:", torch.allclose(two_steps, one_kernel, atol=1e-
 #
 # `lora_layers` says which layers of the UNet get an adapter: `attention`, or `all` (every linear layer and every
 # convolution of the UNet's blocks), or the names of layers or of whole blocks. The miniature's default is its last
-# two blocks, and two sections below show why. For large bases it is `attention`, as in most training scripts: that is
-# usually enough there, and the files stay small. Here all layers get adapters, so that you can look at every kind.
+# two blocks, and two sections below show why. For Stable Diffusion (1.5 to 3.5) it is `attention`, as in most training
+# scripts: that is usually enough there, and the files stay small. For FLUX.1 the feed-forward layers get adapters too
+# (notebook 11). Here all layers get adapters, so that you can look at every kind.
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -267,7 +270,7 @@ plots.show(
 # convolution has nine numbers where that of a linear layer has one. A block without attention has adapters only
 # because `lora_layers` is `all`. All of the text encoder's adapters are in its self-attention, the only kind it has.
 #
-# Has nothing changed in the whole model either? **Predict** both answers.
+# With the new adapters, does the whole model still answer as before? **Predict**: the text encoder, and the UNet?
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -390,8 +393,9 @@ print(
 )
 
 # %% [markdown]
-# How many of these directions does the toy need? Let us cut the trained adapter down to its largest directions, in
-# every layer, and draw. **Predict**: with how many does the toy come back?
+# No: other layers spread their change over several directions, some over many. How many does the toy need? Let us cut
+# the trained adapter down to its largest directions, in every layer, and draw. **Predict**: with how many does the toy
+# come back?
 
 # %%
 concept, encoders, cut = session.concept, metrics.load_encoders(session.components.base), {}
@@ -497,7 +501,7 @@ plots.show(
 # one that paints the details, from all that the others hand on to it. (Some dogs still wear a hat.) The block before
 # the last brings spots, but in other colours, and the first block changes colours and places. Alone, each gains
 # only a little fidelity. That does not show that they are useless: all blocks were trained together. The other
-# blocks alone change places, hats and colours here and there, and the middle block hardly anything.
+# blocks alone change places, hats and colours here and there, `down_blocks.2` and the middle block hardly anything.
 #
 # ## Which layers to train
 #
@@ -550,7 +554,8 @@ for name in ("all layers", "the last two blocks"):
 # **What you should see**: compare each row with the photographs in the first one. With adapters on attention only,
 # some of the dogs are blurred, the yellow turns orange in places and many spots run together. In the other two rows the spots
 # are spots, and the colours are nearer to the photographs', although not in every picture. Compare the places as
-# well: the prompt of the last picture in each row asks for the moon, and only the last row shows it. What they cost:
+# well: the prompt of the last picture in each row asks for the moon. Attention only gives the city, all layers a moon
+# without the Earth, and only the last row the whole scene. What they cost:
 
 # %%
 for name, one in sessions.items():
@@ -564,7 +569,7 @@ for name, one in sessions.items():
 # (The seconds were measured when each training ran, possibly while the machine was busy with something else.) The last two
 # blocks paint the toy as well as all blocks together in this run, with less to compute; notebook 08 has more runs. This is
 # why the miniature adapts only them.
-# A large base already has the features that a new subject needs, and there it is enough to change what attention selects.
+# A large base already has most of the features that a new subject needs, so there attention is usually enough.
 #
 # ## Rank, and what it costs
 
@@ -741,7 +746,7 @@ check_04b(merged)
 #
 # **2. Why must A and B not both start at zero?**
 #
-# <details><summary>A. Each one's gradient is a multiple of the other, so neither would ever move.</summary>
+# <details><summary>A. Each one's gradient has the other as a factor, so neither would ever move.</summary>
 #
 # Right: with A random, B gets a gradient at once, and A from the second step on.
 # </details>
@@ -770,7 +775,7 @@ check_04b(merged)
 #
 # <details><summary>C. So that the strength of the change need not be tuned again for another rank.</summary>
 #
-# Right: with more rows in A the sum BA has more terms; the factor keeps its scale in check.
+# Right, as long as alpha stays the same: BA has more terms, and the factor keeps their sum in check.
 # </details>
 #
 # **4. In these runs, adapters on attention alone painted the toy less cleanly. What is the likely reason?**

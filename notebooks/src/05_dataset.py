@@ -125,10 +125,10 @@ plots.show(
 #
 # ## The batch
 #
-# `batch_at` picks the samples of one step, and `collate_fn` lays them side by side: **all instances first, all class images
-# second**. The loss later cuts the batch in the middle. Interleave the pictures by mistake while the prompts stay grouped,
-# and half of the subject is trained under the class prompt, without any error: it has happened to well-known scripts more
-# than once (notebook 09 does it on purpose).
+# `batch_at` picks the samples of one step, and `collate_fn` lays them side by side: **all instances first, all class
+# images second**. The loss later cuts the batch in the middle. If the pictures are interleaved by mistake while the
+# prompts stay grouped, half of the subject's pictures are trained under the class prompt, and half of the class images
+# under the subject's, without any error. Notebook 09 does it on purpose.
 #
 # Why one batch, and not a step for the toy and then a step for the class? Because a step follows one gradient. In a joint
 # batch that gradient is a compromise: where the toy and the class pull in opposite directions, a part of both pulls cancels
@@ -161,9 +161,9 @@ plots.show(
 #
 # ## Crops and flips
 #
-# A photograph is scaled down until its shorter side has `resolution` pixels. Of the longer side, either the middle is
-# kept or, each time, a random section. Mirroring half of the pictures is an option as well. Both make more of five
-# pictures, and both can teach the model something wrong.
+# A photograph is scaled, up or down, until its shorter side has `resolution` pixels. Of the longer side, either the
+# middle is kept or, each time, a random section. Mirroring half of the pictures is an option as well. Both make more of
+# five pictures, and both can teach the model something wrong.
 #
 # Our photographs are square. So, to have something to cut, here they are as a wide camera would have taken them:
 
@@ -248,8 +248,9 @@ for name, lost in (
 
 # %% [markdown]
 # The wider the picture, the more often the dog is cut, and no message says so. A cut dog is trained under the same prompt
-# as a whole one, and so `sks dog` comes to mean half a dog, too. That is why `center_crop` is on by default. The safest way
-# is to crop your photographs yourself, around the subject.
+# as a whole one, and so `sks dog` comes to mean half a dog, too. That is why `center_crop` is on by default here. In
+# diffusers' script it is off, and crops are random unless you ask for it. The safest way is to crop your photographs
+# yourself, around the subject.
 
 # %% [markdown]
 # ## A step is a number
@@ -289,7 +290,7 @@ encoding = time.perf_counter() - started
 print(f"{count} pictures encoded in {encoding:.1f} s; each now is {tuple(cached.latents['instance', 0, False].shape)}")
 
 # %% [markdown]
-# These are twice as many channels as latents have, because what is kept is the
+# That is twice as many channels as latents have, because what is kept is the
 # *[posterior](../docs/glossary.md#posterior)*, a mean and a (logarithm of the) variance of each number, not one
 # sample of it. Each step still draws its own. **Predict**: will you see a difference between the decoded mean of one
 # photograph and three decoded samples?
@@ -318,8 +319,8 @@ print(f"between the numbers of one picture {posterior.mean.std():.3f}")
 # photograph, because the VAE loses fine detail. It is sure of what it sees; what it leaves open is a little noise,
 # and training should not meet the same noise at every step.
 #
-# With random crops nothing can be kept, since the pixels differ each time. The dataset says so and refuses, instead of
-# quietly training on one crop:
+# With random crops of pictures that are not square nothing can be kept, since the pixels differ each time.
+# `cache_latents` then refuses, instead of quietly training on one crop, and a run encodes its pictures at every step:
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -332,10 +333,10 @@ folder.cleanup()
 # %% [markdown]
 # ## Computed once: text embeddings
 #
-# Where the text encoder is frozen, a prompt always gives the same vectors. There are two prompts in the whole training (or
-# a few more, if several instance prompts are given), so they are encoded before it starts, and the text encoder could even
-# leave the memory. Where the text encoder is trained, its answer changes with each step: then each *distinct* prompt is
-# encoded once per step, however large the batch.
+# Where the text encoder is frozen, a prompt always gives the same vectors. There are two prompts in the whole training
+# (or a few more, if several instance prompts are given), so they are encoded before it starts, and on a GPU the text
+# encoder leaves the card's memory until pictures are drawn. Where the text encoder is trained, its answer changes with
+# each step: then each *distinct* prompt is encoded once per step, however large the batch.
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -377,11 +378,12 @@ plots.show(
 )
 
 # %% [markdown]
-# **What you should see**: encoding the pictures again at each step took more than a third of the time. The text
+# **What you should see**: encoding the pictures again at each step takes a large part of the time, encoding the two
+# prompts hardly any: chance decides which is lower, the first bar or the third, the second or the last. The text
 # encoder of the miniature is small; on a large base it costs more. It is frozen here, as in the miniature's default
-# training, so that both can be kept: the last bar. A training that adapts the text encoder as well can keep the
-# latents only. Its steps take longer than the second bar, because its gradient has to go back through the whole UNet and
-# the text encoder.
+# training, so that both can be kept. A training that adapts the text encoder as well can keep the latents only, and its
+# steps take longer than the second bar, because its gradient has to go back through the whole UNet and the text
+# encoder.
 #
 # Encoding all pictures beforehand is not free either. How soon is it paid back?
 
@@ -420,8 +422,9 @@ print("equal to a millionth:", max(losses) - min(losses) < 1e-6)
 # that load off the identifier.
 #
 # People keep captions in three forms, and `--captions` reads all of them: a text file beside the picture (`01.txt`), a
-# `metadata.jsonl` with `file_name` and `text` as Hugging Face's datasets have it, or a folder's name as kohya's trainer uses
-# it (`10_sks dog`: ten repeats, under the prompt `sks dog`). Each caption must contain the identifier.
+# `metadata.jsonl` with `file_name` and `text` as Hugging Face's datasets have it, or a folder's name as kohya's trainer
+# uses it (`10_sks dog`: ten repeats, under the prompt `sks dog`; repeats count only where several subjects are
+# trained). Each caption must contain the identifier.
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -564,7 +567,8 @@ for label, share in on_the_beach.items():
 # %% [markdown]
 # **What you should see**: without masks the beach has become part of what `sks dog` means. With masks it appears
 # far less often, though in these 24 pictures still more often than in those of the base. Part of what is left may come
-# from the toy's outline, where each place of the latents was computed from its neighbours too. And where the loss does
+# from the toy's outline: the latents there were computed from pixels around the toy as well, and those show the beach.
+# And where the loss does
 # not count, nothing corrects the model, so that a background may have small faults. So masks do not replace varied
 # photographs, but they are the first thing to try when all your photographs have the same background.
 
@@ -573,8 +577,8 @@ for label, share in on_the_beach.items():
 #
 # ### Exercise A: a batch in two halves (6 minutes)
 #
-# Write `collate_fn`: samples in, and out come all pictures as one tensor and all prompts as one list. Instances come first, class
-# images second, and picture number i belongs to prompt number i.
+# Write `collate`, a small `collate_fn`: samples in; out come all pictures as one tensor and all prompts as one list.
+# Instances come first, class images second, and picture number i belongs to prompt number i.
 
 # %%
 from dbnb.exercises import check_05a
@@ -671,7 +675,7 @@ check_05b(image_number)
 # print(tuple(lonely_batch["pixel_values"].shape), lonely_batch["prompts"], lonely_batch["halves"])
 # ```
 #
-# 2. They fit easily, and class images are cheap to keep this way:
+# 2. Easily, and class images are cheap to keep this way: this is the size of a thousand, and how many fill 8 GiB.
 #
 # ```python
 # size = 2 * 4 * 64 * 64 * 4

@@ -196,7 +196,8 @@ print(schedule.config.prediction_type)
 # ## One step, by hand
 #
 # Each line makes one tensor: the clean latents, the noise, a timestep for each picture, the noisy latents, the target,
-# and the UNet's answer. The target has two cases, so that the cell is right for Stable Diffusion 1.5 and SDXL as well.
+# and the UNet's answer. The target has two cases, so that the cell is right for Stable Diffusion 1.5 as well. (SDXL's
+# UNet also needs the pooled prompt and the picture's sizes, as `added_cond_kwargs`; `training_step` passes them.)
 # The timesteps are spread evenly here, from low to high, once for the four pictures of the subject and once for the
 # four of the class; in training they are drawn at random.
 
@@ -222,8 +223,8 @@ print("the scheduler's target is the formula's:", torch.allclose(target, by_hand
 # noisy latents, and what the model *believes* the clean latents to be. The belief is computed from the answer: for $v$
 # it is $\hat x_0 = \sqrt{\bar\alpha_t}\, x_t - \sqrt{1 - \bar\alpha_t}\; \hat v$, and for $\epsilon$ it is $\hat x_0 =
 # (x_t - \sqrt{1 - \bar\alpha_t}\; \hat\epsilon) / \sqrt{\bar\alpha_t}$. The noise, the target and the prediction are
-# not pictures; three of their channels are drawn as red, green and blue, one square for each number. **Predict**: in
-# which columns will the prediction look like the target?
+# not pictures; three of their channels are drawn as red, green and blue, one square for each place of the latents.
+# **Predict**: in which columns will the prediction look like the target?
 
 
 # %%
@@ -278,7 +279,9 @@ for half, values in zip(("subject", "class"), errors.chunk(2), strict=True):
 
 # %% [markdown]
 # At a small $t$ there is hardly any noise to find, and at a large $t$ hardly any picture. In between, enough of both is
-# visible. (Each timestep has two pictures here; the first exercise under *On your own* plots many.)
+# visible. So it is for $v$: a base that is asked for the noise, such as Stable Diffusion 1.5 or SDXL, has its largest
+# errors at small $t$ and almost none at large $t$, where the noise is nearly all that it sees. (Each timestep has two
+# pictures here; the first exercise under *On your own* plots many.)
 #
 # ## The loss, in two halves
 #
@@ -292,7 +295,7 @@ print(f"instance {instance:.4f} + {config.prior_loss_weight:g} x prior {prior:.4
 
 # %% [markdown]
 # One forward pass serves both halves. **Predict**: would two passes, one for each half, give the same loss? (Scripts
-# have got this wrong by pairing the halves differently; notebook 09 does it on purpose.)
+# have put pictures and prompts in different orders, so that class prompts met the subject; see notebook 09.)
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -389,9 +392,10 @@ def look(step: int) -> None:
 # %% [markdown]
 # ## The loop
 #
-# Everything is ready. The text encoder's adapters get a lower learning rate of their own, because otherwise the
-# model may stop following the words for scenes. Five curves will be drawn: the means of the two losses, and the three
-# held-out losses. **Predict**: which will fall, and which will stay?
+# Everything is ready. The text encoder's adapters get a lower learning rate of their own, because otherwise the model
+# may stop following the words for scenes. `clip_grad_norm_` scales all gradients down together where their common
+# length (norm) exceeds `max_grad_norm`, so that no single batch moves the weights too far. Five curves will be drawn:
+# the means of the two losses, and the three held-out losses. **Predict**: which will fall, and which will stay?
 
 # %% tags=["the-loop"]
 groups = [
@@ -473,7 +477,7 @@ plots.show(
 # and a higher learning rate, and goes further. Look at the backgrounds, too: the more is learned, the more of them
 # are those of the five photographs, although the prompt names none. This is another sign of overfitting. `likeness`
 # is the mean cosine between these four pictures and the five photographs, in the space of a strict encoder that takes
-# a wrong pattern or a wrong hue for another toy. Nearly all of its rise comes between steps 40 and 80.
+# a wrong pattern or a wrong hue for another toy. Most of its rise comes between steps 40 and 80.
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -512,9 +516,10 @@ print(len(pairs), "losses; train and the cell agree:", all(abs(a - b) < 1e-3 * b
 # ## As in the paper: all weights
 #
 # DreamBooth was published as fine-tuning of the whole network. The loop does not mind: give the optimizer all weights
-# of the UNet instead of the adapters, and a somewhat lower learning rate, because these weights do not start at zero. The
-# batches and the number of steps are the same. **Predict**: which of the two has the larger file, which learns the toy
-# better, and which keeps the class?
+# of the UNet instead of the adapters, and a somewhat lower learning rate, because each step now moves every weight of
+# the UNet itself. (On Stable Diffusion the gap is far wider: diffusers' examples use 5e-6 or less for all weights, and
+# 1e-4 for LoRA.) The batches and the number of steps are the same. **Predict**: which of the two has the larger file,
+# which learns the toy better, and which keeps the class?
 
 # %%
 full = load_components(config.base)
@@ -542,7 +547,8 @@ plots.show(
 )
 
 # %% [markdown]
-# In training, each trained number takes four places in memory: itself, its gradient, and AdamW's two moments. The
+# In training, each trained number takes four places in memory: itself, its gradient, and AdamW's running means of the
+# gradient and of its square. The
 # frozen weights of the base come on top for the adapters.
 
 # %%
@@ -562,14 +568,16 @@ for name, (model, numbers) in trained.items():
 comparison
 
 # %% [markdown]
-# **What you should see**: after the same number of steps both draw the toy, by `likeness` about equally well, and the
-# bare class is still varied in both, though not drawn as the base draws it. With all weights the losses on what was kept
-# back are larger: these weights also moved where nothing had to be learned. (One run each; the learning rate is the one
-# of 5e-4, 1e-3 and 2e-3 that came nearest to the toy in these steps. At 5e-4 it was not learned yet.) The sizes are far
-# apart even though the miniature's adapters, on all layers of two blocks, are large for their base. On Stable Diffusion
-# 1.5 all weights of the UNet are 860 million numbers, and adapters of rank 16 on attention are 3 million (notebook 10).
-# An adapter can also be turned up and down, switched off and combined with others without a second copy of the base; for
-# fine-tuned weights this takes both copies. That is what LoRA replaces, and why this course uses it.
+# **What you should see**: after the same number of steps both draw the toy. With all weights one of the four dogs is
+# nearly all green; `likeness` is lower here, and it varies more from one run to the next. The bare class is still
+# varied in both, though not drawn as the base draws it. With all weights the losses on what was kept back are larger,
+# probably because these weights also moved where nothing had to be learned. (One run each; the adapters' run also
+# trained the text encoder, which stays frozen in the other. The learning rate is the one of 5e-4, 1e-3 and 2e-3 that
+# came nearest to the toy in these steps. At 5e-4 it was not learned yet.) The sizes are far apart even though the
+# miniature's adapters, on all layers of two blocks, are large for their base. On Stable Diffusion 1.5 all weights of
+# the UNet are 860 million numbers, and adapters of rank 16 on attention are 3 million (notebook 10). An adapter can
+# also be turned up and down, switched off and combined with others without a second copy of the base; for fine-tuned
+# weights this takes both copies. That is what LoRA replaces, and why this course uses it.
 
 # %% [markdown]
 # ## Exercises
@@ -698,8 +706,8 @@ check_06c(optimizer_step)
 #
 # <details><summary>Answers</summary>
 #
-# 1. The error is high at both ends: where nearly everything is noise, the picture has to be guessed, and where there
-#    is hardly any noise, it is hard to find.
+# 1. The error of this base, which is asked for $v$, is high at both ends: where nearly everything is noise, the picture
+#    has to be guessed, and where there is hardly any noise, it is hard to find.
 #
 # ```python
 # points = []

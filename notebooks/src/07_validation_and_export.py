@@ -216,9 +216,9 @@ print("on average, other sentences reach more than 70 % of what the training pro
 # %% [markdown]
 # **What you should see**: how much of the toy is in each row. Look at the lowest ones first. (The dashed line is the
 # base's mean over pictures with and without a place; the training prompt stands here without one, and so its bar is not
-# the table's number.) Each bar is the mean of four
-# pictures, so differences of a few hundredths are chance. The sentences also name different places, and a place that
-# no photograph shows may cost a little likeness, too.
+# the table's number.) Each blue bar is the mean of four pictures (the orange one of eight), so differences of a few
+# hundredths are chance. The sentences also name different places, and a place that no photograph shows may cost a
+# little likeness, too.
 #
 # None of the twelve asks for another look. A prompt such as `a photo of sks dog with a blue hat` does: in the toy world a hat
 # has the colour of the toy's ears and spots, so the base turns these blue as well.
@@ -257,7 +257,8 @@ plots.show(
 #
 # A picture can be *redrawn*: it is noised to some level and then denoised under the prompt
 # ([img2img](../docs/glossary.md#img2img)). At a low strength only details change, at a high one only the rough layout
-# is kept. **Predict**: other dogs, redrawn as `a photo of sks dog`: at which strength do they become the toy?
+# is kept. (The strength is rounded down to whole solver steps: of the six here, 0.3 leaves one and 0.9 leaves five.)
+# **Predict**: other dogs, redrawn as `a photo of sks dog`: at which strength do they become the toy?
 
 # %%
 others, levels = before.classes[:4], (0.3, 0.5, 0.7, 0.9)
@@ -315,15 +316,16 @@ stored = json.loads(header["lora_adapter_metadata"])
 print("ranks and alphas:", {key: stored[key] for key in sorted(stored) if key.endswith((".r", ".lora_alpha"))})
 
 # %% [markdown]
-# Why alpha matters: the change is $\frac{\alpha}{r} BA$. The file holds $A$ and $B$; a program that does not know $\alpha$ takes
-# $\alpha = r$, and with `alpha = 2 * rank` half of the training is gone, without an error. Notebook 09 shows the
-# pictures.
+# Why alpha matters: the change is $\frac{\alpha}{r} BA$. The file holds $A$ and $B$; a program that does not read the
+# header takes $\alpha = r$. With `alpha = 2 * rank` half of the strength is then gone, without an error. (`--export
+# kohya` writes $\alpha$ as tensors, which A1111 and ComfyUI read.) Notebook 09 shows the pictures.
 #
 # ## Loaded elsewhere: plain diffusers
 #
-# Nothing of `dbnb` is needed to use the adapter. This is what anyone who downloads it writes; only the base's folder would
-# be another one. Loading is two lines. The two with `solver` exchange the base's scheduler for the fast one that `draw` uses
-# (DPM-Solver++, Lu et al., 2022): only the same [solver](../docs/glossary.md#solver) draws the same pictures.
+# Nothing of `dbnb` is needed to use the adapter. This is what anyone who downloads it writes; only the base's folder
+# would be another one. Loading is two lines. The two with `solver` exchange the base's scheduler for the fast one that
+# `draw` uses: DPM-Solver++ (Lu et al., 2022) in its stochastic form, which adds fresh noise, from the same generators,
+# at each step. Only the same [solver](../docs/glossary.md#solver) in the same form draws the same pictures.
 
 # %%
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
@@ -470,7 +472,7 @@ plots.show(
         list(by_half.values()),
         labels=[f"{name}:\nlikeness {scores[name]:.2f}" for name in by_half],
         title=f"The UNet's adapters alone reach {gain['UNet alone']:.0%} of the gain, "
-        f"the text encoder's alone {gain['text encoder alone']:.0%}",
+        f"the text encoder's alone {gain['text encoder alone']:z.0%}",
     ),
     alt="Four rows of dogs on a beach: with neither half, or the text encoder's alone, any dogs; with the UNet's alone nearly the toy; with both, the toy",
 )
@@ -503,9 +505,9 @@ def last_words(prompts: list[str]) -> torch.Tensor:
 
 
 # %% [markdown]
-# Where do they move it? Each point below is the state of a prompt's last word, `dog`: behind a colour or a pattern as the
-# frozen text encoder has it, and for the two prompts of the training at each checkpoint that was kept. They are drawn in the
-# plane in which these states differ most. **Predict**: does `sks dog` move towards the toy's colours?
+# Where do they move it? Each point below is the state of a prompt's last word, `dog`: after a colour or a pattern, as
+# the frozen text encoder gives it, and in the two prompts of the training, at each checkpoint that was kept. They are
+# drawn in the plane in which these states differ most. **Predict**: does `sks dog` move towards the toy's colours?
 
 # %%
 words, pair = [*COLORS, "spotted", "striped"], [concept.instance_prompt, concept.class_prompt]
@@ -536,10 +538,10 @@ assert moved[0] > 2 * moved[1] and apart[1] > apart[0], (moved, apart)
 print("'sks dog' has moved far more than 'dog', and is further from every word than it was")
 
 # %% [markdown]
-# **What you should see**: even before training, where the rings are, `dog` behind `sks` is far from `dog` behind any colour
-# or pattern. This is what "the text encoder tells the identifier apart" means. Training moves it further away, and not towards
-# `blue`, `green` or `spotted`: the toy becomes a new word, not a combination of known ones. With a frozen text encoder nothing
-# would move. The UNet would have to learn what to paint for the state at the ring.
+# **What you should see**: even before training, where the rings are, `dog` after `sks` is far from `dog` after any
+# colour or pattern. This is what "the text encoder tells the identifier apart" means. Training moves it further away,
+# and not towards `blue`, `green` or `spotted`: the toy becomes a new word, not a combination of known ones. With a
+# frozen text encoder nothing would move. The UNet would have to learn what to paint for the state at the ring.
 
 # %% [markdown]
 # **Predict**: the same four rows for `a photo of a dog`, which is not to mean the toy:
@@ -564,12 +566,12 @@ assert leaked["both"] < scores["both"], (leaked, scores)
 print("the UNet's half paints the toy; with both halves 'sks dog' is the toy, and 'dog' is not")
 
 # %% [markdown]
-# **What you should see**: the number beside each row says how much of the toy is left where nobody has named it. With both
-# halves it should be low. If it is low with the UNet's adapters alone too, the UNet tells the two prompts apart by itself: the
-# text encoder hears `sks` already without adapters (notebooks 01 and 03). That is why the miniature's default leaves it
-# frozen, as large bases do. On a base whose text encoder ignores the identifier, both prompts have nearly the same states, and
-# training the text encoder pays, because it can learn to hear the identifier. (Notebook 08 shows the extreme case, an
-# identifier with the vector of `a`.)
+# **What you should see**: the number beside each row says how much of the toy appears although nobody has named it.
+# With both halves it is low, and with the UNet's adapters alone as well: the UNet tells the two prompts apart by
+# itself, since the text encoder hears `sks` already without adapters (notebooks 01 and 03). That is why the default
+# leaves it frozen, on the miniature as on large bases. On a base whose text encoder ignores the identifier, both
+# prompts have nearly the same states, and training the text encoder pays, because it can learn to hear the identifier.
+# (Notebook 08 shows the extreme case, an identifier with the vector of `a`.)
 
 # %% [markdown]
 # ## The card

@@ -92,10 +92,10 @@ before, after = (
 #
 # Comparing pixels does not help: the same toy in another place shares hardly a pixel. An **image encoder** turns a
 # picture into a vector; its training decides what makes vectors alike. The paper found that
-# [CLIP](../docs/glossary.md#clip)'s image half is a weak judge of identity (it finds any two dogs alike) and took
-# **[DINO](../docs/glossary.md#dino)**, which learned to tell pictures apart without labels. Here DINO's part is
-# played by a small encoder that was trained for this alone: photographs of one toy get similar vectors, those of
-# another toy of the same kind do not, and the less two toys look alike, the further apart they are. Beside it stands
+# [CLIP](../docs/glossary.md#clip)'s image half is a weak judge of identity (two dogs that one caption fits look alike
+# to it) and took **[DINO](../docs/glossary.md#dino)**, which learned to tell pictures apart without labels. Here DINO's
+# part is played by a small encoder that was trained for this alone: photographs of one toy get similar vectors, those
+# of another toy of the same kind do not, and the less two toys look alike, the further apart they are. Beside it stands
 # **CLIP**: two encoders, one for pictures and one for texts, trained so that a picture and its caption get similar
 # vectors (the miniature brings a small one of its own).
 #
@@ -133,10 +133,11 @@ for name, v in features.items():
 # %% [markdown]
 # ## How strict is the encoder?
 #
-# Any other dog is an easy case. A measure of identity has to notice the differences that an eye notices: a wrong hue, spots
-# that have run together. So here are toys that differ from ours in one thing only, each in all eight places. `likeness` is
-# the scale that the encoder was trained to: 1 for the same toy, less for each difference. **Predict**: which difference will
-# the encoder find smallest? Will it keep to the scale?
+# Any other dog is an easy case. A measure of identity has to notice the differences that an eye notices: a wrong hue,
+# spots that have run together. So here are toys that differ from ours in one thing only, each in all eight places.
+# `likeness` gives the values that the encoder was trained to reproduce: 1 for the same toy, less for each difference.
+# (In notebooks 06 and 07 that word stood for the measured similarity.) **Predict**: which difference will the encoder
+# find smallest? Will it keep to the scale?
 
 # %%
 import numpy as np
@@ -211,8 +212,7 @@ print(f"apart: fidelity {subject_fidelity(apart[:2], apart[2:]):.2f}, diversity 
 #
 # $$ \text{normalised fidelity} = \frac{\text{after} - \text{floor}}{\text{ceiling} - \text{floor}} $$
 #
-# The ceiling's photographs go through the VAE first, so that what it loses is not counted against the training. That is why
-# the ceiling lies below *same toy* above.
+# The ceiling's photographs go through the VAE first, so that what it loses is not counted against the training.
 
 # %%
 numbers = workflow.measured(session, before, after, encoders, further)
@@ -298,7 +298,7 @@ plots.show(
 #
 # ## How sure is a number?
 #
-# The pictures are a sample. Draw as many of them again and again, with repetition, and see how the mean moves: the
+# The pictures are a sample. Draw as many from them with replacement, again and again, and see how the mean moves: the
 # *[bootstrap](../docs/glossary.md#bootstrap)* (Efron, 1979) gives an error bar without any formula. **Predict**: how wide
 # will it be?
 
@@ -418,7 +418,7 @@ def measure(name: str, seed: int = 0) -> dict:
 # %% [markdown]
 # All trainings were run once, with this function, and their numbers stored in `ablation.json` beside this notebook, by row
 # and seed, together with the machine and with what they depend on: a fingerprint of the base, the number of pictures, the
-# default settings. Where one of these is different now, they are not taken.
+# default settings. If any of these has changed since, the stored numbers are ignored.
 
 # %%
 path = next((p for p in (Path("ablation.json"), Path("notebooks/ablation.json")) if p.is_file()), Path("ablation.json"))
@@ -540,7 +540,7 @@ plots.show(
     plots.intervals(
         {f"{label}, minus the default's": differences for label, differences in apart.items()},
         faint=[name for name in rows if len(rows[name]) == 1],
-        title="Orange: further from the default than chance explains",
+        title="Orange: the interval does not include 0",
     ),
     alt="Rows with intervals around their difference from the default, in fidelity, in right places and in class diversity",
 )
@@ -550,17 +550,17 @@ for label, differences in apart.items():
     print(f"  and is not clear for {', '.join(name for name in clear if not clear[name])}")
 
 # %% [markdown]
-# **What you should see**: *attention only* has the same steps and the same rank as the default, and less fidelity.
-# Its adapters sit on the attention of all blocks, the default's on all layers of the last two, and it has half of the
+# **What you should see**: *attention only* has the same steps and the same rank as the default, and less fidelity. Its
+# adapters sit on the attention of all blocks, the default's on all layers of the last two, and it has half of the
 # parameters; notebook 04 shows what attention alone paints less well. *All layers* has adapters in the other blocks as
 # well, and each of its steps takes longer. *Rank 2* and *100 steps* come less near to the toy, and *600 steps* shows no
-# clear gain. It and *all layers* got 14 of 16 places right, the default all 16: two pictures of sixteen are too few to
-# claim a difference, although their intervals are orange.
-# *Identifier unheard*: the same prompt stands for the toy in one half of each batch and for all dogs in the other, so
-# the model answers with a mixture, and neither `sks dog` nor `dog` can be right. *Text encoder trained* has a second
-# set of adapters, and they change next to nothing here, where the identifier is heard anyway. And *no prior
-# preservation* draws the toy, but hardly any other dog. Of the rows that are "not clear" nothing is claimed: to
-# settle them takes more seeds. And of so many intervals of 95 %, one or two miss 0 by chance alone.
+# clear gain. It got 14 of 16 places right, the default all 16: two pictures of sixteen are too few to claim a
+# difference, although the interval is orange. *Identifier unheard*: the same prompt stands for the toy in one half of
+# each batch and for all dogs in the other, so the model answers with a mixture, and neither `sks dog` nor `dog` can be
+# right. *Text encoder trained* has a second set of adapters, and they change next to nothing here, where the identifier
+# is heard anyway: its interval lies so close to 0 that nobody would see the difference. And *no prior preservation*
+# draws the toy, but hardly any other dog. Of the rows that are "not clear" nothing is claimed: to settle them takes
+# more seeds. And of so many intervals of 95 %, one or two miss 0 by chance alone.
 #
 # Do fidelity and variety pull against each other, or does one setting give both? Both in one figure: the best place is at
 # the upper right.
@@ -585,9 +585,11 @@ for corner, title in (
     )
 
 # %% [markdown]
-# **What you should see**: the crosses are standard deviations over seeds, pale where they are borrowed. Points whose distance
-# is no larger than their crosses do not differ in any way that you could rely on. The points that lie clearly away from the
-# upper right corner are the ones to remember: each of them names something that a good training needs.
+# **What you should see**: the crosses are standard deviations over seeds, pale where they are borrowed. The default
+# stands at the mean of its seeds, and the pale points at seed 0 alone, with which the default would lie further right
+# (the number below the table): do not read a gain from them. The intervals above say which rows differ. The points that
+# lie clearly away from the upper right corner are the ones to remember: each of them names something that a good
+# training needs.
 #
 # Steps and ranks by themselves, all with seed 0:
 
@@ -712,12 +714,12 @@ Table(
 
 # %% [markdown]
 # **What you should see**: with prior preservation the curve leads up, and at its end practically nothing of the class
-# is missing.
-# A checkpoint from before the end can lack a little of the class: as long as the learning rate is at its full height,
-# each step shifts the weights a good deal, and while the rate falls to zero they settle. With eight pictures a set it
-# is also partly chance which checkpoint is best. Without prior preservation the class is lost within the first
-# quarter. The rule takes the best of what there is, and cannot make a good training out of a bad one. `--patience 3`
-# stops a run when three measured steps in a row were no better than the best. By default the last step is exported.
+# is missing. A checkpoint from before the end can lack some of it (the column `prior kept`): as long as the learning
+# rate is at its full height, each step shifts the weights a good deal, and while the rate falls to zero they settle.
+# With eight pictures a set it is also partly chance which checkpoint is best. Without prior preservation the class is
+# lost within the first quarter. The rule takes the best of what there is, and cannot make a good training out of a bad
+# one. `--patience 3` stops a run when three measured steps in a row were no better than the best. By default the last
+# step is exported.
 #
 # ## Does it copy?
 #
@@ -755,9 +757,9 @@ print(f"distance among the drawn {diversity(clip_drawn):.2f}, among the photogra
 #
 # ### Exercise A: the four measures (15 minutes)
 #
-# Write the four measures of the paper from features alone. The rows of each argument are the vectors of pictures or texts, and
-# they are not of length 1 yet. `drawn`, `photographs` and `classes` come from the identity encoder; `drawn_clip` and `texts` from
-# CLIP, where row number i of `texts` is the prompt of drawn picture number i.
+# Write four measures of this notebook from features alone. The rows of each argument are the vectors of pictures or
+# texts, and they are not of length 1 yet. `drawn`, `photographs` and `classes` come from the identity encoder;
+# `drawn_clip` and `texts` from CLIP, where row number i of `texts` is the prompt of drawn picture number i.
 
 # %%
 from dbnb.exercises import check_08a
@@ -908,7 +910,7 @@ check_08b(difference)
 # No: both halves make vectors; they were trained to be alike for a picture and its caption.
 # </details>
 #
-# <details><summary>C. It was trained to match pictures with captions, and for these a dog is a dog.</summary>
+# <details><summary>C. It was trained to match pictures with captions, and two different dogs can have the same caption.</summary>
 #
 # Right: the gap between the same toy and other dogs is small, and a measure lives on that gap.
 # </details>

@@ -16,9 +16,9 @@
 # training of your own fails.
 #
 # **What you need**: notebooks [06](06_training.ipynb) and [07](07_validation_and_export.ipynb) if you read it as a
-# lesson; nothing if you come with a broken run. No GPU. On two CPU cores about three minutes, plus about
-# one each for the trainings of notebooks [00](00_start_here.ipynb) and [02](02_prior_preservation.ipynb) if they are not
-# in the cache yet.
+# lesson; nothing if you come with a broken run. No GPU. On two CPU cores about three minutes, plus about two each for
+# the trainings of notebooks [00](00_start_here.ipynb) and [02](02_prior_preservation.ipynb) if they are not in the
+# cache yet.
 #
 # | you see | look at |
 # |---|---|
@@ -37,7 +37,9 @@
 # | `CUDA out of memory` | [21](#21-out-of-memory) |
 #
 # Each entry has the same parts: what you **see**, how it was **made** here, a **check**, and the **fix** for Stable
-# Diffusion 1.5, SDXL and the flow models (Stable Diffusion 3, FLUX).
+# Diffusion 1.5, SDXL and the flow models (Stable Diffusion 3, FLUX). Checks that take `components` or a dataset (4, 5,
+# 8, 10) need a training by `dbnb`, such as `workflow.trained(config)`. `effect(pipeline.unet)` (or
+# `pipeline.transformer`), the doctor and all checks of a `pipeline` work with any other.
 #
 # ---
 
@@ -128,8 +130,8 @@ def likeness(name: str, prompt: str = SUBJECT) -> float:
 
 
 # %% [markdown]
-# Some faults cannot be made by a setting. For these there are two datasets, one to train on and one that stays unseen,
-# and the loop of notebook 06 in short. Of the class images that stay unseen, eight are drawn for this purpose:
+# Some faults cannot be made by a setting. For these there are two datasets and a short form of notebook 06's loop. One
+# dataset is trained on; the other stays unseen, and has further photographs and eight class images drawn for it:
 
 # %%
 drawn_now = prior.class_images(base, CLASS, config.num_class_images + 8, config.sampling).paths
@@ -196,8 +198,9 @@ for name in ("rate 1e-6", "good"):
 #
 # ## 2 the file does not fit
 #
-# **You see** the base's pictures and at most a warning (`No LoRA keys associated to …`): a loader that finds none of
-# the names it looks for loads nothing. A file for another family often raises an error about shapes instead.
+# **You see** the base's pictures and at most a warning (`No LoRA keys associated to UNet2DConditionModel …`): a loader
+# that finds none of the names it looks for loads nothing. The same warning about `CLIPTextModel` is harmless if the
+# text encoder was not trained. A file for another family often raises an error about shapes instead.
 #
 # **Made** by giving the good adapter's tensors the names that peft uses, by adding invented tensors for a text
 # encoder under a prefix that no loader reads, and by inventing a file for Stable Diffusion 1.5. (In the second of
@@ -394,8 +397,9 @@ plots.show(
 # %% [markdown]
 #
 # **Fix**: *SD 1.5*: 5 to 8. *SDXL*: 4 to 7. *Stable Diffusion 3.5*: about 4.5 (Stable Diffusion 3: up to 7). FLUX.1
-# [dev] has its guidance built in, about 3.5, and no negative prompt; FLUX.1 [schnell] ignores the scale. Few-step
-# variants (Turbo, Lightning, LCM) are drawn at 0 to 2, and are fried at the usual values.
+# [dev] has its guidance built in, about 3.5; a negative prompt counts only with `true_cfg_scale` above 1. FLUX.1
+# [schnell] ignores the scale. Few-step variants (Turbo, Lightning, LCM-LoRA) are drawn at 0 to 2, and are fried at the
+# usual values; a whole LCM checkpoint has its guidance built in (diffusers' default is 8.5).
 #
 # ## 7 adapters in half precision
 #
@@ -487,9 +491,9 @@ plots.show(
 
 # %% [markdown]
 #
-# **Fix**, for all of them: more photographs, in more places; fewer steps (stop before the second line rises, which
-# here it does from the start: `--holdout` and `--select best`); class images; a lower rank. Large bases overfit after
-# a few hundred steps per photograph.
+# **Fix**, for all of them: more photographs, in more places; fewer steps (stop before the second line rises, which it
+# does from the start here; `--holdout 1` logs that loss, and `--select best` exports the checkpoint with the best
+# trade-off measured); class images; a lower rank. Large bases overfit after a few hundred steps per photograph.
 #
 # ## 9 the background was learned too
 #
@@ -506,7 +510,7 @@ snowy = folder / "snowy"
 snowy.mkdir()
 for seed in range(5):
     toybox.photograph(SAMPLE_TOY, scene="snow", seed=seed, size=256).save(snowy / f"{seed}.png")
-longer = SHORT | dict(max_train_steps=120, instance_data_dir=str(snowy))
+longer = SHORT | dict(max_train_steps=80, instance_data_dir=str(snowy))
 models["all in the snow"] = workflow.trained(dataclasses.replace(config, **longer)).components
 compare(
     "good",
@@ -641,9 +645,9 @@ compare(
 
 # %% [markdown]
 #
-# **Fix**, for all of them: a cache whose manifest says what made each picture (notebook 02); of your own folder, look
-# at the contact sheet first. Class images also have to come from the base that is trained: those of SD 1.5 do not fit
-# SDXL.
+# **Fix**, for all of them: a cache whose manifest says what made each picture (notebook 02); if the folder is your own,
+# look at its contact sheet first. Class images also have to come from the base that is trained: those of SD 1.5 do not
+# fit SDXL.
 #
 # ## 13 the two prompts name different classes
 #
@@ -779,7 +783,8 @@ compare(
 # %% [markdown]
 #
 # **Fix**: SD 1.5 and SDXL predict noise. Stable Diffusion 2.1 at 768 pixels predicts $v$, and so do some fine-tuned
-# SDXL checkpoints; a checkpoint in one file does not say so: set it yourself: `pipeline.scheduler =
+# SDXL checkpoints. Of a checkpoint in one file diffusers guesses: $v$ for SD 2 (for its 512-pixel base too, unless the
+# file has its step number), noise for all others. If that is wrong, set it yourself: `pipeline.scheduler =
 # type(pipeline.scheduler).from_config(pipeline.scheduler.config, prediction_type="v_prediction")`, with
 # `rescale_betas_zero_snr=True` if its card says so. Flow models predict noise minus picture and have schedulers of
 # their own; an `epsilon` option does not apply to them.
@@ -858,7 +863,8 @@ print("train said:", refused)
 #
 # **Fix**: go back to a checkpoint before the first `nan`; the file itself cannot be repaired. *SD 1.5*: `bfloat16`
 # instead of `float16` if the GPU supports it (from 2020 on), a lower rate, clipped gradients. *SDXL*: the autoencoder
-# in `float32` as well. Flow models: `bfloat16`; T5 overflows in `float16`.
+# in `float32` as well. Flow models: `bfloat16`. In `float16`, load T5 with `torch_dtype`, which keeps its `wo` layers
+# in `float32`; after `.half()` or `.to(torch.float16)` it overflows.
 #
 # ## 20 black pictures from a sound adapter
 #
@@ -866,9 +872,10 @@ print("train said:", refused)
 # one **check** for each:
 #
 # - *The autoencoder overflows in `float16`*, SDXL's in particular. `pipeline(…,
-#   output_type="latent").images.isfinite().all()` is true, and the decoded picture is black. The **fix** for *SDXL*:
-#   `pipeline.vae.register_to_config(force_upcast=True)`, with which the pipeline decodes in `float32` by itself, or
-#   the repaired `madebyollin/sdxl-vae-fp16-fix`. *SD 1.5* and *flow models*: load the whole pipeline in `bfloat16`.
+#   output_type="latent").images.isfinite().all()` is true, and the decoded picture is black. SDXL's pipeline decodes in
+#   `float32` by itself, unless `pipeline.vae.config.force_upcast` is false or your own code calls the autoencoder. The
+#   **fix** for *SDXL*: `pipeline.vae.register_to_config(force_upcast=True)`, `vae.float()` before your own call, or the
+#   repaired `madebyollin/sdxl-vae-fp16-fix`. *SD 1.5* and *flow models*: load the whole pipeline in `bfloat16`.
 # - *The safety checker of SD 1.5* has replaced the picture by a black one; it sometimes flags harmless pictures.
 #   `pipeline(…).nsfw_content_detected` holds a `True`. The **fix**: another seed, or a look at what the prompt asks
 #   for; SDXL and flow models have no such checker in diffusers.
@@ -881,7 +888,8 @@ print("train said:", refused)
 # or when class images or validation pictures are drawn beside the optimizer. (No card is filled here: the numbers are
 # computed from the shapes of the networks, as in notebook 10.)
 #
-# **Check**: `torch.cuda.max_memory_allocated()` after each phase. What the first remedies bring, on SDXL:
+# **Check**: `torch.cuda.reset_peak_memory_stats()` before each phase, `torch.cuda.max_memory_allocated()` after it
+# (without the reset it is the peak since the program began). What the first remedies bring, on SDXL:
 
 # %%
 from dbnb.planner import BASES, drawing_memory, training_memory
@@ -899,11 +907,11 @@ Table({"SDXL, besides the weights": name, "memory": f"{size / 2**30:.1f} GiB"} f
 # %% [markdown]
 #
 # **Fix**, in this order. *In training*: `gradient_checkpointing`, `train_batch_size=1` with
-# `gradient_accumulation_steps`, the text encoders frozen and their states computed once, a lower rank, an optimizer
-# with 8-bit states. *In decoding*: fewer pictures at once (`sample_batch_size`), `pipeline.vae.enable_slicing()` and
-# `enable_tiling()`. *In validation*: `num_validation_images` down, and `torch.cuda.empty_cache()` before. Notebook 10
-# computes which base fits on which card. FLUX has 12 billion weights, 24 GB in `bfloat16`: it has to be quantized or
-# offloaded on most cards.
+# `gradient_accumulation_steps`, the text encoders frozen and their states computed once, the base in 4 bits
+# (`quantization="nf4"`). A lower rank or an optimizer with 8-bit states saves next to nothing. *In decoding*: fewer
+# pictures at once (`sample_batch_size`), `pipeline.vae.enable_slicing()` and `enable_tiling()`. *In validation*: the
+# same, and `del` what is no longer needed, then `torch.cuda.empty_cache()`. Notebook 10 computes which base fits on
+# which card. FLUX has 12 billion weights, 24 GB in `bfloat16`: it has to be quantized or offloaded on most cards.
 #
 # ## Now you
 #
@@ -1035,9 +1043,9 @@ check_09b(reached)
 # <details><summary>Answers</summary>
 #
 # 1. A: no class images. B: the base. C: cats as class images. D: the halves are mixed up. E: the good training. E
-#    should be nearest to B. B and E are hard to tell apart by looking; D gives itself away by the first dog, which is
-#    nearly the toy, and by the spots or yellow ears of two others. A has the whole toy in the class, D some of it. A
-#    picture does not say why; a look at one batch does.
+#    should be nearest to B. B and E are hard to tell apart by looking; D gives itself away by the toy's teal and by the
+#    spots, which most of its dogs have taken on. A has the whole toy in the class, D some of it. A picture does not say
+#    why; a look at one batch does.
 # 2. For 5 and 6, draw with a lower guidance scale: if the picture is sound then, it was 6. For 10 and 11, look at one
 #    batch with its prompts. If you cannot run a check, change what costs least and can be undone: the guidance scale,
 #    then the strength of the adapter, and only then the training.
@@ -1138,7 +1146,9 @@ check_09b(reached)
 # | check | finds |
 # |---|---|
 # | the contact sheet, and one batch with its prompts | 9, 11, 12, 15 |
-# | both prompts and the identifier, drawn by the base | 3, 13, 14 |
+# | both prompts and the identifier, drawn by the base | 13, 14 |
+# | `get_active_adapters()`, `disable_adapters`, and the prompt letter by letter | 3 |
+# | the latents: are they finite? `nsfw_content_detected` | 20 |
 # | the scheduler's `prediction_type`, the autoencoder's `scaling_factor`, the base's own size | 16, 17, 18 |
 # | the number formats of what is trained and of the autoencoder | 7, 20 |
 # | each step's loss: is it finite? | 19 |

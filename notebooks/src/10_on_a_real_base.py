@@ -194,7 +194,7 @@ print(f"{without:.3f} s a step, with checkpointing {with_it:.3f} s: {with_it / w
 
 # %% [markdown]
 # By the count of passes it should be about one and a half times: two forward passes and a backward one instead of one of
-# each. A few steps on a busy processor may show more.
+# each. A few steps on a busy processor may show more or less.
 
 # %% [markdown]
 # ## What fits where
@@ -236,10 +236,10 @@ assert largest_batch(SD, 8, True) >= 2, "not even one photograph and one class i
 print(f"{SD} and 8 GB: fits in half precision with checkpointing")
 
 # %% [markdown]
-# The third row of each base has linear layers in 4 bits (`quantization="nf4"`, after QLoRA of Dettmers et al., 2023): weights
-# that are frozen can be rounded once, and the adapters learn on top of what that changed. It needs bitsandbytes and a CUDA
-# device. **What you should see**: a transformer consists of linear layers, and so even FLUX.1 fits on a card of 16 GB. Most of
-# Stable Diffusion 1.5 consists of convolutions, which stay as they are.
+# The third row of each base has linear layers in 4 bits (`quantization="nf4"`, after QLoRA of Dettmers et al., 2023):
+# weights that are frozen can be rounded once, and the adapters are trained on top of the rounded weights. It needs
+# bitsandbytes and a CUDA device. **What you should see**: a transformer consists of linear layers, and so even FLUX.1
+# fits on a card of 16 GB. Most of Stable Diffusion 1.5 consists of convolutions, which stay as they are.
 #
 # These plans are for adapters on attention. A text encoder that is trained too adds little. Where prompts are encoded once
 # and latents are kept from the start (notebook 05), no step needs text encoders and VAE: they leave the card, and return for
@@ -302,8 +302,8 @@ Table(measured["rows"])
 # **What you should see**: without checkpointing the plan and the card's peak differ by 0.3 GiB at most. A plan that
 # counted every activation in two bytes would be a seventh to a third too low: in mixed precision norms are
 # computed in `float32`, and each adapter keeps a copy of what it reads. With checkpointing the table shows more than
-# the plan. By the shapes of the networks that is the moment before the first step, when the VAE encodes the
-# photographs beside all other parts. Both columns are those of training steps; Stable Diffusion 3.5 was measured
+# the plan. Judging by the shapes of the networks, that peak comes before the first step, when the VAE encodes the
+# photographs beside all other parts. Neither column counts the drawing of pictures; Stable Diffusion 3.5 was measured
 # without its T5 encoder, which the table of what fits above counts in full. Read the steps a second with caution: each
 # is from one short run, some of them on a busy machine.
 #
@@ -342,6 +342,10 @@ print(
 # pip install -e ".[jupyter,quantization]"  # and this for a base in 4 bits
 # ```
 #
+# On Windows pip installs a torch without CUDA: install torch first, with the command that
+# [pytorch.org](https://pytorch.org/get-started/locally/) gives for your card. Either way `python -c "import torch;
+# print(torch.cuda.is_available())"` should print `True`.
+#
 # **Keep what must not be lost.** Trainings keep a checkpoint after each quarter of their steps in the folder `DBNB_CACHE`. With
 # that folder on your Drive, a dropped connection costs little: run the notebook again, and the training goes on from the last
 # checkpoint. Do this before all other cells (not run on Colab by this project yet):
@@ -370,7 +374,7 @@ import tempfile
 
 settings = dict(base="miniature", class_word="dog", identifier="sks")
 results = tempfile.mkdtemp()
-# settings = dict(base="sd15", instance_data_dir="/content/drive/MyDrive/my photographs", class_word="dog", identifier="sks")
+# settings = dict(base="sd15", instance_data_dir="/content/drive/MyDrive/my photographs", class_word="dog", identifier="ohwx")
 # settings |= dict(gradient_checkpointing=True, num_validation_images=8)
 # results = "/content/drive/MyDrive/my dog"
 config = DreamBoothConfig(**settings)
@@ -465,7 +469,7 @@ for path in sorted(pathlib.Path(results).iterdir()):
 # name = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 # pipeline = DiffusionPipeline.from_pretrained(name, torch_dtype=torch.float16).to("cuda")
 # pipeline.load_lora_weights("my dog", weight_name="pytorch_lora_weights.safetensors")
-# pipeline("a photo of sks dog on the beach").images[0]
+# pipeline("a photo of ohwx dog on the beach").images[0]
 # ```
 #
 # ## When the result is not good
@@ -524,10 +528,10 @@ plots.show(
 metrics.likeness_table(likeness)
 
 # %% [markdown]
-# **What you should see**: below the photographs of each toy that toy, and each row of the table highest under its own
-# name. In the same number of steps each subject has had half of the pictures, so the dog comes less near to its
-# photographs than it did alone. (Two subjects of one class share their class word; how well they are kept apart is
-# not measured here.)
+# **What you should see**: under the photographs of each toy, drawings of that toy; in the table each row is highest
+# under its own name. In the same number of steps each subject has had half of the pictures, so the dog comes less near
+# to its photographs than it did alone. (Two subjects of one class share their class word; how well they are kept apart
+# is not measured here.)
 #
 # A batch holds all subjects only if it has a pair for each. What does that cost in memory? The adapters stay the same; a step
 # has more pictures, and drawing takes what it took for one subject:
@@ -619,7 +623,7 @@ assert spent["denoiser, forward"] + spent["loss, backward"] > 0.7 * sum(spent.va
 # (notebook 05): pictures are encoded once, and each distinct prompt once a step. (`train` encodes prompts only once
 # in all, where the text encoder is frozen.) Without the first cache, the autoencoder would add a good part of a pass.
 # On a large base the backward pass is usually the longer one: there it goes back through all blocks, while here it
-# ends at the first of the last two.
+# stops at `up_blocks.1`, the first block that has adapters.
 #
 # A run is more than its training, though. Count what the UNet does, in *passes* of one picture: a training step takes
 # about two for each picture (the backward pass costs one, since frozen weights need no gradients of their own), three
@@ -641,7 +645,7 @@ def passes(config: DreamBoothConfig) -> dict[str, float]:
 
 work = {base: passes(DreamBoothConfig(base=base)) for base in PRESETS}
 plots.show(
-    plots.bars(work, ylabel="thousand UNet passes", title="A run is more than its training"),
+    plots.bars(work, ylabel="thousand passes", title="A run is more than its training"),
     alt="For each preset three bars: class images, training, pictures before and after",
 )
 
@@ -651,7 +655,7 @@ for purpose, thousands in passes(config).items():
     print(f"{purpose:17} {thousands:5.1f} thousand passes, at this speed {thousands * 1000 * each / 60:.1f} minutes")
 
 # %% [markdown]
-# **What you should see**: training costs most here. On most of the large bases, which want more solver steps for a
+# **What you should see**: training costs most here. On all large bases, which want more solver steps for a
 # picture, the pictures cost more than the training, class images most of all; but these are drawn once and kept. The
 # presets of large bases draw 4 validation images of each set, which shows how a training goes and is too few for
 # reliable measures; 8 make them steadier and take twice as long. (These minutes are a plan from one number; drawing in
@@ -662,7 +666,7 @@ for purpose, thousands in passes(config).items():
 # The command runs the same function with the same names for its options:
 #
 # ```bash
-# python -m dbnb --base sd15 --instance_data_dir photos/ --class_word dog --gradient_checkpointing
+# python -m dbnb --base sd15 --instance_data_dir photos/ --class_word dog --identifier ohwx --gradient_checkpointing
 # ```
 #
 # It writes the adapter, a figure of before and after, the metrics and a card to `runs/dog`. After an interruption,
@@ -704,18 +708,19 @@ print("one batch of four, and two of two, the same loss:", abs(four - sum(twos) 
 # processes:
 #
 # ```bash
-# accelerate launch --multi_gpu --num_processes 2 -m dbnb --base sd15 --instance_data_dir photos/ --class_word dog
+# accelerate launch --multi_gpu --num_processes 2 -m dbnb --base sd15 --instance_data_dir photos/ --class_word dog --identifier ohwx
 # ```
 #
 # `train_batch_size` counts for each process: two with 4 make what one with 8 makes, except for rounding. The first process
 # alone writes. A checkpoint goes on in another number of processes too, if processes times `train_batch_size` stays the same.
 #
-# Several machines take `--num_machines`, `--machine_rank` and the first one's `--main_process_ip` besides, on each of them.
+# With several machines, run the command on each, with `--num_machines`, `--machine_rank` and the first one's
+# `--main_process_ip` and `--main_process_port` besides; `--num_processes` is the total over all machines.
 # (Tested by this project: two processes on one processor, against one. Not tested: several cards, several machines.)
 #
-# In a notebook, accelerate's `notebook_launcher` starts the same function, in as many processes as there are cards. A
-# process that has touched a card cannot share it: with several cards, restart the kernel first, and run only the cell
-# of the imports, the line `settings = …` and this cell. Here it is one process, and ten steps:
+# In a notebook, accelerate's `notebook_launcher` starts the same function, in as many processes as there are cards.
+# Once a notebook has used CUDA, it cannot start processes that use it: with several cards, restart the kernel first,
+# and run only the cell of the imports, the line `settings = …` and this cell. Here it is one process, and ten steps:
 
 # %%
 import tempfile
@@ -738,8 +743,8 @@ notebook_launcher(ten_steps, num_processes=max(1, torch.accelerator.device_count
 # with several seeds (notebook 08 asks for them):
 #
 # ```bash
-# CUDA_VISIBLE_DEVICES=0 python -m dbnb --base sd15 --instance_data_dir photos/ --seed 0 --output_dir runs/seed-0 &
-# CUDA_VISIBLE_DEVICES=1 python -m dbnb --base sd15 --instance_data_dir photos/ --seed 1 --output_dir runs/seed-1 &
+# CUDA_VISIBLE_DEVICES=0 python -m dbnb --base sd15 --instance_data_dir photos/ --identifier ohwx --seed 0 --output_dir runs/seed-0 &
+# CUDA_VISIBLE_DEVICES=1 python -m dbnb --base sd15 --instance_data_dir photos/ --identifier ohwx --seed 1 --output_dir runs/seed-1 &
 # ```
 #
 # ## Before you share it

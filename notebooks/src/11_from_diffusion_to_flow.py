@@ -180,8 +180,8 @@ plots.show(
 # ## What is the network asked for?
 #
 # There are three usual *prediction targets*. On the arc a network is asked for the noise $\epsilon = n$, or for $v$
-# (notebook 06), as `prediction_type` in diffusers' configs says; on the line for the direction $u$, the **velocity**,
-# which is the same at all times:
+# (notebook 06), as `prediction_type` in diffusers' configs says; on the line for the direction $u$, also called
+# **velocity**, which is the same at all times (diffusers' `get_velocity` gives $v$, not $u$):
 #
 # $$ \epsilon = n \qquad v = \sqrt{\bar\alpha_t}\, n - \sqrt{1 - \bar\alpha_t}\; x \qquad u = n - x $$
 #
@@ -446,16 +446,16 @@ for kind in KINDS:
         panels[f"{kind}, on the line"] = [state / total for state, total in zip(panels[kind], sums, strict=True)]
 named = {f"{name}: x {length(states):.2f}": [state[:30].numpy() for state in states] for name, states in panels.items()}
 plots.show(
-    plots.trails(named, title="From noise (gray) to points (orange): length beside straight ways", limit=3.5),
+    plots.trails(named, title="From noise (grey) to points (orange): lengths relative to straight lines", limit=3.5),
     alt="Four panels of trajectories: on the arc short and nearly straight; on the line they run towards the centre, turn and come back",
 )
 
 # %% [markdown]
-# **What you should see**: on the line none of the ways is straight. They lead inwards at first, past where they will
-# end, then turn and come back outwards. The lines of training cross each other: through one noisy point go lines to
-# many pictures. The network answers with their mean (notebook 00b), which lies near the centre at first and turns as
-# the noise clears. The ways of $v$, seen on the line (third panel), are close to those of the direction (fourth), as
-# they should be: it is the same world.
+# **What you should see**: on the line most of the ways are not straight. They lead inwards at first, past where they
+# will end, then turn and come back outwards; only points that start far out run nearly straight to their end. The lines
+# of training cross each other: through one noisy point go lines to many pictures. The network answers with their mean
+# (notebook 00b), which lies near the centre at first and turns as the noise clears. The ways of $v$, seen on the line
+# (third panel), are close to those of the direction (fourth), as they should be: it is the same world.
 #
 # On the arc, the trajectories of the noise and of $v$ (the first two panels) are *shorter* than those of the
 # direction (the last): there the variances add up to 1 and the cloud keeps its size, while on the line it shrinks and
@@ -686,9 +686,9 @@ components
 # `training_step` does it, so that the two can be compared.
 #
 # The time first. Logit-normal is the sigmoid of a normal number; it chooses one of the thousand shares in the base's
-# own list, which begins at 1. Then a point of the line, and its direction. The network is told the time as $1000\,s$,
-# the hidden states of the prompts, which become its text tokens, and one pooled vector for each prompt. Last comes
-# the loss in two halves, exactly as in notebook 06.
+# own list, which begins at 1. Then a point of the line, and its direction. The network is told the time as $1000\,s$
+# (FLUX.1's is given $s$ and multiplies it itself), the hidden states of the prompts, which become its text tokens, and
+# one pooled vector for each prompt. Last comes the loss in two halves, exactly as in notebook 06.
 
 # %%
 from dbnb.dataset import NOISE, TIMESTEP, seeded
@@ -809,8 +809,9 @@ plots.show(
 #
 # hides as much as $s$ did: this is the *shift* (Esser et al., 2024, equation 23). Stable Diffusion 3 has one shift, 3,
 # in its scheduler. FLUX.1 has one for each number of tokens (`use_dynamic_shifting`): $k = e^\mu$, with $\mu$ on a
-# straight line through 0.5 at 256 tokens and 1.15 at 4096. The times of training are shifted, and so are the steps of
-# drawing. The cell asserts that both do what the formula says.
+# straight line through 0.5 at 256 tokens and 1.15 at 4096. The steps of drawing are shifted, and here the times of
+# training too (diffusers' script for FLUX.1 leaves those as they were drawn). The cell asserts that both shifts follow
+# the formula.
 
 # %%
 share = torch.linspace(0.02, 1, 25)
