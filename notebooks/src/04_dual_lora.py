@@ -775,7 +775,7 @@ check_04b(merged)
 #
 # <details><summary>C. So that the strength of the change need not be tuned again for another rank.</summary>
 #
-# Right, as long as alpha stays the same: BA has more terms, and the factor keeps their sum in check.
+# Right: as long as alpha stays the same, BA has more terms, and the factor keeps their sum in check.
 # </details>
 #
 # **4. In these runs, adapters on attention alone painted the toy less cleanly. What is the likely reason?**
